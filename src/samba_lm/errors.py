@@ -1,0 +1,23 @@
+"""The one error type that is shown to people, and the helper that finds the nearest name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: the message names the value, the limit and the fix, in one line.
+
+    The command line prints it as ``samba-lm: error: ...`` and exits with code 2, without a traceback.
+    """
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the nearest option, or a short list when nothing is near."""
+    options = sorted(options)
+    near = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
+    if near:
+        return f" Did you mean {near[0]!r}?"
+    shown = ", ".join(options[:12]) + (", ..." if len(options) > 12 else "")
+    return f" Known: {shown}."

@@ -1,0 +1,108 @@
+"""Writing without ever leaving half a file: write beside, fsync, rename, fsync the parent."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from samba_lm.errors import UserError
+
+# What an interrupted write may leave behind; readers ignore it and the next writer removes it.
+TMP_MARK = ".tmp-"
+
+
+def fsync_path(path: Path) -> None:
+    """Force a file's or a folder's contents to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"The disk is full: could not write {path}. What was there before is untouched; "
+                "free some space and run the same command again."
+            ) from error
+        if isinstance(error, PermissionError):
+            raise UserError(f"No permission to write {path}: choose a folder you own.") from error
+        raise
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; on success it replaces ``path``, on any error it is removed.
+
+    Raises UserError when the disk is full or the folder may not be written.
+    """
+    path = Path(path)
+    with _disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, name = tempfile.mkstemp(prefix=path.name + TMP_MARK, dir=path.parent)
+        os.close(fd)
+        os.chmod(name, 0o644)
+        tmp = Path(name)
+        try:
+            yield tmp
+            fsync_path(tmp)
+            os.replace(tmp, path)
+            fsync_path(path.parent)
+        finally:
+            tmp.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; on success it takes its place, on any error it is removed.
+
+    An existing folder at ``path`` stays complete until the new one is wholly on the disk. Two renames swap them; a
+    crash between the two leaves the old one as ``path`` + ``.tmp-old``, which :func:`recover_folder` puts back.
+    """
+    path = Path(path)
+    with _disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recover_folder(path)
+        tmp = Path(tempfile.mkdtemp(prefix=path.name + TMP_MARK, dir=path.parent))
+        os.chmod(tmp, 0o755)
+        try:
+            yield tmp
+            for root, _, names in os.walk(tmp):
+                for name in names:
+                    fsync_path(Path(root) / name)
+                fsync_path(Path(root))
+            old = _old(path)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(tmp, path)
+            fsync_path(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+
+
+def recover_folder(path: Path) -> None:
+    """Put back a folder whose replacement was cut off between the two renames of :func:`atomic_folder`."""
+    old = _old(path)
+    if old.is_dir() and not path.exists():
+        os.replace(old, path)
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(path.name + TMP_MARK + "old")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file atomically, as UTF-8."""
+    with atomic_file(path) as tmp:
+        tmp.write_text(text, encoding="utf-8")
