@@ -1,5 +1,55 @@
-"""samba-lm: train, evaluate and run Samba hybrid language models (arXiv 2406.07522)."""
+"""samba-lm: train, evaluate and run Samba hybrid language models (arXiv 2406.07522).
+
+The public names below are imported when first used, so that ``import samba_lm`` costs nothing.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from samba_lm.checkpoint import create, load, save
+    from samba_lm.config import ModelConfig
+    from samba_lm.errors import UserError
+    from samba_lm.generation.api import generate, stream
+    from samba_lm.mixers.registry import register_mixer
+    from samba_lm.model import SambaLM
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "ModelConfig",
+    "SambaLM",
+    "UserError",
+    "create",
+    "generate",
+    "load",
+    "register_mixer",
+    "save",
+    "stream",
+]
+
+_HOMES = {
+    "ModelConfig": "samba_lm.config",
+    "SambaLM": "samba_lm.model",
+    "UserError": "samba_lm.errors",
+    "create": "samba_lm.checkpoint",
+    "generate": "samba_lm.generation.api",
+    "load": "samba_lm.checkpoint",
+    "register_mixer": "samba_lm.mixers.registry",
+    "save": "samba_lm.checkpoint",
+    "stream": "samba_lm.generation.api",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value  # the next use is a plain look-up
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

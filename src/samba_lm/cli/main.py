@@ -1,0 +1,154 @@
+"""The ``samba-lm`` command: a static table of commands, and the one place where errors become messages.
+
+Only what stands here and in ``errors.py`` is imported for ``--help`` and ``--version``; a command's module, and with it
+torch, is imported when that command is run.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from samba_lm import __version__
+from samba_lm.errors import UserError, did_you_mean
+
+
+class Command(NamedTuple):
+    """A row of the table: the words typed, one line of help, and the module whose ``main(argv)`` runs it."""
+
+    name: str
+    help: str
+    module: str
+
+
+COMMANDS = (
+    Command("models", "list the architectures, or draw one: models NAME", "samba_lm.cli.models"),
+    Command("data prepare", "turn text files into token shards", "samba_lm.cli.data"),
+    Command("data show", "count the tokens of shards and decode an excerpt", "samba_lm.cli.data"),
+    Command("data verify", "check shards for damage", "samba_lm.cli.data"),
+    Command("train", "train a model from a recipe, or resume", "samba_lm.cli.train"),
+    Command("generate", "continue a prompt of any length", "samba_lm.cli.generate"),
+    Command("chat", "talk with a checkpoint, its state kept between turns", "samba_lm.cli.chat"),
+    Command("eval perplexity", "measure perplexity against context length", "samba_lm.cli.eval"),
+    Command("convert from-official", "read a checkpoint of the paper's reference code", "samba_lm.cli.convert"),
+    Command("convert from-transformers", "read a transformers Llama, Mistral or Mamba", "samba_lm.cli.convert"),
+    Command("convert to-transformers", "write a transformers Llama, Mistral or Mamba", "samba_lm.cli.convert"),
+    Command("demo", "train Samba and its twins on this machine and write a report", "samba_lm.cli.demo"),
+    Command("bench", "time the operations and whole models", "samba_lm.cli.bench"),
+)
+
+_ABOUT = "Train, evaluate and run Samba hybrid language models (arXiv 2406.07522)."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (by default this process's) and return its exit code.
+
+    0: done. 1: a defect of samba-lm (with a traceback). 2: something to correct, told in one line on stderr; with
+    ``SAMBA_LM_TRACEBACK=1`` the traceback comes before it. 130: interrupted. 141: the reader of our output went away.
+    """
+    try:
+        _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # a closed pipe must show here, not after the handlers are gone
+        return 0
+    except KeyboardInterrupt:
+        print("samba-lm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more on its way out; give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        message = _for_people(error)
+        if message is None:
+            raise
+        if os.environ.get("SAMBA_LM_TRACEBACK", "") not in ("", "0"):
+            import traceback
+
+            traceback.print_exc()
+        print(f"samba-lm: error: {_one_line(message)}", file=sys.stderr)
+        return 2
+
+
+def _dispatch(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_help(COMMANDS, "samba-lm COMMAND [OPTIONS]"))
+        return
+    if argv[0] in ("-V", "--version"):
+        print(f"samba-lm {__version__}")
+        return
+    word = argv[0]
+    rows = [row for row in COMMANDS if row.name.split()[0] == word]
+    if not rows:
+        known = {row.name.split()[0] for row in COMMANDS}
+        kind = "option" if word.startswith("-") else "command"
+        near = did_you_mean(word, known | {"--help", "--version"} if kind == "option" else known)
+        raise UserError(f"Unknown {kind} {word!r}.{near} See `samba-lm --help`.")
+    parts = [row.name.partition(" ")[2] for row in rows]
+    if parts != [""]:
+        if len(argv) == 1 or argv[1] in ("-h", "--help"):
+            print(_help(rows, f"samba-lm {word} COMMAND [OPTIONS]"))
+            return
+        if argv[1] not in parts:
+            near = did_you_mean(argv[1], parts)
+            raise UserError(f"Unknown command '{word} {argv[1]}'.{near} See `samba-lm {word} --help`.")
+    importlib.import_module(rows[0].module).main(argv[1:])
+
+
+def _help(rows: Sequence[Command], usage: str) -> str:
+    """The commands' table, folded to the terminal's width."""
+    width = max(30, shutil.get_terminal_size().columns)
+    indent = max(len(row.name) for row in rows) + 4
+    # On a narrow terminal the help stands under the name, not beside it.
+    beside = width >= indent + 30
+    lines = [f"usage: {usage}", "", *textwrap.wrap(_ABOUT, width), "", "commands:"]
+    for row in rows:
+        if beside:
+            filled = textwrap.fill(row.help, width, initial_indent=" " * indent, subsequent_indent=" " * indent)
+            lines.append(f"  {row.name}".ljust(indent) + filled[indent:])
+        else:
+            lines += [f"  {row.name}", *textwrap.wrap(row.help, width, initial_indent="    ", subsequent_indent="    ")]
+    closing = "`samba-lm COMMAND --help` explains a command's options; `samba-lm --version` prints the version."
+    return "\n".join([*lines, "", *textwrap.wrap(closing, width)])
+
+
+def _for_people(error: BaseException) -> str | None:
+    """Return the message for an error that the user can mend, or None for a defect of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if _out_of_memory(error):
+        return (
+            f"Out of memory ({_one_line(str(error))[:120] or 'no details'}). Lower the batch size, the sequence length "
+            "or the prefill chunk, or choose a smaller model."
+        )
+    if isinstance(error, OSError):
+        where = f" {error.filename}" if error.filename is not None else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"The disk is full: could not write{where}. Free some space and run the same command again."
+        if isinstance(error, FileNotFoundError) and where:
+            return f"No such file or folder:{where}. Check the path."
+        if isinstance(error, PermissionError) and where:
+            return f"No permission for{where}. Choose a path you may use, or change its permissions."
+        if isinstance(error, (IsADirectoryError, NotADirectoryError, FileExistsError)) and where:
+            return f"{error.strerror}:{where}. Give another path."
+    return None
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")  # not imported: then it was not torch that ran out
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    # torch has no class of its own for the CPU's allocator.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"\s*[\r\n]+\s*", " ", text.strip())

@@ -1,0 +1,70 @@
+"""The ``--json`` files: what a command measured, and everything needed to measure it again."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from samba_lm import __version__
+from samba_lm.files import write_text
+
+
+def write_json(path: str | os.PathLike[str], record: Mapping[str, object]) -> None:
+    """Write ``record`` atomically as JSON, preceded by :func:`provenance`; NaN and infinities become null.
+
+    A key of ``record`` replaces the same key of the provenance (a command that ran on a GPU gives its ``"device"``).
+    Values are numbers, strings, booleans, None, paths, and lists and dicts of these; anything else is a TypeError.
+    """
+    text = json.dumps(_plain({**provenance(), **record}), indent=2, allow_nan=False, ensure_ascii=False)
+    write_text(path, text + "\n")
+
+
+def provenance() -> dict[str, object]:
+    """Return the command, versions, machine, threads and time (UTC, ISO 8601) of this process."""
+    import torch
+
+    facts: dict[str, object] = {
+        "command": ["samba-lm", *sys.argv[1:]],
+        "samba_lm": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    commit = source_commit()
+    if commit is not None:
+        facts["commit"] = commit
+    return facts
+
+
+def source_commit() -> str | None:
+    """Return the git commit this package runs from (``-dirty`` when edited), or None when it was installed."""
+    source = Path(__file__).resolve().parents[2]
+    if source.name != "src" or not (source.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(source), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):  # no git, or a checkout that belongs to someone else
+        return None
+    return told.stdout.strip()
+
+
+def _plain(value: object) -> object:
+    """A copy that JSON can hold."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,166 @@
+"""Command-line parsing: a dataclass or pydantic model is the command line, and a mistake in it is one line.
+
+tyro builds the options (names, types, defaults, help from the docstrings under the fields). It tells mistakes in boxes
+of many lines; here they become one :class:`~samba_lm.errors.UserError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import tyro
+from pydantic import ValidationError
+
+from samba_lm.errors import UserError, did_you_mean
+from samba_lm.validation import explain
+
+T = TypeVar("T")
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_BOX = re.compile("[\u2500-\u257f]")  # Unicode's block of box-drawing characters
+_OPTIONS_ROW = re.compile(r"│ (?:-\w, )?(--[\w.-]+(?:, --[\w.-]+)*)")  # as a frame's side shows it in --help
+
+# What tyro and Python's converters say, and how we say it.
+_WORDS = (
+    (r"^Missing value for argument '(.+?)'\. Expected 1 values\.", r"\1 needs a value."),
+    (r"^Missing value for argument '(.+?)'\. Expected (\d+) values\.", r"\1 needs \2 values."),
+    (r"^Error parsing (.+?): invalid literal for int\(\) with base 10: (.+)$", r"\1 = \2: expected a whole number."),
+    (r"^Error parsing (.+?): could not convert string to float: (.+)$", r"\1 = \2: expected a number."),
+    (
+        r"^Error parsing (.+?): no type matching (.+) could be instantiated from \[(.+?)\]\..*$",
+        r"\1 = \3: expected \2.",
+    ),
+    (r"^Error parsing (.+?): Could not find valid parse for arguments: \[(.+)\]$", r"\1 = \2: wrong type or number."),
+    (r"^Error parsing (.+?): (.+)$", r"\1: \2"),
+)
+
+
+def parse(
+    cls: type[T], argv: Sequence[str], *, prog: str, description: str | None = None, default: T | None = None
+) -> T:
+    """Parse ``argv`` into an instance of ``cls``, a dataclass or pydantic model.
+
+    Args:
+        cls: its fields are the options; the docstring under each is the help text.
+        argv: the words after the command's name.
+        prog: the command's full name, such as ``"samba-lm data show"``.
+        description: the first lines of ``--help``; by default the docstring of ``cls``.
+        default: an instance whose values stand where ``argv`` says nothing, such as a recipe read from a file.
+
+    Raises:
+        UserError: any bad input, in one line that ends with where to read more.
+        SystemExit: with code 0, after ``--help`` was printed.
+    """
+    fallback = tyro.MISSING_NONPROP if default is None else default
+    wants_help = "-h" in argv or "--help" in argv
+    stderr = io.StringIO()
+    try:
+        # Boxes as wide as they need be: at the terminal's width tyro cuts long values in two.
+        with contextlib.redirect_stderr(stderr), contextlib.nullcontext() if wants_help else _wide_terminal():
+            return tyro.cli(cls, args=argv, prog=prog, description=description, default=fallback)
+    except SystemExit as stop:
+        if stop.code != 2:
+            raise
+        message = _from_exception(stop, stderr.getvalue()) or _from_box(stderr.getvalue(), argv, cls, prog)
+        raise _mistake(message, prog) from stop
+    except ValidationError as error:
+        raise _mistake(explain(error), prog) from error
+    except UserError as error:
+        raise _mistake(str(error), prog) from error
+
+
+def _mistake(message: str, prog: str) -> UserError:
+    message = _one_line(message)
+    return UserError(f"{message}{'' if message.endswith(('.', '?', '!')) else '.'} See `{prog} --help`.")
+
+
+def _from_exception(stop: SystemExit, box: str) -> str | None:
+    """What our own validators said, if it was one of them that made tyro stop."""
+    error = stop.__context__
+    while error is not None:
+        if isinstance(error, ValidationError):
+            # tyro names the section being built, or the whole class, which is no part of a path.
+            named = re.search(r"Error parsing -*([^:\s]+):", _plain(box))
+            return explain(error, prefix=named.group(1) if named and named.group(1) != error.title else "")
+        if isinstance(error, UserError):
+            return str(error)
+        error = error.__context__
+    return None
+
+
+def _from_box(box: str, argv: Sequence[str], cls: type[T], prog: str) -> str:
+    """Say in one line what a tyro error box says."""
+    rows = [_BOX.sub("", line).rstrip() for line in _plain(box).splitlines()[1:]]
+    body = list(_until_blank(rows))
+    text = _one_line(" ".join(body))
+    if text.startswith("Could not create CLI parser"):
+        raise TypeError(f"{cls.__name__} cannot be a command line: {_one_line(' '.join(rows))}")
+    if text.startswith("Missing from "):
+        # Options stand indented by four under the heading (one more for the frame), their help by eight.
+        missing = [row.strip() for row in body[1:] if len(row) - len(row.lstrip()) <= 5]
+        return f"Missing {', '.join(missing)}."
+    if text.startswith("Unrecognized options: "):
+        return _unrecognized(text.removeprefix("Unrecognized options: "), argv, cls, prog)
+    choice = re.match(r"invalid choice (.+) for argument '(.+?)'\. Expected one of \((.+?),?\)\.$", text)
+    if choice:
+        value, option, expected = choice.groups()
+        near = did_you_mean(value.strip("'"), re.findall(r"'(.*?)'", expected))
+        return f"{option} = {value}: expected one of {expected}." + (near if "mean" in near else "")
+    text = text.removeprefix(f"Error parsing {cls.__name__}: ")
+    for pattern, words in _WORDS:
+        text, hits = re.subn(pattern, words, text)
+        if hits:
+            break
+    return text
+
+
+def _unrecognized(said: str, argv: Sequence[str], cls: type[T], prog: str) -> str:
+    # tyro joins the words it did not understand with commas, and writes hyphens for underscores.
+    given = [word for word in argv if said.startswith((word, word.replace("_", "-"), word.partition("=")[0]))]
+    word = max(given, key=len, default=said)
+    if not word.startswith("-"):
+        return f"Unexpected argument {word!r}."
+    option = word.partition("=")[0]
+    return f"Unknown option {option!r}.{did_you_mean(option, _options(cls, prog))}"
+
+
+def _options(cls: type[T], prog: str) -> list[str]:
+    """Every option name, read off the help text: the one place where tyro tells them publicly."""
+    stdout = io.StringIO()
+    with contextlib.redirect_stdout(stdout), _wide_terminal(), contextlib.suppress(SystemExit):
+        tyro.cli(cls, args=["--help"], prog=prog)
+    return [name for names in _OPTIONS_ROW.findall(_plain(stdout.getvalue())) for name in names.split(", ")]
+
+
+def _until_blank(rows: Sequence[str]) -> Iterator[str]:
+    """The box's first section: it ends at a rule, which is an empty row once the frame is gone."""
+    for row in rows:
+        if not row.strip():
+            return
+        yield row
+
+
+def _plain(text: str) -> str:
+    return _ANSI.sub("", text)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+@contextlib.contextmanager
+def _wide_terminal() -> Iterator[None]:
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
