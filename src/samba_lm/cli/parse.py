@@ -1,6 +1,6 @@
 """Command-line parsing: a dataclass or pydantic model is the command line, and a mistake in it is one line.
 
-tyro builds the options (names, types, defaults, help from the docstrings under the fields). It tells mistakes in boxes
+tyro builds the options (names, types, defaults, help from the docstrings under the fields). It tells mistakes in panels
 of many lines; here they become one :class:`~samba_lm.errors.UserError`.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -21,9 +22,8 @@ from samba_lm.validation import explain
 
 T = TypeVar("T")
 
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_BOX = re.compile("[\u2500-\u257f]")  # Unicode's block of box-drawing characters
-_OPTIONS_ROW = re.compile(r"│ (?:-\w, )?(--[\w.-]+(?:, --[\w.-]+)*)")  # as a frame's side shows it in --help
+# A row of captured --help: two spaces, a short name perhaps, and the long names.
+_OPTIONS_ROW = re.compile(r"(?:^| ) (?:-\w, )?(--[a-zA-Z][\w.-]*(?:, --[a-zA-Z][\w.-]*)*)", re.MULTILINE)
 
 # What tyro and Python's converters say, and how we say it.
 _WORDS = (
@@ -35,7 +35,10 @@ _WORDS = (
         r"^Error parsing (.+?): no type matching (.+) could be instantiated from \[(.+?)\]\..*$",
         r"\1 = \3: expected \2.",
     ),
-    (r"^Error parsing (.+?): Could not find valid parse for arguments: \[(.+)\]$", r"\1 = \2: wrong type or number."),
+    (
+        r"^Error parsing (.+?): Could not find valid parse for arguments: \[(.+)\]$",
+        r"\1 = \2: not the right kind or number of values.",
+    ),
     (r"^Error parsing (.+?): (.+)$", r"\1: \2"),
 )
 
@@ -56,18 +59,19 @@ def parse(
         UserError: any bad input, in one line that ends with where to read more.
         SystemExit: with code 0, after ``--help`` was printed.
     """
-    fallback = tyro.MISSING_NONPROP if default is None else default
-    wants_help = "-h" in argv or "--help" in argv
-    stderr = io.StringIO()
+
+    def run() -> T:
+        fallback = tyro.MISSING_NONPROP if default is None else default
+        return tyro.cli(cls, args=argv, prog=prog, description=description, default=fallback)
+
     try:
-        # Boxes as wide as they need be: at the terminal's width tyro cuts long values in two.
-        with contextlib.redirect_stderr(stderr), contextlib.nullcontext() if wants_help else _wide_terminal():
-            return tyro.cli(cls, args=argv, prog=prog, description=description, default=fallback)
+        with _captured() as panel:
+            return run()
     except SystemExit as stop:
         if stop.code != 2:
+            run()  # --help: once more, for this terminal's width and colours
             raise
-        message = _from_exception(stop, stderr.getvalue()) or _from_box(stderr.getvalue(), argv, cls, prog)
-        raise _mistake(message, prog) from stop
+        raise _mistake(_from_exception(stop, panel) or _from_panel(panel, argv, cls, prog), prog) from stop
     except ValidationError as error:
         raise _mistake(explain(error), prog) from error
     except UserError as error:
@@ -79,13 +83,13 @@ def _mistake(message: str, prog: str) -> UserError:
     return UserError(f"{message}{'' if message.endswith(('.', '?', '!')) else '.'} See `{prog} --help`.")
 
 
-def _from_exception(stop: SystemExit, box: str) -> str | None:
+def _from_exception(stop: SystemExit, panel: io.StringIO) -> str | None:
     """What our own validators said, if it was one of them that made tyro stop."""
     error = stop.__context__
     while error is not None:
         if isinstance(error, ValidationError):
             # tyro names the section being built, or the whole class, which is no part of a path.
-            named = re.search(r"Error parsing -*([^:\s]+):", _plain(box))
+            named = re.search(r"Error parsing -*([^:\s]+):", panel.getvalue())
             return explain(error, prefix=named.group(1) if named and named.group(1) != error.title else "")
         if isinstance(error, UserError):
             return str(error)
@@ -93,16 +97,16 @@ def _from_exception(stop: SystemExit, box: str) -> str | None:
     return None
 
 
-def _from_box(box: str, argv: Sequence[str], cls: type[T], prog: str) -> str:
-    """Say in one line what a tyro error box says."""
-    rows = [_BOX.sub("", line).rstrip() for line in _plain(box).splitlines()[1:]]
-    body = list(_until_blank(rows))
+def _from_panel(panel: io.StringIO, argv: Sequence[str], cls: type[T], prog: str) -> str:
+    """Say in one line what a tyro error panel says: a title, a rule, the message, a rule, advice."""
+    rows = [row.removeprefix("  ").rstrip() for row in panel.getvalue().splitlines()[2:]]
+    body = list(itertools.takewhile(lambda row: row.strip("-"), rows))
     text = _one_line(" ".join(body))
     if text.startswith("Could not create CLI parser"):
-        raise TypeError(f"{cls.__name__} cannot be a command line: {_one_line(' '.join(rows))}")
+        raise TypeError(f"{cls.__name__} cannot be a command line: {' '.join(map(str.strip, rows))}")
     if text.startswith("Missing from "):
-        # Options stand indented by four under the heading (one more for the frame), their help by eight.
-        missing = [row.strip() for row in body[1:] if len(row) - len(row.lstrip()) <= 5]
+        # Options stand indented by four under the heading, their help by eight.
+        missing = [row.strip() for row in body[1:] if not row.startswith(" " * 8)]
         return f"Missing {', '.join(missing)}."
     if text.startswith("Unrecognized options: "):
         return _unrecognized(text.removeprefix("Unrecognized options: "), argv, cls, prog)
@@ -131,22 +135,9 @@ def _unrecognized(said: str, argv: Sequence[str], cls: type[T], prog: str) -> st
 
 def _options(cls: type[T], prog: str) -> list[str]:
     """Every option name, read off the help text: the one place where tyro tells them publicly."""
-    stdout = io.StringIO()
-    with contextlib.redirect_stdout(stdout), _wide_terminal(), contextlib.suppress(SystemExit):
+    with _captured() as text, contextlib.suppress(SystemExit):
         tyro.cli(cls, args=["--help"], prog=prog)
-    return [name for names in _OPTIONS_ROW.findall(_plain(stdout.getvalue())) for name in names.split(", ")]
-
-
-def _until_blank(rows: Sequence[str]) -> Iterator[str]:
-    """The box's first section: it ends at a rule, which is an empty row once the frame is gone."""
-    for row in rows:
-        if not row.strip():
-            return
-        yield row
-
-
-def _plain(text: str) -> str:
-    return _ANSI.sub("", text)
+    return [name for names in _OPTIONS_ROW.findall(text.getvalue()) for name in names.split(", ")]
 
 
 def _one_line(text: str) -> str:
@@ -154,13 +145,19 @@ def _one_line(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _wide_terminal() -> Iterator[None]:
-    before = os.environ.get("COLUMNS")
+def _captured() -> Iterator[io.StringIO]:
+    """Catch what tyro prints, in its plain form: without colours, frames or line breaks inside long values.
+
+    tyro chooses that form by the encoding of stdout, and the width by COLUMNS.
+    """
+    columns = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "10000"
+    text = io.StringIO()
     try:
-        yield
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+            yield text
     finally:
-        if before is None:
+        if columns is None:
             del os.environ["COLUMNS"]
         else:
-            os.environ["COLUMNS"] = before
+            os.environ["COLUMNS"] = columns

@@ -1,0 +1,78 @@
+# Every target makes its own .venv from nothing but Python 3.11 or newer, git and make; a second run installs nothing.
+#
+#   make demo         the main job: train Samba and its twins on this machine, report in samba-demo/
+#   make test         the tests; ARGS="-k scan" chooses among them
+#   make test-all     the tests and the long ones (soaks, repeated kills)
+#   make lint types   style and types
+#   make clean        remove .venv and every cache
+#
+# The build of torch is yours to choose, for example the CPU's alone (a far smaller download on Linux):
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+
+TORCH ?= torch==2.13.0
+PYTHON ?=
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install
+# Two test processes of one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: help demo test test-all lint types clean
+
+help:
+	@grep '^#   make' Makefile | cut -c 5-
+
+demo: $(VENV)/.base
+	$(BIN)/samba-lm demo $(ARGS)
+
+test: $(VENV)/.test
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.test
+	$(PYTEST) $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp stands for a finished step and is written last: an interrupted installation is taken up again.
+
+# A Python is tried by running it: some launchers exist for versions that do not.
+$(VENV)/.python:
+	@for python in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11); do \
+	  $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	  $$python -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "make: $$python has no venv module: install it (Debian and Ubuntu: python3-venv)" >&2; exit 2; }; \
+	  echo "Making $(VENV) with $$($$python --version)"; \
+	  $$python -m venv $(VENV) && touch $@; exit; \
+	done; \
+	echo "make: no Python 3.11 or newer: install one, or name one: make ... PYTHON=/path/to/python3" >&2; exit 2
+
+# First and alone, so that nothing else decides which build of torch comes; what it needs comes with the next step.
+$(VENV)/.torch: $(VENV)/.python
+	@echo "Installing $(TORCH)"
+	@$(PIP_INSTALL) --no-deps $(TORCH)
+	@touch $@
+
+$(VENV)/.base: $(VENV)/.torch pyproject.toml constraints.txt
+	@echo "Installing samba-lm"
+	@$(PIP_INSTALL) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	@echo "Installing what the tests need"
+	@$(PIP_INSTALL) -c constraints.txt -e ".[test]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	@echo "Installing the linter and the type checker"
+	@$(PIP_INSTALL) -c constraints.txt -e ".[dev]"
+	@touch $@

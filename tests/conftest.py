@@ -1,0 +1,27 @@
+"""What every test starts from: one thread, known seeds, and GPU tests only where there is a GPU."""
+
+from __future__ import annotations
+
+import random
+
+import numpy
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Seed every generator, so that a test's numbers depend neither on its neighbours nor on the order."""
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none here"))
