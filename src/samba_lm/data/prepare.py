@@ -1,0 +1,331 @@
+"""Text files to a data set: read, encode in several processes, write token shards; all or nothing.
+
+The same input gives the same bytes, whatever the number of processes: pieces of text are cut by their content, encoded
+anywhere, and written in the order of the input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import shutil
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from samba_lm.data.shards import DEFAULT_SHARD_TOKENS, Meta, ShardWriter, TokenDataset, is_dataset, token_dtype
+from samba_lm.data.sources import OnError, Piece, ReadOptions, SourceFile, find_files, read_file
+from samba_lm.errors import UserError
+from samba_lm.files import atomic_folder
+from samba_lm.tokenizer import BpeSpec, ByteTokenizer, Tokenizer, tokenizer_from_json, train_bpe
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, and the bytes of the input files done and in all."""
+
+BPE_SAMPLE_BYTES = 2**26
+_BATCH_CHARS = 2**20
+_COPY_TOKENS = 2**20
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What :func:`prepare` made.
+
+    Attributes:
+        folder: the output.
+        splits: the data sets in it: ``{"": ...}`` for the folder itself, or ``"train"`` and ``"val"``.
+        tokenizer: the one used.
+        files: how many files were read.
+        empty_documents: how many documents had only white space and were skipped.
+        notes: sentences on what was not done to the letter, for people.
+    """
+
+    folder: Path
+    splits: dict[str, Meta]
+    tokenizer: Tokenizer
+    files: int
+    empty_documents: int
+    notes: tuple[str, ...]
+
+
+def prepare(
+    inputs: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    tokenizer: Tokenizer | BpeSpec,
+    *,
+    processes: int = 1,
+    errors: OnError = "strict",
+    field: str = "text",
+    suffixes: Sequence[str] = (),
+    val_fraction: float = 0.0,
+    shard_tokens: int = DEFAULT_SHARD_TOKENS,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Turn text files into a data set at ``out``, or nothing on any error or interrupt.
+
+    Args:
+        inputs: files and folders; see :func:`samba_lm.data.sources.find_files`.
+        out: the folder to make.
+        tokenizer: the one to use, or a BPE to train on a sample of the inputs (at most about 64 MiB of them).
+        processes: how many encode at once. They are spawned, so a script that asks for more than one must guard its
+            top level by ``if __name__ == "__main__"``. Bytes need no encoding: one process does it.
+        errors: on bytes that are not UTF-8: "strict" stops, "replace" puts U+FFFD there.
+        field: the text's key in JSON lines, or its column in Parquet.
+        suffixes: of more files to take from folders, as plain text (".py").
+        val_fraction: of the documents, chosen by a hash of their text, go to ``out/val`` and the others to
+            ``out/train``. Where that leaves one empty, the end of the data is taken instead, and a note says so.
+        shard_tokens: a shard ends with the document that reaches this many tokens.
+        overwrite: replace a data set that is already there.
+        progress: told the bytes done.
+
+    Raises:
+        UserError: bad input (see :mod:`samba_lm.data.sources`), no text, or ``out`` may not be written.
+    """
+    out = Path(out)
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"val_fraction is {val_fraction}: it must be at least 0 and less than 1.")
+    if processes < 1:
+        raise UserError(f"processes is {processes}: it must be at least 1.")
+    files = find_files(inputs, suffixes)
+    _check_out(out, files, overwrite)
+    options = ReadOptions(field=field, errors=errors)
+    notes: list[str] = []
+    if isinstance(tokenizer, BpeSpec):
+        tokenizer, notes = _train(tokenizer, files, options, progress)
+    with atomic_folder(out) as folder:
+        empty, splits = _write(files, options, folder, tokenizer, processes, val_fraction, shard_tokens, progress)
+        if any(meta is None for meta in splits.values()):
+            note, splits = _split_end(folder, splits, val_fraction, shard_tokens)
+            notes.append(note)
+    return Prepared(out, {k: meta for k, meta in splits.items() if meta}, tokenizer, len(files), empty, tuple(notes))
+
+
+def _check_out(out: Path, files: Iterable[SourceFile], overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out} is a file: name a folder to make.")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"{out} already exists: choose another folder, or add --overwrite to replace it.")
+    if not is_dataset(out):
+        raise UserError(f"{out} is not prepared data, so --overwrite will not remove it: choose another folder.")
+    for file in files:
+        if file.path.resolve().is_relative_to(out.resolve()):
+            raise UserError(
+                f"{out} holds the input {file.path}, which --overwrite would remove: choose another folder."
+            )
+
+
+def _train(
+    spec: BpeSpec, files: Sequence[SourceFile], options: ReadOptions, progress: Progress | None
+) -> tuple[Tokenizer, list[str]]:
+    total = sum(file.size for file in files)
+    fraction = min(1.0, BPE_SAMPLE_BYTES / max(total, 1))
+    tokenizer = train_bpe(_sample(files, options, fraction, progress), spec.vocab_size)
+    notes = []
+    if fraction < 1:
+        notes.append(f"The BPE was trained on the first {fraction:.1%} of the input's bytes, taken file by file.")
+    if tokenizer.vocab_size < spec.vocab_size:
+        notes.append(
+            f"The text has too few repeated pairs for {spec.vocab_size} entries: the BPE has {tokenizer.vocab_size}."
+        )
+    return tokenizer, notes
+
+
+def _sample(
+    files: Sequence[SourceFile], options: ReadOptions, fraction: float, progress: Progress | None
+) -> Iterator[str]:
+    """Yield the beginnings of files, spread evenly, until they make up ``fraction`` of all bytes."""
+    total = sum(file.size for file in files)
+    seen = taken = 0
+    for file in files:
+        seen += file.size
+        base = taken
+        # Many small files: some are passed over whole, so that the sample stays within its share.
+        if taken >= fraction * seen:
+            continue
+        for piece in read_file(file, options):
+            yield piece.text
+            taken = base + piece.position
+            if taken >= fraction * seen:
+                break
+        if progress:
+            progress("training the BPE", seen, total)
+
+
+def _write(
+    files: Sequence[SourceFile],
+    options: ReadOptions,
+    folder: Path,
+    tokenizer: Tokenizer,
+    processes: int,
+    val_fraction: float,
+    shard_tokens: int,
+    progress: Progress | None,
+) -> tuple[int, dict[str, Meta | None]]:
+    """Write every document to its split; return the number of empty ones, and each split (None: got no document)."""
+    total = sum(file.size for file in files)
+    empty = 0
+    with ExitStack() as stack:
+        writers = {}
+        for name in ("train", "val") if val_fraction else ("",):
+            (folder / name).mkdir(exist_ok=True)
+            writers[name] = stack.enter_context(ShardWriter(folder / name, tokenizer, shard_tokens))
+        writer = None  # of the current document
+        for piece, done, ids in _encode(_read(files, options), tokenizer, processes):
+            if writer is None and piece.end and not piece.text.strip():
+                empty += 1
+                continue
+            if writer is None:
+                writer = writers[_split(piece.text, val_fraction) if val_fraction else ""]
+            writer.append(ids, end=piece.end, text_bytes=len(piece.text.encode()))
+            if piece.end:
+                writer = None
+            if progress:
+                progress("encoding", done, total)
+        if not any(writer.documents for writer in writers.values()):
+            raise UserError(f"No text in the input: {files[0].path} and the others hold only white space.")
+        return empty, {name: writer.close() if writer.documents else None for name, writer in writers.items()}
+
+
+def _split(text: str, val_fraction: float) -> str:
+    """The split of a document, by the hash of its first piece: equal documents stay together wherever they stand."""
+    value = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    return "val" if value < val_fraction * 2**64 else "train"
+
+
+def _read(files: Sequence[SourceFile], options: ReadOptions) -> Iterator[tuple[Piece, int]]:
+    """Yield each piece and how many bytes of all files have been read by then."""
+    base = 0
+    for file in files:
+        for piece in read_file(file, options):
+            yield piece, base + piece.position
+        base += file.size
+
+
+def _encode(
+    pieces: Iterable[tuple[Piece, int]], tokenizer: Tokenizer, processes: int
+) -> Iterator[tuple[Piece, int, NDArray]]:
+    """Add the ids to each piece, in order."""
+    batches = _batches(pieces)
+    if processes == 1 or isinstance(tokenizer, ByteTokenizer):
+        for batch in batches:
+            texts = [piece.text for piece, _ in batch]
+            yield from _joined(batch, tokenizer.encode_batch(texts))
+        return
+    pool = ProcessPoolExecutor(
+        processes,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(tokenizer.to_json(), tokenizer.eos_token),
+    )
+    try:
+        waiting: deque[tuple[list[tuple[Piece, int]], Future[list[NDArray]]]] = deque()
+        for batch in batches:
+            waiting.append((batch, pool.submit(_encode_in_worker, [piece.text for piece, _ in batch])))
+            # Enough for every worker to have its next batch at hand, and no more: memory stays bounded.
+            if len(waiting) > 2 * processes:
+                first, future = waiting.popleft()
+                yield from _joined(first, future.result())
+        for batch, future in waiting:
+            yield from _joined(batch, future.result())
+    except BrokenProcessPool as error:
+        raise UserError("An encoding process was killed (out of memory?): run again with fewer --processes.") from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _joined(batch: list[tuple[Piece, int]], ids: Sequence[NDArray]) -> Iterator[tuple[Piece, int, NDArray]]:
+    for (piece, done), piece_ids in zip(batch, ids, strict=True):
+        yield piece, done, piece_ids
+
+
+def _batches(pieces: Iterable[tuple[Piece, int]]) -> Iterator[list[tuple[Piece, int]]]:
+    """Group pieces until they hold about a megabyte of text: one errand of a worker."""
+    batch: list[tuple[Piece, int]] = []
+    size = 0
+    for item in pieces:
+        batch.append(item)
+        size += len(item[0].text)
+        if size >= _BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+_worker_tokenizer: Tokenizer
+
+
+def _start_worker(content: str, eos: str) -> None:
+    global _worker_tokenizer
+    # Ctrl-C reaches the whole process group; the parent alone decides and ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _worker_tokenizer = tokenizer_from_json(content, eos=eos)
+
+
+def _encode_in_worker(texts: list[str]) -> list[NDArray]:
+    dtype = token_dtype(_worker_tokenizer.vocab_size)  # a quarter of the bytes to send back
+    return [ids.astype(dtype) for ids in _worker_tokenizer.encode_batch(texts)]
+
+
+def _split_end(
+    folder: Path, splits: dict[str, Meta | None], val_fraction: float, shard_tokens: int
+) -> tuple[str, dict[str, Meta | None]]:
+    """Split anew where hashing left one side empty: the last ``val_fraction`` of the tokens become the validation set.
+
+    One document is cut inside; of several, the documents that end the data are taken whole.
+    """
+    filled = next(name for name, meta in splits.items() if meta)
+    whole = folder / "whole"
+    os.replace(folder / filled, whole)
+    dataset = TokenDataset.open(whole)
+    metas: dict[str, Meta | None] = {}
+    bounds = [dataset.document_bounds(i) for i in range(dataset.num_documents)]
+    if len(bounds) == 1:
+        # Parts of the document without its separator, which the writer puts at each part's end.
+        length = dataset.num_tokens - 1
+        if length < 2:
+            raise UserError(f"The text has {length} token: too little to set val_fraction {val_fraction} of it aside.")
+        at = min(max(round(length * (1 - val_fraction)), 1), length - 1)
+        parts = {"train": [(0, at)], "val": [(at, length)]}
+        note = f"There is only one document: its last {length - at} of {length} tokens are the validation set."
+    else:
+        target = dataset.num_tokens * (1 - val_fraction)
+        first = min(range(1, len(bounds)), key=lambda i: abs(bounds[i][0] - target))
+        spans = [(start, stop - 1) for start, stop in bounds]
+        parts = {"train": spans[:first], "val": spans[first:]}
+        note = (
+            f"Among {len(bounds)} documents the hash chose none or all for a validation fraction of {val_fraction}: "
+            f"the last {len(bounds) - first} are the validation set."
+        )
+    for name, documents in parts.items():
+        (folder / name).mkdir(exist_ok=True)
+        with ShardWriter(folder / name, dataset.tokenizer, shard_tokens) as writer:
+            for start, stop in documents:
+                _copy_document(dataset, start, stop, writer)
+            metas[name] = writer.close()
+    shutil.rmtree(whole)
+    return note, metas
+
+
+def _copy_document(dataset: TokenDataset, start: int, stop: int, writer: ShardWriter) -> None:
+    for low in range(start, stop, _COPY_TOKENS):
+        high = min(low + _COPY_TOKENS, stop)
+        ids = dataset.tokens(low, high)
+        # Read off the tokens: exact but for a character that a block's end cuts.
+        writer.append(ids, end=high == stop, text_bytes=len(dataset.tokenizer.decode(ids).encode()))
