@@ -1,0 +1,190 @@
+"""Models on disk: a folder of config.json, model.safetensors and tokenizer.json. Never pickle, never half a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from samba_lm import zoo
+from samba_lm.config import ModelConfig
+from samba_lm.errors import UserError
+from samba_lm.files import TMP_MARK, atomic_folder, recover_folder
+from samba_lm.model import SambaLM
+from samba_lm.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+FORMAT = "samba-lm"
+VERSION = 1
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+
+
+def create(
+    model: str | ModelConfig, *, seed: int = 0, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> SambaLM:
+    """A new model with initialised weights. ``model``: a name of the zoo or a ModelConfig; ``dtype``: None is fp32.
+
+    Weights are drawn on the CPU, so the same seed gives the same model on every device.
+    """
+    config = zoo.get(model) if isinstance(model, str) else model
+    built = build(config)
+    built.reset_parameters(seed)
+    return built.to(device=device, dtype=dtype)
+
+
+def save(model: SambaLM, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
+    """Write the model (and its tokenizer) as a checkpoint folder, replacing one that is there only when complete.
+
+    Raises UserError when the disk is full, the folder holds something else, or the tokenizer is larger than the
+    model's vocabulary.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not a checkpoint: choose another folder.")
+    with atomic_folder(folder) as tmp:
+        write(model, tmp, tokenizer)
+
+
+def write(model: SambaLM, folder: Path, tokenizer: Tokenizer | None = None) -> None:
+    """Write a checkpoint's files into an existing folder (for callers that make the folder atomic themselves)."""
+    if tokenizer is not None:
+        check_tokenizer(model.config, tokenizer)
+        tokenizer.save(folder)
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "tokenizer": None if tokenizer is None else tokenizer.fingerprint(),
+        "model": model.config.to_dict(),
+    }
+    (folder / CONFIG).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+    tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": FORMAT, "config": model.config.fingerprint()})
+
+
+def load(
+    folder_or_name: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    max_context: int | None = None,
+) -> tuple[SambaLM, Tokenizer | None]:
+    """Read a checkpoint folder, or the newest step of a training run's folder: (model, tokenizer or None).
+
+    The name of a zoo model gives that model with fresh random weights (and a byte tokenizer where it fits).
+    ``dtype``: of the parameters; None keeps the file's. ``max_context``: replaces the config's, for full attention.
+    Raises UserError for a missing, truncated, foreign or mismatched checkpoint.
+    """
+    folder = Path(folder_or_name)
+    recover_folder(folder)
+    if not folder.exists():
+        return _from_name(str(folder_or_name), device, dtype)
+    folder = latest_step(folder) or folder
+    config, tokenizer_hash = read_config(folder)
+    if max_context is not None:
+        config = config.with_overrides(max_context=max_context)
+    model = build(config, read_weights(folder, config))
+    tokenizer = _read_tokenizer(folder, config, tokenizer_hash)
+    return model.to(device=device, dtype=dtype), tokenizer
+
+
+def latest_step(run: Path) -> Path | None:
+    """The newest complete ``step-N`` folder of a training run, or None."""
+    steps = [p for p in run.glob("step-*") if p.is_dir() and TMP_MARK not in p.name and re.fullmatch(r"step-\d+", p.name)]
+    return max(steps, key=lambda p: int(p.name.removeprefix("step-")), default=None)
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, str | None]:
+    """The config of a checkpoint folder and the fingerprint of its tokenizer."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder} is not a checkpoint: it has no {CONFIG}.")
+    try:
+        header: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}): the checkpoint is damaged, use another one.") from None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise UserError(
+            f"{path} was not written by samba-lm. Convert it first: `samba-lm convert --help` shows from what."
+        )
+    if header.get("version") != VERSION:
+        raise UserError(
+            f"{path} has format version {header.get('version')!r}, this samba-lm reads {VERSION}: upgrade samba-lm."
+        )
+    return ModelConfig.from_dict(header.get("model", {})), header.get("tokenizer")
+
+
+def read_weights(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint folder, checked to be whole and to belong to ``config``."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{folder} has no {WEIGHTS}: the checkpoint is incomplete, use another one.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            written = (file.metadata() or {}).get("config")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or damaged ({error}): use another checkpoint.") from None
+    if written is not None and written != config.fingerprint():
+        raise UserError(f"{path} belongs to another model than {folder / CONFIG}: restore the pair that was saved together.")
+    return tensors
+
+
+def check_tokenizer(config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Raise UserError if the tokenizer makes ids that the model has no embedding for."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids but model {config.name!r} has a vocabulary of "
+            f"{config.vocab_size}: use the tokenizer it was trained with, or set vocab_size"
+        )
+
+
+def build(config: ModelConfig, tensors: dict[str, torch.Tensor] | None = None) -> SambaLM:
+    """A model with the given weights (checked by name and shape, UserError otherwise), or with uninitialised ones."""
+    with torch.device("meta"):
+        model = SambaLM(config)
+    if tensors is None:
+        return model.to_empty(device="cpu")
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise UserError(f"the weights have no tensor {name!r}: they belong to another model than {config.name!r}")
+        if tuple(tensors[name].shape) != shape:
+            found = list(tensors[name].shape)
+            raise UserError(f"tensor {name!r} has shape {found}, but model {config.name!r} needs {list(shape)}")
+    extra = sorted(tensors.keys() - expected.keys())
+    if extra:
+        raise UserError(f"the weights hold {extra[0]!r}, which model {config.name!r} does not have")
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def _read_tokenizer(folder: Path, config: ModelConfig, expected: str | None) -> Tokenizer | None:
+    if not (folder / TOKENIZER).is_file():
+        if expected is not None:
+            raise UserError(f"{folder} has lost its {TOKENIZER}: copy it back from where the model was trained.")
+        return None
+    tokenizer = load_tokenizer(folder)
+    if expected is not None and tokenizer.fingerprint() != expected:
+        raise UserError(
+            f"{folder / TOKENIZER} is not the tokenizer this model was saved with "
+            f"(fingerprint {tokenizer.fingerprint()[:12]}, expected {expected[:12]}): put the right one back."
+        )
+    check_tokenizer(config, tokenizer)
+    return tokenizer
+
+
+def _from_name(
+    name: str, device: str | torch.device, dtype: torch.dtype | None
+) -> tuple[SambaLM, Tokenizer | None]:
+    if name not in zoo.ZOO:
+        if "/" in name or "." in name:
+            raise UserError(f"There is no checkpoint at {name!r}, and no model of that name in the zoo.")
+        zoo.get(name)  # raises, naming the nearest
+    model = create(name, device=device, dtype=dtype)
+    byte = ByteTokenizer()
+    return model, byte if byte.vocab_size <= model.config.vocab_size <= 2 * byte.vocab_size else None

@@ -1,0 +1,92 @@
+"""The keys and values of the last C positions of each sequence's document: a ring, slot = position modulo C.
+
+A window needs C = w. Full attention lets C grow (by doubling) so that no position is ever overwritten.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from samba_lm.errors import UserError
+from samba_lm.mixers.base import Tensors
+from samba_lm.span import Span
+
+
+def empty_cache(
+    batch: int, slots: int, heads: int, key_dim: int, value_dim: int, device: torch.device, dtype: torch.dtype
+) -> Tensors:
+    """Zeros: k [B, C, G, K], v [B, C, G, Kv]."""
+    shape = (batch, slots, heads)
+    return {
+        "k": torch.zeros(*shape, key_dim, device=device, dtype=dtype),
+        "v": torch.zeros(*shape, value_dim, device=device, dtype=dtype),
+    }
+
+
+def grow(cache: Tensors, span: Span, max_context: int) -> Tensors:
+    """Make room for all positions up to the span's end (full attention). Raises UserError beyond ``max_context``."""
+    slots = cache["k"].shape[1]
+    needed = int(torch.maximum(span.end.position, span.positions.amax() + 1).max())
+    if needed <= slots:
+        return cache
+    if needed > max_context:
+        raise UserError(
+            f"full attention would have to hold {needed} positions, but max_context is {max_context}: read a shorter "
+            "text, raise max_context in the model's config.json, or use a model with a window (`samba-lm models`)"
+        )
+    # Doubling only when going on from something: a prompt read at once gets exactly its length.
+    target = needed if slots == 0 else min(max(needed, 2 * slots), max_context)
+    return {name: F.pad(cache[name], (0, 0, 0, 0, 0, target - slots)) for name in ("k", "v")}
+
+
+def past(cache: Tensors, span: Span, reach: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The last keys and values before the span, oldest first: k, v [B, P, G, *], P <= reach, and their documents.
+
+    Documents are int64 [B, P]: 0 for keys of the state's document, -1 for slots that hold nothing yet; None: all 0.
+    """
+    begin, slots = span.start.position, cache["k"].shape[1]
+    count = min(reach, int(begin.max()))
+    if count == 0:
+        return cache["k"][:, :0], cache["v"][:, :0], begin.new_empty(begin.shape[0], 0)
+    position = begin[:, None] + torch.arange(-count, 0, device=begin.device)
+    k, v = (_take(cache[name], position.remainder(slots)) for name in ("k", "v"))
+    held = position >= 0
+    return k, v, None if bool(held.all()) else torch.where(held, 0, -1)
+
+
+def update(cache: Tensors, k: torch.Tensor, v: torch.Tensor, span: Span) -> Tensors:
+    """The cache after the span's keys k [B, L, G, K] and values v [B, L, G, Kv]: those of each row's last document.
+
+    Every slot takes its value from exactly one place (a gather, not a scatter), so the result is deterministic and
+    differentiable.
+    """
+    slots, length = cache["k"].shape[1], k.shape[1]
+    if span.in_place and length == 1 and span.documents is None:
+        row, slot = torch.arange(k.shape[0], device=k.device), span.start.position % slots
+        cache["k"][row, slot], cache["v"][row, slot] = k[:, 0], v[:, 0]
+        return {"k": cache["k"], "v": cache["v"]}
+    end = span.end.position[:, None]
+    slot = torch.arange(slots, device=k.device)
+    newest = end - 1 - (end - 1 - slot).remainder(slots)  # the newest position that belongs in each slot
+    read = span.start.position.new_full((k.shape[0], 1), length) if span.lengths is None else span.lengths[:, None]
+    source = read - (end - newest)  # its row in k, if it came in this span
+    fresh = (newest >= 0) & (source >= 0)
+    source = source.clamp(0, length - 1)
+    new = {}
+    for name, values in (("k", k), ("v", v)):
+        new[name] = torch.where(fresh[..., None, None], _take(values, source), cache[name])
+    return new
+
+
+def filled(cache: Tensors, span: Span) -> torch.Tensor | None:
+    """bool [B, C]: the slots that hold a key of the current document after :func:`update`. None: all do."""
+    slots, end = cache["k"].shape[1], span.end.position
+    if end.device.type == "cpu" and int(end.min()) >= slots:
+        return None
+    # A row that has read nothing yet (padding only) still looks at one slot, to stay finite.
+    return torch.arange(slots, device=end.device) < end.clamp(min=1)[:, None]
+
+
+def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return x.gather(1, index[..., None, None].expand(-1, -1, *x.shape[2:]))

@@ -1,0 +1,135 @@
+"""Mamba-1 layer (S6): the paper's section 2.1."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from samba_lm.config import Mamba, ModelConfig
+from samba_lm.mixers.base import Mixer, Tensors, state_dtype
+from samba_lm.mixers.registry import register_mixer
+from samba_lm.nn.init import Init
+from samba_lm.nn.linear import Linear
+from samba_lm.ops.causal_conv1d import causal_conv1d
+from samba_lm.ops.selective_scan import selective_scan, selective_scan_step
+from samba_lm.span import Span
+
+
+class DepthwiseConv(nn.Module):
+    """Parameters of a causal depthwise convolution: weight [E, k], bias [E] or None."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, channels: int, kernel: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, kernel))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+
+
+class Selection(nn.Module):
+    """The parameters of the recurrence that are read in fp32 whatever the compute dtype."""
+
+    def __init__(self, inner: int, state: int) -> None:
+        super().__init__()
+        self.A_log = nn.Parameter(torch.empty(inner, state))
+        self.D = nn.Parameter(torch.empty(inner))
+        self.dt_bias = nn.Parameter(torch.empty(inner))
+
+    def reset_parameters(self, init: Init) -> None:
+        init.A_log(self.A_log)
+        nn.init.ones_(self.D)
+        init.dt_bias(self.dt_bias)
+
+
+class S6(nn.Module):
+    """Short convolution, input-dependent step, B and C, and the scan: U [B, L, E] -> Y [B, L, E].
+
+    State: ``conv`` [B, k-1, E] the last inputs, ``ssm`` [B, E, N] in fp32.
+    """
+
+    def __init__(self, inner: int, rank: int, state: int, conv: int) -> None:
+        super().__init__()
+        self.inner, self.rank, self.state = inner, rank, state
+        self.conv = DepthwiseConv(inner, conv, bias=True)
+        self.x_proj = Linear(inner, rank + 2 * state)  # rows [W_r; W_b; W_c]
+        self.dt_proj = Linear(rank, inner)  # W_q; its bias is selection.dt_bias
+        self.selection = Selection(inner, state)
+
+    def forward(
+        self, h: torch.Tensor, gate: torch.Tensor | None, tensors: Tensors, span: Span
+    ) -> tuple[torch.Tensor, Tensors]:
+        u, conv = causal_conv1d(
+            h,
+            self.conv.weight,
+            self.conv.bias,
+            state=tensors["conv"],
+            positions=span.tap_positions,
+            lengths=span.lengths,
+        )
+        low, B, C = self.x_proj(u).split((self.rank, self.state, self.state), dim=-1)
+        delta = self.dt_proj(low)
+        A = -torch.exp(self.selection.A_log.to(state_dtype(h.dtype)))
+        if span.length == 1 and span.documents is None and not torch.is_grad_enabled():
+            bias = self.selection.dt_bias.to(A.dtype)
+            y, ssm = selective_scan_step(
+                u[:, 0],
+                delta[:, 0] + bias,
+                A,
+                B[:, 0],
+                C[:, 0],
+                self.selection.D.to(A.dtype),
+                None if gate is None else gate[:, 0],
+                tensors["ssm"],
+            )
+            return y[:, None], {"conv": conv, "ssm": ssm}
+        y, ssm = selective_scan(
+            u,
+            delta,
+            A,
+            B,
+            C,
+            self.selection.D,
+            gate,
+            self.selection.dt_bias,
+            state=tensors["ssm"],
+            resets=span.resets,
+            lengths=span.lengths,
+        )
+        return y, {"conv": conv, "ssm": ssm}
+
+    def init_tensors(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensors:
+        return {
+            "conv": torch.zeros(batch, self.conv.weight.shape[1] - 1, self.inner, device=device, dtype=dtype),
+            "ssm": torch.zeros(batch, self.inner, self.state, device=device, dtype=state_dtype(dtype)),
+        }
+
+    def reset_parameters(self, init: Init) -> None:
+        init.conv(self.conv.weight, self.conv.bias)
+        init.uniform(self.dt_proj.weight, self.rank**-0.5)
+        self.selection.reset_parameters(init)
+
+
+@register_mixer(Mamba)
+class MambaMixer(Mixer):
+    """O = (S6(X W_in) * SiLU(X W_g)) W_out."""
+
+    def __init__(self, spec: Mamba, config: ModelConfig) -> None:
+        super().__init__()
+        inner = spec.inner(config.d_model)
+        self.in_proj = Linear(config.d_model, 2 * inner)  # rows [W_in; W_g]
+        self.s6 = S6(inner, spec.rank(config.d_model), spec.state, spec.conv)
+        self.out_proj = Linear(inner, config.d_model)
+
+    def mix(self, x: torch.Tensor, tensors: Tensors, span: Span) -> tuple[torch.Tensor, Tensors]:
+        h, gate = self.in_proj(x).chunk(2, dim=-1)
+        y, tensors = self.s6(h, gate, tensors, span)
+        return self.out_proj(y), tensors
+
+    def init_tensors(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensors:
+        return self.s6.init_tensors(batch, device, dtype)
+
+    def reset_parameters(self, init: Init) -> None:
+        init.linear(self.in_proj.weight)
+        init.linear(self.s6.x_proj.weight)
+        self.s6.reset_parameters(init)
+        init.output(self.out_proj.weight)

@@ -1,0 +1,146 @@
+"""SambaLM: embedding, a stack of pre-norm residual layers, final norm, head. Which layers is data (`ModelConfig`)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from samba_lm.config import LayerSpec, ModelConfig
+from samba_lm.errors import UserError
+from samba_lm.mixers import attention, gla, mamba, mega, mlp, retention, self_extend  # noqa: F401 - they register
+from samba_lm.mixers.base import Tensors
+from samba_lm.mixers.registry import build_mixer
+from samba_lm.nn.init import RULES
+from samba_lm.nn.norm import RMSNorm
+from samba_lm.span import Span
+from samba_lm.state import State
+
+
+class Layer(nn.Module):
+    """x + mixer(norm(x)). The residual stream x is fp32 (fp64 in fp64 models); the mixer computes in ``dtype``."""
+
+    def __init__(self, spec: LayerSpec, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, config.norm_eps) if spec.pre_norm else nn.Identity()
+        self.mixer = build_mixer(spec, config)
+
+    def forward(
+        self, x: torch.Tensor, tensors: Tensors, span: Span, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, Tensors]:
+        y, tensors = self.mixer.mix(self.norm(x).to(dtype), tensors, span)
+        return x + y, tensors
+
+
+class SambaLM(nn.Module):
+    """A language model from its config. Build one with ``samba_lm.create`` (initialised) or ``samba_lm.load``.
+
+    ``compute_dtype``: what the layers compute in; None (the default) is the parameters' dtype. Set it to
+    ``torch.bfloat16`` to train fp32 parameters in bf16: they are cast where they are used.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        self.layers = nn.ModuleList(Layer(spec, config) for spec in config.layers)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.unembedding = (
+            None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layers compute in."""
+        return self.compute_dtype or self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    def forward(
+        self, input_ids: torch.Tensor, state: State | None = None, segments: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, State]:
+        """Read tokens and give the logits of the next one at every position.
+
+        Args:
+            input_ids: int64 [B, L], L >= 1.
+            state: where to go on from (left as it was); None: nothing read yet.
+            segments: int64 [B, L] document ids, non-decreasing, -1 for padding; see ``Mixer.forward``.
+
+        Returns:
+            logits [B, L, V] in the compute dtype, and the new state.
+        """
+        hidden, state = self.features(input_ids, state, segments)
+        return self.head(hidden), state
+
+    def features(
+        self, input_ids: torch.Tensor, state: State | None = None, segments: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, State]:
+        """As ``forward``, but the hidden states [B, L, D] after the final norm, before the head."""
+        self._check(input_ids, state)
+        batch, length = input_ids.shape
+        span = Span.of(batch, length, input_ids.device, None if state is None else state.cursor, segments)
+        hidden, state = self._run(span.pack(input_ids), state, span)
+        return span.unpack(hidden), state
+
+    @torch.no_grad()
+    def step(self, token_ids: torch.Tensor, state: State) -> torch.Tensor:
+        """Decode: read one token of each sequence, int64 [B]; logits [B, V]. ``state`` is advanced in place."""
+        span = Span.of(token_ids.shape[0], 1, token_ids.device, state.cursor, None, in_place=True)
+        hidden, new = self._run(token_ids[:, None], state, span)
+        state.cursor, state.layers = new.cursor, new.layers
+        return self.head(hidden[:, 0])
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of hidden states [..., D]."""
+        weight = self.embedding if self.unembedding is None else self.unembedding
+        return F.linear(hidden, weight.to(hidden.dtype))
+
+    def init_state(self, batch: int) -> State:
+        """The state of ``batch`` sequences of which nothing was read."""
+        layers = [_layer(layer).mixer.init_tensors(batch, self.device, self.dtype) for layer in self.layers]
+        return State(Span.of(batch, 0, self.device, None, None).start, layers)
+
+    def reset_parameters(self, seed: int) -> None:
+        """Initialise all parameters by the config's rules; the same seed gives the same weights on the same device."""
+        init = RULES[self.config.init](self.config, torch.Generator(self.device).manual_seed(seed))
+        init.embedding(self.embedding)
+        for layer in map(_layer, self.layers):
+            if isinstance(layer.norm, RMSNorm):
+                nn.init.ones_(layer.norm.weight)
+            layer.mixer.reset_parameters(init)
+        nn.init.ones_(self.norm.weight)
+        if self.unembedding is not None:
+            init.embedding(self.unembedding)
+
+    def _run(self, input_ids: torch.Tensor, state: State | None, span: Span) -> tuple[torch.Tensor, State]:
+        if state is None:
+            state = self.init_state(input_ids.shape[0])
+        # A wide residual stream: small updates of late layers survive bf16 (the reference keeps it in fp32 too).
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        x = F.embedding(input_ids, self.embedding).to(wide)
+        layers = []
+        for layer, tensors in zip(self.layers, state.layers, strict=True):
+            x, tensors = layer(x, tensors, span, self.dtype)
+            layers.append(tensors)
+        return self.norm(x).to(self.dtype), State(span.end, layers)
+
+    def _check(self, input_ids: torch.Tensor, state: State | None) -> None:
+        if input_ids.dim() != 2 or input_ids.shape[1] < 1 or input_ids.dtype != torch.int64:
+            raise UserError(
+                f"input_ids must be int64 [batch, length >= 1], not {input_ids.dtype} {list(input_ids.shape)}"
+            )
+        if input_ids.device.type == "cpu" and input_ids.numel():  # on a GPU the look-up itself asserts
+            low, high = int(input_ids.min()), int(input_ids.max())
+            if low < 0 or high >= self.config.vocab_size:
+                bad = low if low < 0 else high
+                raise UserError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size} (0 .. size - 1)")
+        if state is not None and state.batch != input_ids.shape[0]:
+            raise UserError(f"the state holds {state.batch} sequences but input_ids has {input_ids.shape[0]} rows")
+
+
+def _layer(module: nn.Module) -> Layer:
+    assert isinstance(module, Layer)
+    return module

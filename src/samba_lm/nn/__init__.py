@@ -1,0 +1,1 @@
+"""Small shared modules: linear, norm, MLP, rotary positions, initialisation."""

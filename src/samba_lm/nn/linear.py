@@ -1,0 +1,22 @@
+"""Linear map that computes in its input's dtype, whatever the parameters' dtype: fp32 weights serve bf16 activations."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Linear(nn.Module):
+    """y = x W^T + b. x [..., n_in] -> [..., n_out]; weight [n_out, n_in]; uninitialised until the model is."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, n_in: int, n_out: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)

@@ -1,0 +1,83 @@
+"""Selective scan (S6): softplus, recurrence, skip and gate in one operation, with state in and state out."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from samba_lm.ops.backend import Backend, choose, compute_dtype
+from samba_lm.ops.selective_scan.cpu import scan_cpu
+from samba_lm.ops.selective_scan.reference import scan_reference
+
+BACKENDS = ("reference", "cpu")
+
+
+def selective_scan(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    *,
+    state: torch.Tensor | None = None,
+    resets: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y_t = (C_t . h_t + D u_t) * SiLU(z_t) with h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t (paper, section 2.1).
+
+    Args:
+        u: [B, L, E] input. delta: [B, L, E] step before softplus. A: [E, N] (negative). B, C: [B, L, N].
+        D: [E] skip or None. z: [B, L, E] gate or None. delta_bias: [E], added to delta inside the softplus, or None.
+        state: [B, E, N] to start from; None: zeros.
+        resets: bool [B, L]; True drops the state before that token (a document starts there).
+        lengths: int64 [B]; tokens from there on are padding and leave the state as it is.
+        backend: see ``samba_lm.ops.backend``.
+
+    Returns:
+        y [B, L, E] in u's dtype, final state [B, E, N] in fp32 (fp64 if any input is fp64). Differentiable in all of
+        the tensors, the state included. Computed in fp32 at least.
+    """
+    dtype = compute_dtype(u, delta, A, state)
+    step = delta.to(dtype)
+    step = F.softplus(step if delta_bias is None else step + delta_bias.to(dtype))
+    if lengths is not None:
+        padding = torch.arange(u.shape[1], device=u.device) >= lengths[:, None]
+        step = step.masked_fill(padding[..., None], 0.0)  # no step: decay 1, input 0
+        resets = None if resets is None else resets & ~padding
+    if state is None:
+        state = torch.zeros(u.shape[0], u.shape[2], A.shape[1], dtype=dtype, device=u.device)
+    run = {"reference": scan_reference, "cpu": scan_cpu}[choose(backend, BACKENDS, "selective_scan")]
+    x = u.to(dtype)
+    y, final = run(x, step, A.to(dtype), B.to(dtype), C.to(dtype), state.to(dtype), resets)
+    if D is not None:
+        y = torch.addcmul(y, x, D.to(dtype))
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    return y.to(u.dtype), final
+
+
+def selective_scan_step(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    z: torch.Tensor | None,
+    state: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token of :func:`selective_scan` for decoding: u, z [B, E], delta [B, E] with its bias, B, C [B, N].
+
+    Returns y [B, E] in u's dtype and the new state [B, E, N].
+    """
+    dtype = state.dtype
+    step, x = F.softplus(delta.to(dtype)), u.to(dtype)
+    state = torch.addcmul((step * x)[..., None] * B.to(dtype)[:, None], torch.exp(step[..., None] * A), state)
+    y = torch.bmm(state, C.to(dtype)[..., None])[..., 0].addcmul(x, D)
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    return y.to(u.dtype), state

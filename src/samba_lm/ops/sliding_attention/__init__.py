@@ -1,0 +1,57 @@
+"""Causal attention over a window of keys, with grouped KV heads, documents and a past."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from samba_lm.ops.backend import Backend, choose, compute_dtype
+from samba_lm.ops.sliding_attention.cpu import attention_cpu
+from samba_lm.ops.sliding_attention.reference import attention_reference
+
+BACKENDS = ("reference", "cpu")
+
+
+def sliding_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    window: int | None,
+    q_documents: torch.Tensor | None = None,
+    k_documents: torch.Tensor | None = None,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> torch.Tensor:
+    """Softmax attention in which a query sees the last ``window`` keys, its own included.
+
+    Args:
+        q: [B, L, H, K]. k: [B, P+L, G, K], v: [B, P+L, G, Kv]: P past keys, then one for each query; H a multiple of G
+            (query head h uses key head h // (H / G)). The query at row i stands at key P + i.
+        window: number of keys seen, or None for all.
+        q_documents, k_documents: int64 [B, L] and [B, P+L]; only keys of the query's own document are seen. A query
+            must share its document with its own key.
+        scale: of the scores; None: 1 / sqrt(K).
+
+    Returns:
+        [B, L, H, Kv] in q's dtype; scores and softmax in fp32 at least.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if choose(backend, BACKENDS, "sliding_attention") == "reference":
+        dtype = compute_dtype(q)
+        q_, k_, v_ = (t.to(dtype) for t in (q, k, v))
+        return attention_reference(q_, k_, v_, window, q_documents, k_documents, scale).to(q.dtype)
+    return attention_cpu(q, k, v, window, q_documents, k_documents, scale)
+
+
+def attend_one(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, filled: torch.Tensor | None, scale: float | None = None
+) -> torch.Tensor:
+    """One query against a cache of keys in any order: q [B, H, K], k [B, C, G, K], v [B, C, G, Kv].
+
+    ``filled`` bool [B, C] marks the keys to see (None: all). Returns [B, H, Kv].
+    """
+    grouped = q.unflatten(1, (k.shape[2], -1))  # [B, G, H/G, K]
+    mask = None if filled is None else filled[:, None, None, :]
+    out = F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
+    return out.flatten(1, 2)

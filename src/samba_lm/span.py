@@ -1,0 +1,160 @@
+"""Where each token of a batch stands: its document, its position in it, whether it is padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from samba_lm.errors import UserError
+from samba_lm.nn.rope import rope_angles
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where sequences stand between calls: the id of the document being read and the number of its tokens read so far.
+
+    Both int64 [B]. A fresh cursor stands at the start of document 0.
+    """
+
+    segment: torch.Tensor
+    position: torch.Tensor
+
+    @classmethod
+    def fresh(cls, batch: int, device: torch.device | str) -> Cursor:
+        zeros = torch.zeros(batch, dtype=torch.int64, device=device)
+        return cls(zeros, zeros.clone())
+
+
+@dataclass(frozen=True)
+class Span:
+    """One call's tokens, padding moved to the right end of each row.
+
+    Built once a call by :meth:`of` and shared by all layers.
+    """
+
+    length: int
+    start: Cursor
+    end: Cursor
+    positions: torch.Tensor
+    """int64 [B, L] position of each token in its document; [1, L] when all rows agree."""
+    documents: torch.Tensor | None = None
+    """int64 [B, L] number of the token's document within its row: 0 continues the state's document. None: all do."""
+    lengths: torch.Tensor | None = None
+    """int64 [B] tokens that are not padding. None: no padding."""
+    order: torch.Tensor | None = None
+    """int64 [B, L] where each packed column came from, when padding had to be moved to the right."""
+    in_place: bool = False
+    """Caches may be written in place: the caller gives the old state away."""
+    _angles: dict[tuple[int, float], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        batch: int,
+        length: int,
+        device: torch.device,
+        start: Cursor | None,
+        segments: torch.Tensor | None,
+        in_place: bool = False,
+    ) -> Span:
+        """Read ``segments`` (int64 [B, L] document ids or None) from where ``start`` stands (None: a fresh cursor)."""
+        steps = torch.arange(length, device=device)
+        if segments is None:
+            uniform = start is None or batch == 1 or _agree(start.position)
+            begin = Cursor.fresh(batch, device) if start is None else start
+            positions = steps[None] + (begin.position[:1, None] if uniform else begin.position[:, None])
+            end = Cursor(begin.segment, begin.position + length)
+            return cls(length, begin, end, positions, in_place=in_place)
+        begin = Cursor.fresh(batch, device) if start is None else start
+        return cls._packed(begin, _checked(segments, batch, length), steps, in_place)
+
+    @classmethod
+    def _packed(cls, start: Cursor, segments: torch.Tensor, steps: torch.Tensor, in_place: bool) -> Span:
+        padding = segments < 0
+        order = lengths = None
+        if bool(padding.any()):
+            lengths = (~padding).sum(1)
+            if bool((padding[:, :-1] & ~padding[:, 1:]).any()):
+                order = padding.to(torch.int8).argsort(dim=1, stable=True)
+                segments = segments.gather(1, order)
+            padding = steps >= lengths[:, None]
+        previous = torch.cat((start.segment[:, None], segments[:, :-1]), dim=1)
+        boundary = segments != previous  # padding (id -1) forms one last document of its own
+        documents = boundary.cumsum(1)
+        first = torch.where(boundary, steps, -1).cummax(1).values
+        positions = torch.where(first >= 0, steps - first, steps + start.position[:, None])
+        if lengths is None:
+            end = Cursor(segments[:, -1], positions[:, -1] + 1)
+        else:
+            last = (lengths - 1).clamp(min=0)[:, None]
+            read = lengths > 0
+            end = Cursor(
+                torch.where(read, segments.gather(1, last)[:, 0], start.segment),
+                torch.where(read, positions.gather(1, last)[:, 0] + 1, start.position),
+            )
+        return cls(steps.shape[0], start, end, positions, documents, lengths, order, in_place)
+
+    @property
+    def resets(self) -> torch.Tensor | None:
+        """bool [B, L]: a document starts at this token. None: none does."""
+        return None if self.documents is None else (self.positions == 0) & (self.documents > 0)
+
+    @property
+    def tap_positions(self) -> torch.Tensor | None:
+        """Positions for convolutions, whose taps may not reach into another document. None: there is only one."""
+        return None if self.documents is None else self.positions
+
+    def angles(self, dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin of RoPE for heads, [B or 1, L, 1, dim/2], fp64; computed once a call."""
+        if (dim, base) not in self._angles:
+            cos, sin = rope_angles(self.positions, dim, base)
+            self._angles[dim, base] = cos[:, :, None], sin[:, :, None]
+        return self._angles[dim, base]
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """Move the padding of x [B, L, ...] to the right end of each row."""
+        return x if self.order is None else x.gather(1, _like(self.order, x))
+
+    def unpack(self, x: torch.Tensor) -> torch.Tensor:
+        """Undo :meth:`pack`."""
+        if self.order is None:
+            return x
+        return torch.empty_like(x).scatter(1, _like(self.order, x), x)
+
+    def in_chunks(self, size: int) -> Span:
+        """The same tokens with every ``size`` positions of a document made a document of their own (Mega's chunks)."""
+        batch = self.start.position.shape[0]
+        positions = self.positions.expand(batch, -1)
+        documents = torch.zeros_like(positions) if self.documents is None else self.documents
+        chunk = positions // size
+        # The chunk that the state stands in; a document whose last chunk is full goes on in a new one.
+        begin = (self.start.position // size)[:, None]
+        new = torch.cat((chunk[:, :1] != begin, chunk[:, 1:] != chunk[:, :-1]), dim=1)
+        new |= torch.cat((documents[:, :1] != 0, documents[:, 1:] != documents[:, :-1]), dim=1)
+        start = Cursor(self.start.segment, self.start.position % size)
+        # A full chunk ends at position `size`, not 0: its keys are still the last ones read.
+        end = Cursor(self.end.segment, torch.where(self.end.position > 0, (self.end.position - 1) % size + 1, 0))
+        return Span(self.length, start, end, positions % size, new.cumsum(1), self.lengths, in_place=self.in_place)
+
+
+def _agree(position: torch.Tensor) -> bool:
+    # Not asked on a GPU, where the answer would stall the queue.
+    return position.device.type == "cpu" and bool((position == position[0]).all())
+
+
+def _checked(segments: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    if segments.shape != (batch, length) or segments.dtype != torch.int64:
+        raise UserError(
+            f"segments must be int64 of shape [{batch}, {length}] like the tokens, "
+            f"not {segments.dtype} of shape {list(segments.shape)}"
+        )
+    if segments.device.type == "cpu":
+        ids = torch.where(segments < 0, torch.iinfo(torch.int64).min, segments).cummax(1).values
+        if bool(((segments >= 0) & (segments < ids)).any()):
+            raise UserError("segments must not decrease along a row (document ids in reading order, -1 for padding)")
+    return segments
+
+
+def _like(order: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return order.view(*order.shape, *(1,) * (x.dim() - 2)).expand_as(x)

@@ -1,0 +1,47 @@
+"""The state of sequences being read: what a model remembers, of constant size unless it has full attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from samba_lm.span import Cursor
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class State:
+    """Where each of B sequences stands, and one dict of tensors (batch first) for every layer."""
+
+    cursor: Cursor
+    layers: list[Tensors]
+
+    @property
+    def batch(self) -> int:
+        return self.cursor.position.shape[0]
+
+    @property
+    def position(self) -> torch.Tensor:
+        """int64 [B]: tokens read so far of each sequence's current document."""
+        return self.cursor.position
+
+    def select(self, rows: torch.Tensor | list[int]) -> State:
+        """A copy with the given rows, in that order; a row may come twice (fork one prompt into many)."""
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.cursor.position.device)
+        cursor = Cursor(self.cursor.segment[index], self.cursor.position[index])
+        return State(cursor, [{name: t[index] for name, t in layer.items()} for layer in self.layers])
+
+    def fork(self) -> State:
+        """A copy that goes its own way."""
+        return self.select(list(range(self.batch)))
+
+    def detach(self) -> State:
+        """The same numbers outside the autograd graph (truncated backpropagation through time)."""
+        return State(self.cursor, [{name: t.detach() for name, t in layer.items()} for layer in self.layers])
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        tensors = [t for layer in self.layers for t in layer.values()]
+        return sum(t.numel() * t.element_size() for t in (*tensors, self.cursor.segment, self.cursor.position))

@@ -1,0 +1,242 @@
+"""Every named model: the paper's architectures and sizes, their ablations, and small ones for a laptop.
+
+One row each. SPEC of the sizes: Tables 3, 5, 6, 10, 11 and 12 of the paper. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from samba_lm.config import (
+    Attention,
+    GatedLinearAttention,
+    LayerSpec,
+    Mamba,
+    MegaS6,
+    ModelConfig,
+    Retention,
+    SelfExtend,
+    SwiGLU,
+)
+from samba_lm.errors import UserError, did_you_mean
+
+WINDOW = 2048  # of every sliding-window layer in the paper, half of the training length
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the zoo."""
+
+    name: str
+    paper: str
+    """Where the paper gives it."""
+    build: Callable[[], ModelConfig]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The numbers that models of one size class share."""
+
+    d_model: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    blocks: int
+    """Blocks (a mixer and its MLP) of the two-layer-a-block models."""
+
+    def attention(self, window: int | None = WINDOW, rope: bool = True, short_conv: int | None = None) -> Attention:
+        return Attention(
+            heads=self.heads, kv_heads=self.kv_heads, window=window, rope=rope, short_conv=short_conv
+        )
+
+    @property
+    def swiglu(self) -> SwiGLU:
+        return SwiGLU(width=self.mlp)
+
+
+S421 = Scale(d_model=1536, mlp=4096, heads=12, kv_heads=12, vocab=32_000, blocks=12)
+S13 = Scale(d_model=2304, mlp=6144, heads=18, kv_heads=18, vocab=32_000, blocks=18)
+# Table 11 prints d_p = 8196; 8192 is what bf16 matrix units need, and surely what was meant.
+S17 = Scale(d_model=2048, mlp=8192, heads=32, kv_heads=4, vocab=50_304, blocks=24)
+S38 = Scale(d_model=2816, mlp=9984, heads=11, kv_heads=1, vocab=32_064, blocks=32)
+# Byte vocabulary (256 + end of document), rounded up to 64; window = half of the 256 tokens the demo trains on.
+NANO = Scale(d_model=64, mlp=176, heads=2, kv_heads=2, vocab=320, blocks=4)
+TINY = Scale(d_model=128, mlp=352, heads=4, kv_heads=4, vocab=320, blocks=4)
+SMALL_WINDOW = 128
+
+
+def _model(
+    name: str,
+    scale: Scale,
+    pattern: list[LayerSpec],
+    repeat: int,
+    *,
+    tie: bool = True,
+    init: Literal["samba", "llama"] = "samba",
+) -> ModelConfig:
+    return ModelConfig(
+        name=name,
+        d_model=scale.d_model,
+        vocab_size=scale.vocab,
+        layers=tuple(pattern * repeat),
+        tie_embeddings=tie,
+        init=init,
+    )
+
+
+def samba(name: str, scale: Scale, attention: Attention | None = None) -> ModelConfig:
+    """[Mamba, MLP, SWA, MLP] repeated (Figure 1)."""
+    pattern = [Mamba(), scale.swiglu, attention or scale.attention(), scale.swiglu]
+    return _model(name, scale, pattern, scale.blocks // 2)
+
+
+def in_place_of_mamba(name: str, scale: Scale, mixer: LayerSpec, tie: bool = True) -> ModelConfig:
+    """Samba with another recurrent layer (Sliding GLA, Sliding RetNet) or an MLP (MLP2-SWA-MLP) in Mamba's place."""
+    pattern = [mixer, scale.swiglu, scale.attention(), scale.swiglu]
+    return _model(name, scale, pattern, scale.blocks // 2, tie=tie, init="samba" if tie else "llama")
+
+
+def transformer(name: str, scale: Scale, blocks: int, attention: Attention, tie: bool = True) -> ModelConfig:
+    """[attention, MLP] repeated; untied ones take the reference code's other initialisation."""
+    return _model(name, scale, [attention, scale.swiglu], blocks, tie=tie, init="samba" if tie else "llama")
+
+
+def mamba_swa_mlp(name: str, scale: Scale, repeat: int) -> ModelConfig:
+    return _model(name, scale, [Mamba(), scale.attention(), scale.swiglu], repeat)
+
+
+def mamba_mlp(name: str, scale: Scale, full_at: tuple[int, ...] = ()) -> ModelConfig:
+    """[Mamba, MLP] repeated, with full attention in Mamba's place at the given blocks (Table 5)."""
+    full = scale.attention(window=None)
+    blocks = [(full if i in full_at else Mamba(), scale.swiglu) for i in range(scale.blocks)]
+    return _model(name, scale, [layer for block in blocks for layer in block], 1)
+
+
+def mamba(name: str, d_model: int, layers: int, vocab: int = 32_000) -> ModelConfig:
+    return ModelConfig(name=name, d_model=d_model, vocab_size=vocab, layers=(Mamba(),) * layers)
+
+
+def mega_s6(name: str, scale: Scale) -> ModelConfig:
+    return _model(name, scale, [MegaS6(), scale.swiglu], scale.blocks)
+
+
+def _fewer_heads(heads: int, kv_heads: int) -> Scale:
+    return Scale(S421.d_model, 4608, heads, kv_heads, S421.vocab, S421.blocks)  # Table 6 widens the MLP to 4608
+
+
+def _gla(scale: Scale) -> GatedLinearAttention:
+    return GatedLinearAttention(heads=scale.d_model // 384)
+
+
+def _retention(scale: Scale) -> Retention:
+    return Retention(heads=scale.heads // 2)
+
+
+def _with_short_conv(name: str, config: ModelConfig) -> ModelConfig:
+    """+SC: a short convolution on q, k and v of every attention layer (Table 10)."""
+    layers = [{**s.model_dump(), "short_conv": 4} if isinstance(s, Attention) else s for s in config.layers]
+    return config.with_overrides(name=name, layers=layers)
+
+
+def _small(size: str, scale: Scale) -> list[Entry]:
+    """A laptop size and its twins: the same width, parameters within 2%, made from the same parts."""
+    window = scale.attention(SMALL_WINDOW)
+    wide = Scale(scale.d_model, TWIN_MLP[size], scale.heads, scale.kv_heads, scale.vocab, scale.blocks)
+    layers = TWIN_MAMBA_LAYERS[size]
+    return [
+        Entry(f"samba-{size}", "laptop size", lambda: samba(f"samba-{size}", scale, window)),
+        Entry(f"llama-{size}", "laptop twin, full attention",
+              lambda: transformer(f"llama-{size}", wide, scale.blocks, wide.attention(None))),
+        Entry(f"swa-{size}", "laptop twin, sliding window",
+              lambda: transformer(f"swa-{size}", wide, scale.blocks, wide.attention(SMALL_WINDOW))),
+        Entry(f"mamba-{size}", "laptop twin, Mamba only", lambda: mamba(f"mamba-{size}", scale.d_model, layers, 320)),
+    ]  # fmt: skip
+
+
+# What makes the twins as large as samba-nano and samba-tiny.
+TWIN_MLP = {"nano": 240, "tiny": 464}
+TWIN_MAMBA_LAYERS = {"nano": 9, "tiny": 9}
+
+_ROWS: list[tuple[str, str, Callable[[str], ModelConfig]]] = [
+    ("samba-421m", "Tables 3, 12", lambda n: samba(n, S421)),
+    ("samba-1.3b", "Tables 3, 4, 12", lambda n: samba(n, S13)),
+    ("samba-1.7b", "Tables 2, 11", lambda n: samba(n, S17)),
+    ("samba-3.8b", "Tables 1, 12", lambda n: samba(n, S38)),
+    ("mamba-swa-mlp-400m", "Table 3", lambda n: mamba_swa_mlp(n, S421, 8)),
+    ("mamba-swa-mlp-1.3b", "Table 3", lambda n: mamba_swa_mlp(n, S13, 12)),
+    ("mamba-swa-mlp-1.6b", "Tables 2, 11", lambda n: mamba_swa_mlp(n, S17, 18)),
+    ("mamba-mlp-1.9b", "Tables 2, 11", lambda n: mamba_mlp(n, S17)),
+    ("mamba-370m", "reference code", lambda n: mamba(n, 1024, 48)),
+    ("mamba-432m", "Table 3", lambda n: mamba(n, 1024, 60)),
+    ("mamba-1.3b", "Table 3", lambda n: mamba(n, 2048, 48)),
+    ("mamba-1.8b", "Tables 2, 11", lambda n: mamba(n, 2048, 64, S17.vocab)),
+    ("mamba-130m", "mamba-130m's shape", lambda n: mamba(n, 768, 24, 50_280)),
+    ("llama2-438m", "Table 3", lambda n: transformer(n, S421, 12, S421.attention(None), tie=False)),
+    ("llama2-1.3b", "Table 3", lambda n: transformer(n, S13, 20, S13.attention(None))),
+    ("llama2-swa-438m", "Table 3", lambda n: transformer(n, S421, 12, S421.attention(), tie=False)),
+    ("llama2-swa-1.3b", "Table 3", lambda n: transformer(n, S13, 20, S13.attention())),
+    ("llama3-1.6b", "Tables 2, 11", lambda n: transformer(n, S17, 24, S17.attention(None))),
+    ("mistral-1.6b", "Tables 2, 11", lambda n: transformer(n, S17, 24, S17.attention())),
+    ("self-extend-llama3-1.6b", "Figures 2, 4",
+     lambda n: transformer(n, S17, 24, SelfExtend(heads=S17.heads, kv_heads=S17.kv_heads))),
+    ("sliding-gla-438m", "Table 3", lambda n: in_place_of_mamba(n, S421, _gla(S421), tie=False)),
+    ("sliding-gla-1.2b", "Table 3", lambda n: in_place_of_mamba(n, S13, _gla(S13))),
+    ("sliding-retnet-446m", "Table 3", lambda n: in_place_of_mamba(n, S421, _retention(S421))),
+    ("sliding-retnet-1.4b", "Table 3", lambda n: in_place_of_mamba(n, S13, _retention(S13))),
+    ("mega-s6-422m", "Table 3", lambda n: mega_s6(n, S421)),
+    ("mega-s6-1.3b", "Table 3", lambda n: mega_s6(n, S13)),
+    ("mlp2-swa-mlp-417m", "Table 3", lambda n: in_place_of_mamba(n, S421, SwiGLU(width=2 * S421.d_model))),
+    ("mlp2-swa-mlp-1.3b", "Table 3", lambda n: in_place_of_mamba(n, S13, SwiGLU(width=2 * S13.d_model))),
+    ("samba-nope-421m", "Table 3", lambda n: samba(n, S421, S421.attention(rope=False))),
+    ("samba-nope-1.3b", "Table 3", lambda n: samba(n, S13, S13.attention(rope=False))),
+    ("mamba-mlp-449m-full-11", "Table 5", lambda n: mamba_mlp(n, S421, (11,))),
+    ("mamba-mlp-449m-full-5", "Table 5", lambda n: mamba_mlp(n, S421, (5,))),
+    ("mamba-mlp-449m-full-0", "Table 5", lambda n: mamba_mlp(n, S421, (0,))),
+    ("mamba-mlp-443m-full-1-5", "Table 5", lambda n: mamba_mlp(n, S421, (1, 5))),
+    ("samba-421m-window-512", "window ablation", lambda n: samba(n, S421, S421.attention(512))),
+    ("samba-421m-window-1024", "window ablation", lambda n: samba(n, S421, S421.attention(1024))),
+    *(
+        row
+        for h, g in ((12, 2), (6, 1), (12, 1), (12, 4))
+        for row in (
+            (f"samba-421m-heads-{h}-{g}", "Table 6", lambda n, s=_fewer_heads(h, g): samba(n, s)),
+            (f"llama2-swa-438m-heads-{h}-{g}", "Table 6",
+             lambda n, s=_fewer_heads(h, g): transformer(n, s, 12, s.attention(), tie=False)),
+        )
+    ),
+    ("llama2-swa-438m-sc", "Table 10", lambda n: _with_short_conv(n, get("llama2-swa-438m"))),
+    ("sliding-gla-438m-sc", "Table 10", lambda n: _with_short_conv(n, get("sliding-gla-438m"))),
+    ("sliding-retnet-446m-sc", "Table 10", lambda n: _with_short_conv(n, get("sliding-retnet-446m"))),
+    ("samba-421m-sc", "Table 10", lambda n: _with_short_conv(n, get("samba-421m"))),
+]  # fmt: skip
+
+ZOO: dict[str, Entry] = {
+    entry.name: entry
+    for entry in (
+        *_small("nano", NANO),
+        *_small("tiny", TINY),
+        *(Entry(name, paper, lambda name=name, build=build: build(name)) for name, paper, build in _ROWS),
+    )
+}
+
+
+def names() -> list[str]:
+    """All names, in the zoo's order."""
+    return list(ZOO)
+
+
+def get(name: str) -> ModelConfig:
+    """The config of a named model. Raises UserError with the nearest name."""
+    if name not in ZOO:
+        raise UserError(f"Unknown model {name!r}.{did_you_mean(name, ZOO)} `samba-lm models` lists them all.")
+    return ZOO[name].build()
+
+
+def register_architecture(name: str, build: Callable[[], ModelConfig], paper: str = "yours") -> None:
+    """Give a config of your own a name, for ``create``, recipes and ``samba-lm models``. Raises UserError if taken."""
+    if name in ZOO:
+        raise UserError(f"The name {name!r} is already in the zoo: choose another.")
+    ZOO[name] = Entry(name, paper, build)
