@@ -1,0 +1,50 @@
+"""Ctrl-C and SIGTERM as a request to stop after the step that is running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class StopRequest:
+    """Whether, and by which signal, a stop was asked for."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Catch the first SIGINT or SIGTERM; the handlers of before then stand again, so a second one stops at once.
+
+    Outside the main thread, where Python allows no handlers, the request stays unset.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        request.signal = number
+        restore()
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nStopping after this step; once more stops at once.\n")
+
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield request
+    finally:
+        restore()

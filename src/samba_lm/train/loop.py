@@ -1,0 +1,235 @@
+"""The loop: batches in, a trained model out. Single-device code that knows nothing of folders, screens or signals."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from samba_lm.data.loader import Batch, Loader
+from samba_lm.errors import UserError
+from samba_lm.loss import IGNORE_INDEX, chunk_tokens, token_loss_sum
+from samba_lm.model import SambaLM
+from samba_lm.train.metrics import device_peak, mfu
+from samba_lm.train.observer import Observer, Plan, StepRecord
+from samba_lm.train.optim import build_optimizer, set_learning_rate
+from samba_lm.train.parallel import Parallel, connect
+from samba_lm.train.recipe import TrainSection
+from samba_lm.train.schedule import learning_rate
+from samba_lm.train.transforms import checkpoint_activations, compile_layers
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    seconds: float = 0.0
+    """Time spent in steps, validation and checkpoints not counted."""
+    loss: float = math.nan
+    """Loss of the last step."""
+    val_loss: float | None = None
+    best_val_loss: float | None = None
+
+
+class NonFiniteError(UserError):
+    """The loss or the gradient is NaN or infinite; the step's update has not been applied."""
+
+
+def prepare_model(model: SambaLM, settings: TrainSection, parallel: Parallel) -> SambaLM:
+    """Checkpoint activations, compile, then place the model, as the settings say. In place; returns the model."""
+    if settings.activation_checkpointing:
+        checkpoint_activations(model.layers)
+    if settings.compile:
+        compile_layers(model.layers)
+    parallel.wrap(model)
+    model.compute_dtype = getattr(torch, settings.dtype)
+    return model
+
+
+def make_optimizer(model: SambaLM, settings: TrainSection) -> torch.optim.AdamW:
+    """The settings' AdamW for a model that :func:`prepare_model` has placed."""
+    return build_optimizer(
+        model,
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        decay_all=settings.decay_all,
+    )
+
+
+def fit(
+    model: SambaLM,
+    loader: Loader,
+    settings: TrainSection,
+    *,
+    val: Iterable[Batch] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    parallel: Parallel | None = None,
+    start: Progress | None = None,
+    observer: Observer | None = None,
+    save: Callable[[Progress], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Progress:
+    """Train ``model`` in place for the settings' steps and return where the run then stands.
+
+    Without ``optimizer`` the model is prepared and given a new one; with it, both are used as they are and ``start``
+    says how far they came. ``val`` are the batches of one validation, iterated anew for each. ``save`` is called for
+    each checkpoint due. ``stop`` is asked after every step; when it says so the loop saves and returns early.
+
+    Nothing but the model, the optimizer and ``start.step`` decides what follows: step n always reads batch n.
+    Raises NonFiniteError before an update that would spoil the weights.
+    """
+    parallel = parallel or connect(settings.device)
+    progress = start or Progress()
+    observer = observer or Observer()
+    if optimizer is None:
+        prepare_model(model, settings, parallel)
+        optimizer = make_optimizer(model, settings)
+    steps = settings.total_steps
+    peak = device_peak(parallel.device)
+    flops = model.config.flops_per_token(loader.length)
+    model.train()
+    observer.started(
+        Plan(
+            name=model.config.name,
+            parameters=model.config.parameters(),
+            device=str(parallel.device),
+            first_step=progress.step,
+            steps=steps,
+            tokens_per_step=loader.batch_size * loader.length,
+        )
+    )
+    try:
+        while progress.step < steps:
+            began = time.perf_counter()
+            lr = learning_rate(
+                progress.step,
+                steps=steps,
+                peak=settings.lr,
+                warmup_fraction=settings.warmup_fraction,
+                min_ratio=settings.min_lr_ratio,
+            )
+            set_learning_rate(optimizer, lr)
+            batch = loader.batch(progress.step, parallel.rank, parallel.world)
+            loss, grad_norm = train_step(model, optimizer, batch, settings, parallel, step=progress.step + 1)
+            elapsed = time.perf_counter() - began
+
+            tokens = loader.batch_size * loader.length
+            progress = replace(
+                progress,
+                step=progress.step + 1,
+                tokens=progress.tokens + tokens,
+                seconds=progress.seconds + elapsed,
+                loss=loss,
+            )
+            last = progress.step == steps
+            val_loss = None
+            if val is not None and (last or _due(progress.step, settings.eval_every)):
+                val_loss = evaluate(model, val, parallel)
+                best = val_loss if progress.best_val_loss is None else min(val_loss, progress.best_val_loss)
+                progress = replace(progress, val_loss=val_loss, best_val_loss=best)
+            rate = tokens / elapsed
+            observer.step(
+                StepRecord(
+                    step=progress.step,
+                    tokens=progress.tokens,
+                    loss=loss,
+                    lr=lr,
+                    grad_norm=grad_norm,
+                    tokens_per_s=rate,
+                    mfu=mfu(rate, flops, peak),
+                    val_loss=val_loss,
+                )
+            )
+            stopping = stop()
+            if save is not None and (last or stopping or _due(progress.step, settings.save_every)):
+                save(progress)
+            if stopping:
+                break
+    finally:
+        model.eval()
+        observer.stopped()
+    return progress
+
+
+def train_step(
+    model: SambaLM,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    settings: TrainSection,
+    parallel: Parallel,
+    *,
+    step: int,
+) -> tuple[float, float]:
+    """One update from one batch; returns the mean loss (nats a token) and the gradient's norm before clipping.
+
+    The loss is the sum of token losses over the number of valid tokens in the whole batch on all processes, so neither
+    accumulation nor padding changes it.
+    """
+    valid = parallel.sum((batch.targets != IGNORE_INDEX).sum()).clamp(min=1).to(parallel.device)
+    total = torch.zeros((), dtype=torch.float32, device=parallel.device)
+    optimizer.zero_grad(set_to_none=True)
+    for micro in micro_batches(batch, settings.micro_batch_size // parallel.world):
+        loss_sum, _ = batch_loss(model, micro, parallel.device)
+        torch.autograd.backward(loss_sum / valid)
+        total += loss_sum.detach()
+    loss = float(parallel.sum(total) / valid)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    grad_norm = float(norm)
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise NonFiniteError(_non_finite(model, step, loss, grad_norm))
+    if settings.clip:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), settings.clip, norm)
+    optimizer.step()
+    return loss, grad_norm
+
+
+@torch.no_grad()
+def evaluate(model: SambaLM, batches: Iterable[Batch], parallel: Parallel) -> float:
+    """Mean loss over all valid tokens of ``batches``, nats."""
+    was_training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    count = torch.zeros((), dtype=torch.int64)
+    for batch in batches:
+        loss_sum, valid = batch_loss(model, batch, parallel.device)
+        total += loss_sum.cpu()
+        count += valid.cpu()
+    model.train(was_training)
+    return float(parallel.sum(total) / parallel.sum(count).clamp(min=1))
+
+
+def batch_loss(model: SambaLM, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sum of the batch's token losses, and how many tokens it is over."""
+    segments = None if batch.segments is None else batch.segments.to(device)
+    hidden, _ = model.features(batch.input_ids.to(device), None, segments)
+    return token_loss_sum(model.head, hidden, batch.targets.to(device), chunk_tokens(model.config.vocab_size))
+
+
+def micro_batches(batch: Batch, size: int) -> Iterable[Batch]:
+    """The batch in pieces of ``size`` rows."""
+    for i in range(0, batch.input_ids.shape[0], size):
+        rows = slice(i, i + size)
+        segments = None if batch.segments is None else batch.segments[rows]
+        yield Batch(batch.input_ids[rows], batch.targets[rows], segments)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _non_finite(model: SambaLM, step: int, loss: float, grad_norm: float) -> str:
+    if not math.isfinite(loss):
+        what = f"the loss is {loss}"
+    else:
+        bad = next((n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), None)
+        what = f"the gradient's norm is {grad_norm}" + (f" (first bad: {bad})" if bad else "")
+    return f"Step {step}: {what}, so training stopped before applying it; lower train.lr or check the data."

@@ -1,0 +1,187 @@
+"""A training run as data: what a recipe's TOML file holds, checked. Imports no torch."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from samba_lm import zoo
+from samba_lm.config import ModelConfig
+from samba_lm.errors import UserError
+from samba_lm.validation import explain
+
+VOCAB_MULTIPLE = 64
+"""An "auto" vocabulary is rounded up to this: matrix units like it, and the unused rows cost next to nothing."""
+
+
+class Section(BaseModel):
+    """Frozen, no unknown keys, no silent conversion between types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    """What is trained."""
+
+    name: str = "samba-tiny"
+    """Architecture from the zoo (`samba-lm models` lists them)."""
+    vocab_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Rows of the embedding; auto: the data's vocabulary, rounded up to a multiple of 64."""
+    overrides: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Other fields of the model config to replace, such as norm_eps or tie_embeddings."""
+    init_from: str | None = None
+    """Checkpoint folder to fine-tune: architecture and weights come from it, name and vocab_size are not used."""
+
+    def config(self, data_vocab: int) -> ModelConfig:
+        """The config of a new model for data of ``data_vocab`` tokens. Raises UserError for unknown names."""
+        if self.vocab_size == "auto":
+            vocab = -(-data_vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        else:
+            vocab = self.vocab_size
+        return zoo.get(self.name).with_overrides(**{"vocab_size": vocab, **self.overrides})
+
+
+class DataSection(Section):
+    """What it is trained on."""
+
+    train: str = "data/train"
+    """Folder of token shards, as written by `samba-lm data prepare`."""
+    val: str | None = None
+    """Folder of token shards to measure the validation loss on; none: no validation."""
+    documents: bool = False
+    """Reset attention and state at document boundaries instead of reading over them (the paper reads over them)."""
+
+
+class TrainSection(Section):
+    """How it is trained."""
+
+    out: str = "runs/samba"
+    """Folder for checkpoints and metrics. A run found there is continued."""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps; give this or tokens."""
+    tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens to train on, rounded up to whole steps; give this or steps."""
+    batch_size: int = Field(default=16, ge=1)
+    """Sequences per optimizer step."""
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
+    """Sequences computed at once, to save memory; none: all. Must divide batch_size. Changes no result."""
+    length: int = Field(default=512, ge=1)
+    """Tokens per sequence."""
+    lr: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
+    """Peak learning rate."""
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the end, as a fraction of the peak."""
+    warmup_fraction: float = Field(default=0.01, ge=0, lt=1)
+    """Fraction of the steps in which the learning rate climbs to its peak."""
+    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """AdamW's weight decay."""
+    decay_all: bool = False
+    """Decay every parameter, as the paper did; otherwise norms, biases, A_log and D are left out."""
+    clip: float = Field(default=1.0, ge=0)
+    """Largest global norm of the gradient; 0: no clipping."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation; parameters and optimizer stay float32."""
+    activation_checkpointing: bool = False
+    """Keep only each layer's input and compute the layer again in backward: much less memory, about a third slower."""
+    compile: bool = False
+    """Compile each layer with torch.compile: slow start, faster steps on a GPU."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of the initial weights and of the order of the data."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    eval_every: int = Field(default=100, ge=0)
+    """Steps between validations; 0: only at the end."""
+    eval_batches: int = Field(default=16, ge=1)
+    """Batches of the validation data, from its beginning, that a validation reads."""
+    save_every: int = Field(default=100, ge=0)
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = Field(default=3, ge=1)
+    """Checkpoints kept; older ones are deleted once a new one is on the disk."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between lines of metrics.jsonl and of plain output."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files (extra: tensorboard)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.steps is not None and self.tokens is not None:
+            raise ValueError(
+                f"steps = {self.steps} and tokens = {self.tokens} are both given: keep one "
+                "(on the command line, --train.tokens None or --train.steps None drops the other)"
+            )
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(f"micro_batch = {self.micro_batch} does not divide batch_size = {self.batch_size}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas = {list(self.betas)} must both be at least 0 and below 1")
+        return self
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences computed at once."""
+        return self.micro_batch or self.batch_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens read by one optimizer step."""
+        return self.batch_size * self.length
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run. Raises UserError when the recipe gives neither steps nor tokens."""
+        if self.steps is not None:
+            return self.steps
+        if self.tokens is None:
+            raise UserError("The recipe gives neither train.steps nor train.tokens: say how long to train.")
+        return -(-self.tokens // self.tokens_per_step)
+
+
+class Recipe(Section):
+    """A training run: model, data, and how to train."""
+
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    train: TrainSection = TrainSection()
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], source: str = "Recipe") -> Recipe:
+        """Check plain data. Raises UserError naming ``source``, the bad key and its value."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise UserError(f"{source}: {explain(error, cls)}") from None
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Recipe:
+        """Read a recipe file. Raises UserError for a missing, unreadable or wrong one."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise UserError(f"No recipe at {path}: give the path of a TOML file.") from None
+        except IsADirectoryError:
+            raise UserError(f"{path} is a folder: give the path of a recipe's TOML file.") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 at byte {error.start}: a recipe is a TOML text file.") from None
+        try:
+            return cls.from_dict(tomllib.loads(text), source=str(path))
+        except tomllib.TOMLDecodeError as error:
+            raise UserError(f"{path} is not valid TOML: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return self.model_dump(mode="json")
+
+    def differences(self, before: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """``{"train.lr": (mine, before's)}`` for every field whose value is not what ``to_dict`` once gave."""
+        return {
+            f"{section}.{key}": (value, before[section].get(key))
+            for section, fields in self.to_dict().items()
+            for key, value in fields.items()
+            if value != before[section].get(key)
+        }

@@ -1,0 +1,278 @@
+"""A run in a folder: data, model and optimizer from a recipe, checkpoints on the way, and exact continuation."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from samba_lm import checkpoint
+from samba_lm.config import ModelConfig
+from samba_lm.data.loader import Loader
+from samba_lm.data.shards import TokenDataset
+from samba_lm.errors import UserError
+from samba_lm.model import SambaLM
+from samba_lm.tokenizer import Tokenizer
+from samba_lm.train import checkpoints
+from samba_lm.train.checkpoints import TrainerState
+from samba_lm.train.interrupt import stop_on_signals
+from samba_lm.train.loop import NonFiniteError, Progress, fit, make_optimizer, prepare_model
+from samba_lm.train.metrics import JsonlMetrics, TensorBoardMetrics
+from samba_lm.train.observer import Observer, Observers
+from samba_lm.train.parallel import Parallel, connect
+from samba_lm.train.recipe import Recipe
+from samba_lm.train.validation import ValidationWindows
+
+FIXED = ("train.batch_size", "train.length", "train.seed", "data.documents")
+"""Fields that decide which tokens step n reads: a run continued with others would skip or repeat data."""
+
+FREE = (
+    *("train.out", "train.device", "train.micro_batch", "train.tensorboard"),
+    *("train.log_every", "train.save_every", "train.keep", "data.train", "data.val"),
+)
+"""Fields that may change without a word: the numbers do not depend on them, or are checked otherwise (data.train)."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    final_loss: float
+    """Loss of the last step, nats a token."""
+    val_loss: float | None
+    """Last validation loss, nats a token."""
+    steps: int
+    """Steps done since the beginning of the run."""
+    tokens: int
+    seconds: float
+    """Time spent in steps, over all parts of the run."""
+    folder: Path
+    """The newest checkpoint."""
+    interrupted: int | None = None
+    """The signal that ended the run early."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads."""
+
+    loader: Loader
+    tokenizer: Tokenizer
+    val: ValidationWindows | None
+    fingerprint: str
+    """sha256 of the training data's description, which holds the sha256 of every shard."""
+
+
+def train(
+    recipe: Recipe, *, model: SambaLM | None = None, observer: Observer | None = None, fresh: bool = False
+) -> TrainResult:
+    """Train as ``recipe`` says, into its ``train.out``; a run found there is continued bit for bit.
+
+    ``model`` (its config decides, its weights are trained in place) stands in for the one that the recipe would make.
+    ``fresh`` moves an earlier run aside and starts over. Ctrl-C and SIGTERM end the run after the current step, with a
+    checkpoint. Raises UserError for whatever the user can put right: settings, data, a checkpoint of another model,
+    tokenizer or data, a full disk, a loss that is not finite.
+    """
+    settings = recipe.train
+    steps = settings.total_steps
+    out = Path(settings.out)
+    observer = observer or Observer()
+    parallel = connect(settings.device)
+    data = open_data(recipe)
+    if fresh:
+        _move_aside(out, observer)
+    with checkpoints.run_folder(out):
+        latest = checkpoints.latest_checkpoint(out)
+        # Before anything is made: a mixer of the user's own may draw from the default generator.
+        torch.manual_seed(settings.seed)
+        if latest is None:
+            state = None
+            model = model or _new_model(recipe, data)
+        else:
+            state = checkpoints.read_state(latest)
+            model = _saved_model(latest, state, recipe, data, model)
+            _tell_resume(latest, state, recipe, observer)
+        prepare_model(model, settings, parallel)
+        optimizer = make_optimizer(model, settings)
+        progress = Progress()
+        if latest is not None and state is not None:
+            checkpoints.restore_optimizer(latest, model, optimizer)
+            checkpoints.restore_rng(state.rng.get(str(parallel.rank), {}), parallel.device)
+            progress = Progress(
+                state.step, state.tokens, state.seconds, state.loss, state.val_loss, state.best_val_loss
+            )
+
+        watchers = Observers([*_metrics(out, recipe), observer])
+
+        def save(progress: Progress) -> None:
+            nonlocal latest
+            watchers.saving()
+            state = _state(progress, recipe, model, data, parallel)
+            latest = checkpoints.save_checkpoint(out, model, data.tokenizer, optimizer, state, keep=settings.keep)
+            watchers.saved(progress.step, latest)
+
+        with stop_on_signals() as request:
+            try:
+                progress = fit(
+                    model,
+                    data.loader,
+                    settings,
+                    val=data.val,
+                    optimizer=optimizer,
+                    parallel=parallel,
+                    start=progress,
+                    observer=watchers,
+                    save=save,
+                    stop=lambda: bool(request),
+                )
+            except NonFiniteError as error:
+                raise UserError(f"{error} Last good checkpoint: {latest or 'none yet'}.") from None
+    assert latest is not None, "the loop saves after its last step"
+    return TrainResult(
+        final_loss=progress.loss,
+        val_loss=progress.val_loss,
+        steps=progress.step,
+        tokens=progress.tokens,
+        seconds=progress.seconds,
+        folder=latest,
+        interrupted=request.signal if progress.step < steps else None,
+    )
+
+
+def open_data(recipe: Recipe) -> Data:
+    """Open and check the recipe's data. Raises UserError when it is missing, damaged, too short or mixed up."""
+    settings, section = recipe.train, recipe.data
+    dataset = TokenDataset.open(section.train)
+    loader = Loader(dataset, settings.batch_size, settings.length, settings.seed, section.documents)
+    val = None
+    if section.val is not None:
+        held_out = TokenDataset.open(section.val)
+        if held_out.meta.tokenizer != dataset.meta.tokenizer:
+            raise UserError(
+                f"data.val = {section.val!r} was made with another tokenizer than data.train = {section.train!r}: "
+                "prepare both with one."
+            )
+        sequences = settings.eval_batches * settings.batch_size
+        val = ValidationWindows(held_out, sequences, settings.micro_batch_size, settings.length, section.documents)
+    fingerprint = hashlib.sha256(dataset.meta.model_dump_json().encode()).hexdigest()
+    return Data(loader, dataset.tokenizer, val, fingerprint)
+
+
+def _new_model(recipe: Recipe, data: Data) -> SambaLM:
+    source = recipe.model.init_from
+    if source is None:
+        return checkpoint.create(_wanted_config(recipe, data), seed=recipe.train.seed)
+    model, tokenizer = checkpoint.load(source, dtype=torch.float32)
+    _check_vocab(model.config, data)
+    if tokenizer is not None and tokenizer.fingerprint() != data.tokenizer.fingerprint():
+        raise UserError(
+            f"model.init_from = {source!r} has another tokenizer than data.train = {recipe.data.train!r}: "
+            f"prepare the data with --tokenizer {source}/tokenizer.json."
+        )
+    return model
+
+
+def _wanted_config(recipe: Recipe, data: Data) -> ModelConfig:
+    if recipe.model.init_from is not None:
+        return _new_model(recipe, data).config
+    config = recipe.model.config(data.tokenizer.vocab_size)
+    _check_vocab(config, data)
+    return config
+
+
+def _saved_model(folder: Path, state: TrainerState, recipe: Recipe, data: Data, model: SambaLM | None) -> SambaLM:
+    """The model to go on with, after checking that the checkpoint belongs to this recipe, model and data."""
+    remedy = "set train.out to another folder, or start over with --fresh"
+    saved, _ = checkpoint.load(folder, dtype=torch.float32)
+    if model is not None or recipe.model.model_dump(mode="json") != state.recipe["model"]:
+        wanted = model.config if model is not None else _wanted_config(recipe, data)
+        if wanted.fingerprint() != saved.config.fingerprint():
+            raise UserError(f"{folder} holds another model: {_difference(saved.config, wanted)}; {remedy}.")
+    if state.tokenizer != data.tokenizer.fingerprint():
+        raise UserError(
+            f"{folder} was trained with tokenizer {state.tokenizer[:12]}, but data.train = {recipe.data.train!r} "
+            f"has {data.tokenizer.fingerprint()[:12]}; {remedy}."
+        )
+    if state.data != data.fingerprint:
+        raise UserError(
+            f"{folder} was trained on data {state.data[:12]} ({state.recipe['data']['train']!r}), but data.train = "
+            f"{recipe.data.train!r} is {data.fingerprint[:12]}; {remedy}, or fine-tune with model.init_from."
+        )
+    changes = recipe.differences(state.recipe)
+    for field in FIXED:
+        if field in changes:
+            now, before = changes[field]
+            raise UserError(f"{folder} was trained with {field} = {before}, not {now}; {remedy}.")
+    if model is None:
+        return saved
+    model.load_state_dict(saved.state_dict())
+    return model
+
+
+def _tell_resume(folder: Path, state: TrainerState, recipe: Recipe, observer: Observer) -> None:
+    if state.step >= recipe.train.total_steps:
+        observer.message(f"{folder} has all {recipe.train.total_steps} steps: raise train.steps to go on.")
+        return
+    observer.message(f"Continuing from {folder}, step {state.step} of {recipe.train.total_steps}.")
+    for field, (now, before) in recipe.differences(state.recipe).items():
+        if field not in FREE:
+            observer.message(f"Changed since the checkpoint: {field} = {now}, was {before}.")
+    if state.threads != torch.get_num_threads():
+        observer.message(
+            f"With {torch.get_num_threads()} CPU threads instead of {state.threads} the last digits will differ."
+        )
+
+
+def _state(progress: Progress, recipe: Recipe, model: SambaLM, data: Data, parallel: Parallel) -> TrainerState:
+    return TrainerState(
+        step=progress.step,
+        tokens=progress.tokens,
+        seconds=progress.seconds,
+        loss=progress.loss,
+        val_loss=progress.val_loss,
+        best_val_loss=progress.best_val_loss,
+        recipe=recipe.to_dict(),
+        config=model.config.fingerprint(),
+        tokenizer=data.tokenizer.fingerprint(),
+        data=data.fingerprint,
+        threads=torch.get_num_threads(),
+        rng={str(parallel.rank): checkpoints.rng_state(parallel.device)},
+    )
+
+
+def _metrics(out: Path, recipe: Recipe) -> list[Observer]:
+    every = recipe.train.log_every
+    metrics: list[Observer] = [JsonlMetrics(out / "metrics.jsonl", every)]
+    if recipe.train.tensorboard:
+        metrics.append(TensorBoardMetrics(out / "tensorboard", every))
+    return metrics
+
+
+def _check_vocab(config: ModelConfig, data: Data) -> None:
+    if config.vocab_size < data.tokenizer.vocab_size:
+        raise UserError(
+            f"The model's vocab_size {config.vocab_size} is below the data's {data.tokenizer.vocab_size}: "
+            'set model.vocab_size = "auto".'
+        )
+
+
+def _difference(saved: ModelConfig, wanted: ModelConfig) -> str:
+    """The first field that two configs differ in, in words."""
+    before, now = saved.to_dict(), wanted.to_dict()
+    field = next(key for key in before if key not in ("name", "max_context") and before[key] != now[key])
+    if field == "layers":
+        return (
+            f"{saved.name} ({len(saved.layers)} layers), but the recipe asks for {wanted.name} ({len(wanted.layers)})"
+        )
+    return f"{saved.name} with {field} = {before[field]}, but the recipe asks for {wanted.name} with {now[field]}"
+
+
+def _move_aside(out: Path, observer: Observer) -> None:
+    if out.exists():
+        with checkpoints.run_folder(out):
+            aside = out.with_name(f"{out.name}.before-{datetime.now():%Y%m%d-%H%M%S}")
+            out.rename(aside)
+        observer.message(f"Starting over; the earlier run is now in {aside}.")
