@@ -1,0 +1,166 @@
+"""``samba-lm generate``: continue a prompt of any length, the text on stdout and what it cost on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import resource
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, BinaryIO, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
+from tyro.constructors import PrimitiveConstructorSpec
+
+from samba_lm import checkpoint
+from samba_lm.cli.output import write_json
+from samba_lm.cli.parse import parse
+from samba_lm.errors import UserError
+from samba_lm.generation.api import stream
+from samba_lm.generation.prefill import DEFAULT_CHUNK
+from samba_lm.generation.prompt import Prompt, encode_pieces, read_text
+from samba_lm.generation.sampling import SamplingParams
+from samba_lm.generation.stream import Timing
+from samba_lm.model import SambaLM
+from samba_lm.tokenizer import Tokenizer
+from samba_lm.train.parallel import pick_device
+
+Dtype = Literal["float32", "bfloat16"]
+DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+TokenLimit = Annotated[
+    int | None,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT|unlimited",
+        instance_from_str=lambda words: None if words[0] == "unlimited" else int(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, int),
+        str_from_instance=lambda value: ["unlimited" if value is None else str(value)],
+    ),
+]
+
+
+@dataclass(frozen=True)
+class SamplingOptions(SamplingParams):
+    """Sampling parameters as they are written on a command line."""
+
+    max_tokens: TokenLimit = 256
+    """Tokens to make at most; `unlimited`: until the end-of-text token or Ctrl-C, in constant memory."""
+    stop: UseAppendAction[tuple[str, ...]] = ()
+    """End the text before this string; may be given several times."""
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue a prompt: the new text goes to stdout as it is made, what it cost to stderr.
+
+    Prompts of any length are read in constant memory. An empty prompt starts a new document.
+    """
+
+    checkpoint: Positional[str]
+    """A checkpoint folder."""
+    stdin: Positional[Annotated[Literal["-"] | None, tyro.conf.arg(metavar="[-]")]] = None
+    """`-` reads the prompt from the standard input."""
+    prompt: str | None = None
+    """The text to continue."""
+    prompt_file: Path | None = None
+    """A UTF-8 file to continue; `-` is the standard input. It is read in pieces, never whole."""
+    sampling: OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
+    chunk: int = DEFAULT_CHUNK
+    """Prompt tokens read at once: more is faster and takes more memory."""
+    device: str = "auto"
+    """Where to run: auto (the GPU if there is one), cpu, cuda or cuda:N."""
+    dtype: Dtype | None = None
+    """What the matrix products are computed in; by default what the checkpoint says."""
+    json: Path | None = None
+    """Write the figures of the last line to this file too."""
+
+
+def main(argv: list[str]) -> None:
+    """Run ``samba-lm generate`` with these arguments."""
+    command = parse(Generate, argv, prog="samba-lm generate")
+    with contextlib.ExitStack() as stack:
+        file = _open_prompt(command, stack)
+        model, tokenizer = load(command.checkpoint, command.device, command.dtype)
+        prompt = (command.prompt or "") if file is None else encode_pieces(read_text(file, file.name), tokenizer)
+        _generate(command, model, tokenizer, prompt)
+
+
+def load(folder: str, device: str, dtype: Dtype | None) -> tuple[SambaLM, Tokenizer]:
+    """Load a checkpoint to run it; UserError when the device is not there."""
+    return checkpoint.load(folder, device=pick_device(device), dtype=None if dtype is None else DTYPES[dtype])
+
+
+def _open_prompt(command: Generate, stack: contextlib.ExitStack) -> BinaryIO | None:
+    """Open what the prompt is read from; None when it is on the command line, or empty."""
+    given = [
+        name
+        for name, value in (("-", command.stdin), ("--prompt", command.prompt), ("--prompt-file", command.prompt_file))
+        if value is not None
+    ]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} were both given: say once where the prompt comes from.")
+    if command.stdin or command.prompt_file == Path("-"):
+        return sys.stdin.buffer
+    return None if command.prompt_file is None else stack.enter_context(command.prompt_file.open("rb"))
+
+
+def _generate(command: Generate, model: SambaLM, tokenizer: Tokenizer, prompt: Prompt) -> None:
+    with Console(stderr=True).status("reading the prompt") as status:  # silent unless stderr is a terminal
+        text = stream(
+            model,
+            tokenizer,
+            prompt,
+            command.sampling,
+            chunk=command.chunk,
+            on_progress=lambda tokens: status.update(f"reading the prompt: {tokens:,} tokens"),
+        )
+        try:
+            for piece in text:
+                status.stop()
+                print(piece, end="", flush=True)
+            interrupted = False
+        except KeyboardInterrupt:
+            interrupted = True
+    print(flush=True)
+    _report(command, text.timing, model.device, interrupted)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def _report(command: Generate, timing: Timing, device: torch.device, interrupted: bool) -> None:
+    memory = peak_memory(device)
+    ending = "interrupted" if interrupted else timing.finish
+    print(
+        f"read {timing.prompt_tokens:,} tokens in {timing.read_seconds:.2f} s "
+        f"({timing.read_tokens_per_second:,.0f} tokens/s), "
+        f"made {timing.new_tokens:,} in {timing.decode_seconds:.2f} s "
+        f"({timing.decode_tokens_per_second:,.1f} tokens/s), "
+        f"peak memory {memory / 2**20:,.0f} MiB, ended by: {ending}",
+        file=sys.stderr,
+    )
+    if command.json is not None:
+        record = {
+            "checkpoint": command.checkpoint,
+            "device": str(device),
+            "dtype": command.dtype,
+            "sampling": dataclasses.asdict(command.sampling),
+            **dataclasses.asdict(timing),
+            "read_tokens_per_second": timing.read_tokens_per_second,
+            "decode_tokens_per_second": timing.decode_tokens_per_second,
+            "peak_memory_bytes": memory,
+            "finish": ending,
+        }
+        write_json(command.json, record)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most memory this process has held so far, in bytes: the GPU's on a GPU, else the main memory's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

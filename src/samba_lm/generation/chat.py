@@ -1,0 +1,179 @@
+"""A conversation whose state is kept: each turn reads only its new tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from samba_lm.errors import UserError
+from samba_lm.generation.prefill import DEFAULT_CHUNK, Cursor, Progress, prefill
+from samba_lm.generation.sampling import SamplingParams
+from samba_lm.generation.stream import Answer, advance, draw, evaluating, usable_vocabulary
+from samba_lm.model import SambaLM
+from samba_lm.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How a conversation is written out for a base model. ``{text}`` stands for what was said."""
+
+    system: str = "{text}\n\n"
+    user: str = "User: {text}\nAssistant:"
+    """A message, and what invites the answer (without a final space: tokenizers join it to the word that follows)."""
+    end: str = "\n"
+    """What stands between an answer and the next message."""
+    stop: tuple[str, ...] = ("\nUser:", "\nAssistant:")
+    """What ends an answer, besides the end-of-text token: the start of somebody's next message."""
+
+    def __post_init__(self) -> None:
+        for name, pattern in (("system", self.system), ("user", self.user)):
+            if "{text}" not in pattern:
+                raise UserError(
+                    f"The chat template's {name}={pattern!r} has no place for the text: write {{text}} in it."
+                )
+
+
+DEFAULT_TEMPLATE = ChatTemplate()
+
+
+class ChatSession:
+    """A conversation with a model, in memory that does not grow with it (but for :attr:`text`).
+
+    Between turns the state is that of a model which has read exactly :attr:`text`: neither a stop string nor
+    half a character stays in it. (Read anew as a whole, a BPE may cut the same text into other tokens.)
+
+    Args:
+        system: what stands before the first message; None: nothing.
+        params: how answers are drawn; the template's stop strings are added to its own.
+
+    Attributes:
+        cursor: where the conversation stands: the model's state and the number of tokens in it.
+        tokens_fed: tokens that went through the model since the start, those later taken back included.
+
+    Raises UserError when the tokenizer does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: SambaLM,
+        tokenizer: Tokenizer,
+        system: str | None = None,
+        template: ChatTemplate = DEFAULT_TEMPLATE,
+        params: SamplingParams | None = None,
+        chunk: int = DEFAULT_CHUNK,
+    ) -> None:
+        params = params or SamplingParams()
+        self._model = model
+        self._tokenizer = tokenizer
+        self._system = system
+        self._template = template
+        self._params = params.replace(stop=(*params.stop, *template.stop))
+        self._chunk = chunk
+        self._vocab_size = usable_vocabulary(model, tokenizer)
+        self._turn: Generator[str, None, None] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation; the system text stays."""
+        self._leave_turn()
+        self.cursor = Cursor.create(self._model, self._params, batch=1)
+        self._parts: list[str] = []
+        self.tokens_fed = 0
+
+    @property
+    def text(self) -> str:
+        """The conversation so far, exactly as the model has read it."""
+        return "".join(self._parts)
+
+    def ask(self, message: str, on_progress: Progress | None = None) -> Generator[str, None, None]:
+        """Read a message and yield the answer in pieces, one a token, some of them empty.
+
+        Closing the generator, or asking again, ends the answer there: what was yielded stays part of the conversation.
+        After any error, Ctrl-C included, the conversation is as it was before the message.
+        """
+        self._leave_turn()
+        self._turn = self._take_turn(message, on_progress)
+        return self._turn
+
+    def _leave_turn(self) -> None:
+        if self._turn is not None:
+            self._turn.close()
+            self._turn = None
+
+    @torch.inference_mode()
+    def _take_turn(self, message: str, on_progress: Progress | None) -> Generator[str, None, None]:
+        before, parts_before = self.cursor.fork(), len(self._parts)
+        kept = False
+        try:
+            with evaluating(self._model):
+                opening = self._template.end if self._parts else self._system_text()
+                question = opening + self._template.user.replace("{text}", message)
+                self._read(question, on_progress)
+                self._parts.append(question)
+                yield from self._answer()
+            kept = True
+        except GeneratorExit:
+            kept = True
+            raise
+        finally:
+            if not kept:
+                # The state may be half advanced: some layers have read a token that others have not.
+                self.cursor = before
+                del self._parts[parts_before:]
+
+    def _answer(self) -> Generator[str, None, None]:
+        answer = Answer(self._tokenizer, self._params)
+        if self.cursor.history is not None:
+            self.cursor.history.counts.zero_()  # what was generated in earlier turns is prompt by now
+        # Where the conversation stood when all text of its tokens had last been shown, if tokens were read since, and
+        # the text shown since; half a stop string or half a character is taken back by returning there.
+        safe: Cursor | None = None
+        since = ""
+        unread: Tensor | None = None
+        try:
+            while answer.finish is None:
+                unread = draw(self.cursor, self._params, self._vocab_size)
+                piece = answer.feed(int(unread))
+                if answer.finish in ("stop", "eos"):
+                    safe = safe or self.cursor
+                elif answer.held:
+                    safe = safe or self.cursor.fork()
+                else:
+                    safe, since = None, ""
+                since += piece
+                self._parts.append(piece)
+                yield piece
+                if answer.finish is None:
+                    self._advance(unread)
+            if rest := answer.flush_stop():
+                since += rest
+                self._parts.append(rest)
+                yield rest
+        except GeneratorExit:
+            self._settle(safe, since, unread)
+            raise
+        self._settle(safe, since, unread)
+
+    def _settle(self, safe: Cursor | None, since: str, unread: Tensor | None) -> None:
+        """Bring the state to exactly the text that was shown."""
+        if safe is not None:
+            self.cursor = safe
+            if since:
+                self._read(since)
+        elif unread is not None:
+            self._advance(unread)
+
+    def _read(self, text: str, on_progress: Progress | None = None) -> None:
+        length = self.cursor.lengths[0]
+        prefill(self._model, [[self._tokenizer.encode(text)]], self.cursor, self._chunk, on_progress)
+        self.tokens_fed += self.cursor.lengths[0] - length
+
+    def _advance(self, token_id: Tensor) -> None:
+        advance(self._model, self.cursor, token_id)
+        self.tokens_fed += 1
+
+    def _system_text(self) -> str:
+        return "" if self._system is None else self._template.system.replace("{text}", self._system)

@@ -1,0 +1,212 @@
+"""From logits to the next token: penalties, temperature, top-k, top-p, min-p and a counter-based seed.
+
+The order is fixed: penalties are applied, padded columns are cut off, the temperature divides, then top-k, top-p and
+min-p remove candidates, and one uniform number u(seed, position) picks from what is left. Because u depends on nothing
+but the seed and the position of the token in its own sequence, neither batching nor resuming changes a result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from samba_lm.errors import UserError, did_you_mean
+
+# How many of the likeliest tokens are sorted first for top-p; the whole vocabulary only if they hold too little mass.
+NUCLEUS_GUESS = 256
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a text is continued and when it ends. Raises UserError for a value out of range.
+
+    With p the softmax of the penalised logits divided by the temperature, a token stays a candidate when it is among
+    the `top_k` likeliest, and in the shortest list of likeliest tokens whose p, renormalised after top-k, sums to
+    at least `top_p`, and has p of at least `min_p` times that of the likeliest.
+    """
+
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy: always the likeliest token, the lowest id among equals."""
+    top_k: int | None = None
+    """Only the k likeliest tokens; None: all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together hold this probability, in (0, 1]; 1: all."""
+    min_p: float = 0.0
+    """Only tokens at least this fraction as likely as the likeliest, in [0, 1]; 0: all."""
+    repetition_penalty: float = 1.0
+    """Logits of every token in the prompt or the answer are divided by it if positive, else multiplied; 1: off."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of every token already generated (the prompt does not count)."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit once for every time it has been generated."""
+    seed: int = 0
+    """The same seed, prompt and model give the same text."""
+    max_tokens: int | None = 256
+    """Tokens to make at most; None: no limit, in constant memory."""
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these strings; a single string may be given as it is."""
+    stop_ids: tuple[int, ...] = ()
+    """The text ends before any of these tokens."""
+    stop_at_eos: bool = True
+    """End at the tokenizer's end-of-text token; False: go on with the next document."""
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
+        _check("temperature", self.temperature, float, lambda t: t >= 0, "0 (greedy) or more")
+        _check("top_p", self.top_p, float, lambda p: 0 < p <= 1, "more than 0 and at most 1 (1 turns it off)")
+        _check("min_p", self.min_p, float, lambda p: 0 <= p <= 1, "from 0 (off) to 1")
+        _check("repetition_penalty", self.repetition_penalty, float, lambda p: p > 0, "more than 0 (1 turns it off)")
+        _check("presence_penalty", self.presence_penalty, float, math.isfinite, "a finite number (0 turns it off)")
+        _check("frequency_penalty", self.frequency_penalty, float, math.isfinite, "a finite number (0 turns it off)")
+        _check("seed", self.seed, int, lambda n: 0 <= n < 2**64, "a whole number from 0 to 2**64 - 1")
+        if self.top_k is not None:
+            _check("top_k", self.top_k, int, lambda k: k >= 1, "a whole number of at least 1, or None (all)")
+        if self.max_tokens is not None:
+            _check("max_tokens", self.max_tokens, int, lambda n: n >= 0, "a whole number, or None for no limit")
+        if not all(isinstance(text, str) and text for text in stop):
+            raise UserError(f"stop={self.stop!r} must hold non-empty strings: leave the empty one out.")
+
+    def replace(self, **changes: Any) -> SamplingParams:
+        """Return a validated copy with some fields changed; UserError for an unknown field names the nearest."""
+        names = [field.name for field in dataclasses.fields(self)]
+        for name in changes:
+            if name not in names:
+                raise UserError(f"{name!r} is not a sampling option.{did_you_mean(name, names)}")
+        return dataclasses.replace(self, **changes)
+
+
+def _check(name: str, value: float, kind: type, ok: Callable[[Any], bool], allowed: str) -> None:
+    kinds = int if kind is int else (int, float)
+    if not (isinstance(value, kinds) and math.isfinite(value) and ok(value)):
+        raise UserError(f"{name}={value!r} is out of range: it must be {allowed}.")
+
+
+@dataclass
+class History:
+    """What the penalties need to know of B sequences, in constant memory."""
+
+    seen: Tensor
+    """bool [B, V]: tokens of the prompt or the answer."""
+    counts: Tensor
+    """fp32 [B, V]: how often each token was generated."""
+
+    @classmethod
+    def create(cls, params: SamplingParams, batch: int, vocab_size: int, device: torch.device) -> History | None:
+        """Return an empty history over the model's `vocab_size`, or None when `params` has no penalty to apply."""
+        penalties = (params.repetition_penalty - 1, params.presence_penalty, params.frequency_penalty)
+        if not any(penalties):
+            return None
+        seen = torch.zeros(batch, vocab_size, dtype=torch.bool, device=device)
+        return cls(seen=seen, counts=torch.zeros(batch, vocab_size, device=device))
+
+    def read(self, row: int, token_ids: Tensor) -> None:
+        """Note prompt tokens, int64 [L], of one sequence."""
+        self.seen[row, token_ids] = True
+
+    def add(self, token_ids: Tensor) -> None:
+        """Note one generated token, int64 [B], of every sequence."""
+        column = token_ids.unsqueeze(-1)
+        self.seen.scatter_(-1, column, True)
+        self.counts.scatter_add_(-1, column, torch.ones_like(column, dtype=self.counts.dtype))
+
+    def select(self, rows: list[int]) -> History:
+        """Return the history of some sequences only."""
+        return History(self.seen[rows], self.counts[rows])
+
+    def fork(self) -> History:
+        """Return an independent copy."""
+        return History(self.seen.clone(), self.counts.clone())
+
+
+def sample(
+    logits: Tensor,
+    params: SamplingParams,
+    positions: Sequence[int],
+    history: History | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Draw the next token of B sequences.
+
+    Args:
+        logits: float [B, V'], any dtype; the maths is fp32.
+        positions: for each sequence, the index the drawn token will have in it.
+        history: what the penalties look at, as wide as the logits; None: no penalties.
+        vocab_size: columns from here on are padding and never drawn; None: all of V'.
+
+    Returns int64 [B]. Raises UserError when the model's logits are not numbers.
+    """
+    logits = logits.float()
+    if history is not None:
+        logits = penalise(logits, params, history)
+    logits = logits[:, :vocab_size]
+    best, best_ids = logits.max(dim=-1)
+    # One comparison catches NaN and both infinities: such logits come from weights that diverged.
+    if not bool(torch.isfinite(best).all()):
+        raise UserError("The model's outputs are not finite numbers: its weights are damaged or diverged in training.")
+    if params.temperature == 0:
+        return best_ids
+    # The likeliest logit becomes 0 first, so that a tiny temperature cannot overflow.
+    probs = torch.softmax((logits - best.unsqueeze(-1)) / params.temperature, dim=-1)
+    probs, ids = candidates(probs, params)
+    # The inverse of the cumulative distribution, in fp64: 100,000 small terms would lose too much in fp32.
+    cdf = probs.double().cumsum(dim=-1)
+    total = cdf[:, -1:]
+    u = torch.tensor([[uniform(params.seed, position)] for position in positions], dtype=torch.float64)
+    # Strictly below the total, or rounding could pick a token past the last candidate.
+    target = torch.minimum(u.to(cdf.device) * total, torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(cdf, target, right=True)
+    return (index if ids is None else ids.gather(-1, index)).squeeze(-1)
+
+
+def penalise(logits: Tensor, params: SamplingParams, history: History) -> Tensor:
+    """Return fp32 logits [B, V] with the repetition, presence and frequency penalties applied, in that order."""
+    if params.repetition_penalty != 1:
+        weaker = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
+        logits = torch.where(history.seen, weaker, logits)
+    if params.presence_penalty or params.frequency_penalty:
+        logits = logits - params.presence_penalty * (history.counts > 0) - params.frequency_penalty * history.counts
+    return logits
+
+
+def candidates(probs: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
+    """Zero the probabilities that top-k, top-p and min-p remove.
+
+    Args:
+        probs: fp32 [B, V], each row summing to 1.
+
+    Returns the (not renormalised) probabilities [B, K] and their token ids [B, K], likeliest first; or [B, V] in the
+    order of the vocabulary and None for the ids, where no sorting was needed. At the edge of top-k, ties are broken
+    arbitrarily, but exactly k tokens stay.
+    """
+    vocab_size = probs.shape[-1]
+    ids = None
+    if params.top_k is not None and params.top_k < vocab_size:
+        probs, ids = probs.topk(params.top_k, dim=-1)
+        probs = probs / probs.sum(dim=-1, keepdim=True)
+    elif params.top_p < 1:
+        # Sorting a few of the likeliest is 40 times cheaper than sorting a vocabulary of 50,000.
+        probs_, ids = probs.topk(min(NUCLEUS_GUESS, vocab_size), dim=-1)
+        if ids.shape[-1] < vocab_size and bool((probs_.sum(dim=-1) < params.top_p).any()):
+            probs_, ids = probs.sort(dim=-1, descending=True)
+        probs = probs_
+    peak = probs.amax(dim=-1, keepdim=True)
+    if params.top_p < 1:
+        likelier = probs.cumsum(dim=-1) - probs
+        probs = probs.masked_fill(likelier >= params.top_p, 0.0)
+    if params.min_p > 0:
+        probs = probs.masked_fill(probs < params.min_p * peak, 0.0)
+    return probs, ids
+
+
+def uniform(seed: int, position: int) -> float:
+    """Return the number in [0, 1) that belongs to this seed and position (Philox, a counter-based generator)."""
+    return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
