@@ -107,7 +107,13 @@ def _help(rows: Sequence[Command], usage: str) -> str:
     indent = max(len(row.name) for row in rows) + 4
     # On a narrow terminal the help stands under the name, not beside it.
     beside = width >= indent + 30
-    lines = [f"usage: {usage}", "", *textwrap.wrap(_ABOUT, width), "", "commands:"]
+    lines = [
+        *textwrap.wrap(f"usage: {usage}", width, subsequent_indent="  "),
+        "",
+        *textwrap.wrap(_ABOUT, width),
+        "",
+        "commands:",
+    ]
     for row in rows:
         if beside:
             filled = textwrap.fill(row.help, width, initial_indent=" " * indent, subsequent_indent=" " * indent)

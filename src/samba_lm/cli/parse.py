@@ -69,7 +69,8 @@ def parse(
             return run()
     except SystemExit as stop:
         if stop.code != 2:
-            run()  # --help: once more, for this terminal's width and colours
+            with _without_colour() if os.environ.get("NO_COLOR") else contextlib.nullcontext():
+                run()  # --help: once more, for this terminal's width
             raise
         raise _mistake(_from_exception(stop, panel) or _from_panel(panel, argv, cls, prog), prog) from stop
     except ValidationError as error:
@@ -150,14 +151,24 @@ def _captured() -> Iterator[io.StringIO]:
 
     tyro chooses that form by the encoding of stdout, and the width by COLUMNS.
     """
-    columns = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "10000"
     text = io.StringIO()
+    with _environment("COLUMNS", "10000"), contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        yield text
+
+
+def _without_colour() -> contextlib.AbstractContextManager[None]:
+    """tyro does not read NO_COLOR, only the kind of terminal."""
+    return _environment("TERM", "dumb")
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
-        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-            yield text
+        yield
     finally:
-        if columns is None:
-            del os.environ["COLUMNS"]
+        if before is None:
+            del os.environ[name]
         else:
-            os.environ["COLUMNS"] = columns
+            os.environ[name] = before

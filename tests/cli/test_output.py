@@ -1,0 +1,69 @@
+"""The --json files: valid JSON always, with what is needed to repeat the figures."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import samba_lm
+from samba_lm.cli.output import source_commit, write_json
+
+
+def _strict(path: Path) -> dict[str, object]:
+    def refuse(name: str) -> object:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def test_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/samba-lm", "eval", "perplexity", "CKPT"])
+    target = tmp_path / "new" / "folder" / "r.json"
+    write_json(target, {"loss": 2.5, "where": Path("a/b"), "text": "é"})
+    read = _strict(target)
+    assert read["command"] == ["samba-lm", "eval", "perplexity", "CKPT"]
+    assert read["samba_lm"] == samba_lm.__version__
+    assert read["torch"] == torch.__version__
+    assert read["python"] == platform.python_version()
+    assert read["threads"] == torch.get_num_threads()
+    assert read["device"] == "cpu"
+    assert read["platform"] == platform.platform()
+    assert datetime.datetime.fromisoformat(str(read["time"])).tzinfo is not None
+    assert (read["loss"], read["where"], read["text"]) == (2.5, "a/b", "é")
+    assert [each.name for each in target.parent.iterdir()] == ["r.json"]
+
+
+def test_what_is_no_number_becomes_null(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    write_json(path, {"a": float("nan"), "b": [float("inf"), 1.0], "c": {"d": (float("-inf"),)}})
+    read = _strict(path)
+    assert (read["a"], read["b"], read["c"]) == (None, [None, 1.0], {"d": [None]})
+
+
+def test_a_record_may_say_its_device(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    write_json(path, {"device": "cuda: NVIDIA H100"})
+    assert _strict(path)["device"] == "cuda: NVIDIA H100"
+
+
+def test_a_strange_value_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert _strict(path)["a"] == 1
+
+
+def test_the_commit_of_a_checkout() -> None:
+    commit = source_commit()
+    if not (Path(__file__).parents[2] / ".git").exists():
+        assert commit is None
+    else:
+        assert commit is not None
+        assert len(commit.removesuffix("-dirty")) == 40
