@@ -303,7 +303,7 @@ def _split_end(
             raise UserError(f"The text has {length} token: too little to set val_fraction {val_fraction} of it aside.")
         at = min(max(round(length * (1 - val_fraction)), 1), length - 1)
         parts = {"train": [(0, at)], "val": [(at, length)]}
-        note = f"There is only one document: its last {length - at} of {length} tokens are the validation set."
+        note = f"There is only one document: the last {length - at:,} of its {length:,} tokens are the validation set."
     else:
         target = dataset.num_tokens * (1 - val_fraction)
         first = min(range(1, len(bounds)), key=lambda i: abs(bounds[i][0] - target))

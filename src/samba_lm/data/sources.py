@@ -1,7 +1,7 @@
 """Documents from files: plain text, JSON lines and Parquet, also compressed, read as a stream.
 
 A document comes as one or more pieces of about a megabyte, so memory does not grow with a file. Where a long document
-is cut depends on its text alone: at a single newline between two visible characters, where byte-level BPE begins a new
+is cut depends on its text alone: where a word ends and white space follows, which is where byte-level BPE begins a new
 word anyway, so that the cut cannot be seen in the tokens.
 """
 
@@ -276,13 +276,13 @@ def cut(text: str) -> list[str]:
 
 
 def _cut_point(text: str, start: int, stop: int) -> int:
-    at = stop
-    while (at := text.rfind("\n", start + 1, at)) > 0:
-        if not text[at - 1].isspace() and not text[at + 1].isspace():
-            return at + 1
-    # No such line within a megabyte: before the last space, or anywhere.
-    space = text.rfind(" ", start + 1, stop)
-    return space if space > 0 else stop
+    # Before white space that follows a letter or digit; rather at a line's end.
+    for space in ("\n", " "):
+        at = stop
+        while (at := text.rfind(space, start + 1, at)) > 0:
+            if text[at - 1].isalnum():
+                return at
+    return stop
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -305,12 +305,20 @@ def _with_dot(suffix: str) -> str:
 
 
 def _nothing_in(folder: Path, names: list[Path], known: Sequence[str]) -> str:
-    common = Counter(_suffix(name) for name in names if _suffix(name)).most_common(3)
     message = f"{folder} has no file to read (looked for {', '.join(known)})"
-    if not common:
+    texts = Counter(_suffix(name) for name in names if _suffix(name) not in _REFUSED and _looks_like_text(name))
+    if not texts.pop("", None) and not texts:
         return f"{message}: check the name."
-    seen = ", ".join(f"{count} {suffix}" for suffix, count in common)
-    return f"{message}; it has {seen}: to read those as plain text, add --suffix {common[0][0]}."
+    if not texts:
+        return f"{message}: name the files themselves."
+    suffix, count = texts.most_common(1)[0]
+    return f"{message}: to read its {count} {suffix} as plain text, add --suffix {suffix}."
+
+
+def _looks_like_text(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(1024)
+    return b"\0" not in start
 
 
 def _known(field: str, names: Iterable[str]) -> str:
