@@ -86,13 +86,24 @@ def main(argv: list[str]) -> None:
     with contextlib.ExitStack() as stack:
         file = _open_prompt(command, stack)
         model, tokenizer = load(command.checkpoint, command.device, command.dtype)
-        prompt = (command.prompt or "") if file is None else encode_pieces(read_text(file, file.name), tokenizer)
+        if file is None:
+            prompt: Prompt = command.prompt or ""
+        else:
+            name = "The standard input" if file is sys.stdin.buffer else str(command.prompt_file)
+            prompt = encode_pieces(read_text(file, name), tokenizer)
         _generate(command, model, tokenizer, prompt)
 
 
 def load(folder: str, device: str, dtype: Dtype | None) -> tuple[SambaLM, Tokenizer]:
-    """Load a checkpoint to run it; UserError when the device is not there."""
-    return checkpoint.load(folder, device=pick_device(device), dtype=None if dtype is None else DTYPES[dtype])
+    """Load a checkpoint to run it; UserError when the device is not there or the checkpoint has no tokenizer."""
+    model, tokenizer = checkpoint.load(
+        folder, device=pick_device(device), dtype=None if dtype is None else DTYPES[dtype]
+    )
+    if tokenizer is None:
+        raise UserError(
+            f"{folder} has no tokenizer, so it can neither read nor write text: put its tokenizer.json there."
+        )
+    return model, tokenizer
 
 
 def _open_prompt(command: Generate, stack: contextlib.ExitStack) -> BinaryIO | None:

@@ -139,11 +139,12 @@ class ChatSession:
                 piece = answer.feed(int(unread))
                 if answer.finish in ("stop", "eos"):
                     safe = safe or self.cursor
+                    since += piece
                 elif answer.held:
                     safe = safe or self.cursor.fork()
+                    since += piece
                 else:
                     safe, since = None, ""
-                since += piece
                 self._parts.append(piece)
                 yield piece
                 if answer.finish is None:

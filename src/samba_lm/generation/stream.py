@@ -71,7 +71,7 @@ class Answer:
         self.finish: Finish | None = "length" if params.max_tokens == 0 else None
         """Why the text ended; None while it goes on."""
         self.held = False
-        """Whether the tokens so far hold text that was not returned yet: half a character, or half a stop string."""
+        """Whether the tokens so far may hold text that was not returned yet: half a character, or half a stop string."""
 
     def feed(self, token_id: int) -> str:
         """Take the next token and return the text that is certain by now, possibly none; may set `finish`."""
@@ -81,7 +81,8 @@ class Answer:
         self.tokens += 1
         decoded = self._decoder.feed(token_id)
         text = self._matcher.feed(decoded)
-        self.held = not decoded or bool(self._matcher.held)
+        # After damaged bytes (shown as U+FFFD) the decoder may hold the start of a character besides.
+        self.held = not decoded or decoded.endswith("\N{REPLACEMENT CHARACTER}") or bool(self._matcher.held)
         if self._matcher.stopped:
             self.finish = "stop"
         elif self.tokens == self._max_tokens:

@@ -1,0 +1,178 @@
+"""Sampling against brute force, against the distribution it claims, and its seed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from samba_lm.errors import UserError
+from samba_lm.generation import sampling
+from samba_lm.generation.sampling import History, SamplingParams, candidates, sample, uniform
+
+
+def brute_force(logits: list[float], params: SamplingParams) -> dict[int, float]:
+    """The distribution in the words of SamplingParams, one row, plain Python."""
+    weights = {i: math.exp(x / params.temperature) for i, x in enumerate(logits)}
+    order = sorted(weights, key=lambda i: -weights[i])
+    if params.top_k is not None:
+        order = order[: params.top_k]
+    total, mass, kept = sum(weights[i] for i in order), 0.0, []
+    for i in order:
+        if mass >= params.top_p:
+            break
+        kept.append(i)
+        mass += weights[i] / total
+    kept = [i for i in kept if weights[i] >= params.min_p * weights[order[0]]]
+    total = sum(weights[i] for i in kept)
+    return {i: weights[i] / total for i in kept}
+
+
+OPTIONS = [
+    {},
+    {"temperature": 0.3},
+    {"temperature": 2.5, "top_k": 3},
+    {"top_p": 0.7},
+    {"min_p": 0.2},
+    {"top_k": 5, "top_p": 0.8, "min_p": 0.1, "temperature": 1.3},
+    {"top_k": 1},
+    {"top_k": 100, "top_p": 0.9},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_candidates_equal_brute_force(options: dict[str, float]) -> None:
+    params = SamplingParams(**options)  # type: ignore[arg-type]
+    logits = torch.randn(20, 11) * 2
+    probs, ids = candidates(torch.softmax(logits / params.temperature, dim=-1), params)
+    for row in range(len(logits)):
+        kept = range(11) if ids is None else ids[row].tolist()
+        got = {i: p for i, p in zip(kept, (probs[row] / probs[row].sum()).tolist(), strict=True) if p > 0}
+        want = brute_force(logits[row].tolist(), params)
+        assert got.keys() == want.keys()
+        assert got == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_draws_follow_the_distribution(options: dict[str, float]) -> None:
+    params = SamplingParams(seed=3, **options)  # type: ignore[arg-type]
+    logits, n = torch.tensor([1.0, 0.2, -0.5, 2.0, 0.0, -3.0, 1.5, 0.9]), 4000
+    drawn = sample(logits.expand(n, -1), params, range(n))
+    want = brute_force(logits.tolist(), params)
+    counts = torch.bincount(drawn, minlength=8).tolist()
+    assert sum(counts[i] for i in want) == n  # nothing outside the candidates
+    chi_square = sum((counts[i] - n * p) ** 2 / (n * p) for i, p in want.items())
+    assert chi_square < 24.3  # 99.9% quantile at 7 degrees of freedom, fewer need less
+
+
+def test_top_p_sorts_the_whole_vocabulary_when_the_likeliest_hold_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    probs = torch.softmax(torch.randn(4, 50), dim=-1)
+    whole, ids = candidates(probs, SamplingParams(top_p=0.9))
+    monkeypatch.setattr(sampling, "NUCLEUS_GUESS", 2)
+    again, ids_again = candidates(probs, SamplingParams(top_p=0.9))
+    assert ids is not None
+    assert ids_again is not None
+    assert torch.equal(torch.zeros(4, 50).scatter(1, ids, whole), torch.zeros(4, 50).scatter(1, ids_again, again))
+
+
+def test_greedy_takes_the_lowest_of_equals_and_needs_no_seed() -> None:
+    logits = torch.tensor([[0.0, 2.0, 2.0], [5.0, 1.0, 5.0]])
+    for seed in range(5):
+        assert sample(logits, SamplingParams(temperature=0, seed=seed), [7, 9]).tolist() == [1, 0]
+
+
+def test_a_tiny_temperature_is_greedy_without_overflow() -> None:
+    logits = torch.randn(50, 30) * 100
+    assert torch.equal(sample(logits, SamplingParams(temperature=1e-30), range(50)), logits.argmax(-1))
+
+
+def test_padded_columns_are_never_drawn() -> None:
+    logits = torch.zeros(2000, 12)
+    logits[:, 8:] = 50.0
+    for params in (
+        SamplingParams(),
+        SamplingParams(top_k=10),
+        SamplingParams(top_p=0.99),
+        SamplingParams(temperature=0),
+    ):
+        assert int(sample(logits, params, range(2000), vocab_size=8).max()) < 8
+
+
+def test_a_result_depends_on_seed_and_position_but_not_on_the_batch() -> None:
+    logits, params = torch.randn(64, 100), SamplingParams(seed=11, top_p=0.95)
+    together = sample(logits, params, range(64))
+    alone = torch.cat([sample(logits[i : i + 1], params, [i]) for i in range(64)])
+    assert torch.equal(together, alone)
+    assert not torch.equal(together, sample(logits, params.replace(seed=12), range(64)))
+    assert not torch.equal(together, sample(logits, params, range(64, 128)))
+
+
+def test_uniform_numbers_are_spread_evenly_over_seeds_and_positions() -> None:
+    for numbers in ([uniform(0, i) for i in range(4000)], [uniform(i, 5) for i in range(4000)]):
+        assert len(set(numbers)) == 4000
+        tenths = torch.histc(torch.tensor(numbers), bins=10, min=0, max=1)
+        assert float(((tenths - 400) ** 2 / 400).sum()) < 27.9  # 99.9% at 9 degrees of freedom
+
+
+def test_the_last_candidate_is_drawn_at_the_top_of_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "uniform", lambda seed, position: 1 - 2**-53)
+    logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf, -torch.inf]])
+    assert sample(logits, SamplingParams(), [0]).tolist() == [2]
+
+
+def test_penalties_by_hand() -> None:
+    params = SamplingParams(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)
+    history = History.create(params, 1, 5, torch.device("cpu"))
+    assert history is not None
+    history.read(0, torch.tensor([0, 1]))  # the prompt: for the repetition penalty only
+    for token in (2, 2, 1):
+        history.add(torch.tensor([token]))
+    logits = sampling.penalise(torch.tensor([[4.0, -4.0, 4.0, 4.0, -4.0]]), params, history)
+    assert logits.tolist() == [[2.0, -8.0 - 0.5 - 0.25, 2.0 - 0.5 - 0.5, 4.0, -4.0]]
+    assert History.create(SamplingParams(), 1, 5, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_damaged_logits_are_told(bad: float, temperature: float) -> None:
+    with pytest.raises(UserError, match="not finite"):
+        sample(torch.full((1, 4), bad), SamplingParams(temperature=temperature), [0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"temperature": "hot"},
+        {"top_k": 0},
+        {"top_k": 1.5},
+        {"top_p": 0.0},
+        {"top_p": 1.01},
+        {"min_p": -0.5},
+        {"min_p": 2},
+        {"repetition_penalty": 0},
+        {"presence_penalty": math.inf},
+        {"seed": -1},
+        {"seed": 2**64},
+        {"max_tokens": -1},
+        {"stop": ("a", "")},
+    ],
+    ids=str,
+)
+def test_values_out_of_range_are_named(options: dict[str, float]) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(UserError) as error:
+        SamplingParams(**options)  # type: ignore[arg-type]
+    assert str(error.value).startswith(f"{name}={value!r}")
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_option_gets_the_nearest_name() -> None:
+    with pytest.raises(UserError, match=r"'temperatur' is not a sampling option\. Did you mean 'temperature'"):
+        SamplingParams().replace(temperatur=1)
+
+
+def test_one_stop_string_may_be_given_as_it_is() -> None:
+    assert SamplingParams(stop="User:").stop == ("User:",)  # type: ignore[arg-type]
