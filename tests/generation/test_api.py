@@ -16,7 +16,7 @@ from samba_lm.generation.api import generate, stream
 from samba_lm.generation.prefill import Cursor, prefill
 from samba_lm.generation.sampling import SamplingParams
 from samba_lm.model import SambaLM
-from samba_lm.tokenizer import Tokenizer, train_bpe
+from samba_lm.tokenizer import Tokenizer
 
 PROMPT = "The state of a sequence never grows, however long the text that was read: é😀. " * 3
 
@@ -92,9 +92,8 @@ def test_pieces_are_whole_characters_and_make_up_the_text(model, tokenizer) -> N
     pieces = list(stream(model, tokenizer, "a", max_tokens=300, seed=2))
     assert "".join(pieces) == generate(model, tokenizer, "a", max_tokens=300, seed=2)
     assert all(pieces)
-    # The decoder shows damage as soon as it is certain, so the same bytes decoded whole must agree.
-    made = model.tokens(300)[1:]
-    assert "".join(pieces).startswith(tokenizer.decode(made[:-4])[:-4])
+    # The model has read all but the last of the 300 bytes; how an unfinished character looks is not the point.
+    assert "".join(pieces).startswith(tokenizer.decode(model.tokens(300)[1:])[:-4])
     assert {"é", "a"} <= set(pieces)
 
 
@@ -203,7 +202,6 @@ def test_bad_options_are_told_before_any_work(model, tokenizer) -> None:
 
 def test_a_bpe_model_streams_text_too(make_model: Callable, bpe) -> None:
     model = make_model(bpe.vocab_size)
-    assert isinstance(bpe, type(train_bpe(["aa aa"], 258)))
     text = "".join(stream(model, bpe, "User: is the sea salt?", max_tokens=50, stop_at_eos=False))
-    read = model.tokens(bpe.encode("User: is the sea salt?").size + 49)
+    read = model.tokens(bpe.encode("User: is the sea salt?").size + 49)  # all but the last one made
     assert text.startswith(bpe.decode(read[-49:])[:-3])

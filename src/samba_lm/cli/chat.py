@@ -12,7 +12,7 @@ from types import FrameType
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from samba_lm.cli.generate import Dtype, SamplingOptions, load
+from samba_lm.cli.generate import CheckpointName, Dtype, SamplingOptions, load
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError, did_you_mean
 from samba_lm.files import write_text
@@ -34,8 +34,8 @@ class Chat:
     Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands.
     """
 
-    checkpoint: Positional[str]
-    """A checkpoint folder."""
+    checkpoint: Positional[CheckpointName]
+    """A checkpoint folder, or a training run's: its newest checkpoint."""
     system: str | None = None
     """What stands before the first message."""
     sampling: OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
@@ -44,7 +44,7 @@ class Chat:
     device: str = "auto"
     """Where to run: auto (the GPU if there is one), cpu, cuda or cuda:N."""
     dtype: Dtype | None = None
-    """What the matrix products are computed in; by default what the checkpoint says."""
+    """Turn the weights into this type; by default they stay as the checkpoint has them."""
 
 
 def main(argv: list[str]) -> None:

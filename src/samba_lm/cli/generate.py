@@ -32,6 +32,7 @@ from samba_lm.train.parallel import pick_device
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+CheckpointName = Annotated[str, tyro.conf.arg(metavar="CKPT")]
 TokenLimit = Annotated[
     int | None,
     PrimitiveConstructorSpec(
@@ -46,7 +47,7 @@ TokenLimit = Annotated[
 
 @dataclass(frozen=True)
 class SamplingOptions(SamplingParams):
-    """Sampling parameters as they are written on a command line."""
+    """How the text is continued, and when it ends."""
 
     max_tokens: TokenLimit = 256
     """Tokens to make at most; `unlimited`: until the end-of-text token or Ctrl-C, in constant memory."""
@@ -61,8 +62,8 @@ class Generate:
     Prompts of any length are read in constant memory. An empty prompt starts a new document.
     """
 
-    checkpoint: Positional[str]
-    """A checkpoint folder."""
+    checkpoint: Positional[CheckpointName]
+    """A checkpoint folder, or a training run's: its newest checkpoint."""
     stdin: Positional[Annotated[Literal["-"] | None, tyro.conf.arg(metavar="[-]")]] = None
     """`-` reads the prompt from the standard input."""
     prompt: str | None = None
@@ -75,7 +76,7 @@ class Generate:
     device: str = "auto"
     """Where to run: auto (the GPU if there is one), cpu, cuda or cuda:N."""
     dtype: Dtype | None = None
-    """What the matrix products are computed in; by default what the checkpoint says."""
+    """Turn the weights into this type; by default they stay as the checkpoint has them."""
     json: Path | None = None
     """Write the figures of the last line to this file too."""
 

@@ -71,7 +71,7 @@ class Answer:
         self.finish: Finish | None = "length" if params.max_tokens == 0 else None
         """Why the text ended; None while it goes on."""
         self.held = False
-        """Whether the tokens so far may hold text that was not returned yet: half a character, or half a stop string."""
+        """Whether text of the tokens so far may not have been returned yet: half a character, half a stop string."""
 
     def feed(self, token_id: int) -> str:
         """Take the next token and return the text that is certain by now, possibly none; may set `finish`."""
@@ -156,10 +156,14 @@ def stream_pieces(
     answer = Answer(tokenizer, params)
     with evaluating(model):
         began = time.perf_counter()
+
+        def note(tokens: int) -> None:
+            timing.prompt_tokens, timing.read_seconds = tokens, time.perf_counter() - began
+            if on_progress is not None:
+                on_progress(tokens)
+
         cursor = Cursor.create(model, params, batch=1)
-        prefill(model, [prompt_chunks(prompt, tokenizer)], cursor, chunk, on_progress)
-        timing.prompt_tokens = cursor.lengths[0]
-        timing.read_seconds = time.perf_counter() - began
+        prefill(model, [prompt_chunks(prompt, tokenizer)], cursor, chunk, note)
         while answer.finish is None:
             ids = draw(cursor, params, vocab_size)
             piece = answer.feed(int(ids))  # waits for the device
