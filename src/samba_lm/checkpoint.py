@@ -94,7 +94,9 @@ def load(
 
 def latest_step(run: Path) -> Path | None:
     """The newest complete ``step-N`` folder of a training run, or None."""
-    steps = [p for p in run.glob("step-*") if p.is_dir() and TMP_MARK not in p.name and re.fullmatch(r"step-\d+", p.name)]
+    steps = [
+        p for p in run.glob("step-*") if p.is_dir() and TMP_MARK not in p.name and re.fullmatch(r"step-\d+", p.name)
+    ]
     return max(steps, key=lambda p: int(p.name.removeprefix("step-")), default=None)
 
 
@@ -130,7 +132,9 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is truncated or damaged ({error}): use another checkpoint.") from None
     if written is not None and written != config.fingerprint():
-        raise UserError(f"{path} belongs to another model than {folder / CONFIG}: restore the pair that was saved together.")
+        raise UserError(
+            f"{path} belongs to another model than {folder / CONFIG}: restore the pair that was saved together."
+        )
     return tensors
 
 
@@ -178,9 +182,7 @@ def _read_tokenizer(folder: Path, config: ModelConfig, expected: str | None) -> 
     return tokenizer
 
 
-def _from_name(
-    name: str, device: str | torch.device, dtype: torch.dtype | None
-) -> tuple[SambaLM, Tokenizer | None]:
+def _from_name(name: str, device: str | torch.device, dtype: torch.dtype | None) -> tuple[SambaLM, Tokenizer | None]:
     if name not in zoo.ZOO:
         if "/" in name or "." in name:
             raise UserError(f"There is no checkpoint at {name!r}, and no model of that name in the zoo.")

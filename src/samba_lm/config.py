@@ -19,7 +19,7 @@ SPECS: dict[str, type[LayerSpec]] = {}
 
 
 class LayerSpec(BaseModel):
-    """One residual layer as data. Subclass it (with a ``kind``) to describe a mixer of your own; see ``register_mixer``."""
+    """One residual layer as data. Subclass it (with a ``kind``) for a mixer of your own; see ``register_mixer``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -175,7 +175,9 @@ class SelfExtend(Attention):
         super().check(d_model)
         _positive(self, "group", "neighbor_window")
         if self.window is not None or not self.rope or self.short_conv is not None:
-            raise ValueError("SelfExtend is full attention with RoPE: leave window, rope and short_conv at their defaults")
+            raise ValueError(
+                "SelfExtend is full attention with RoPE: leave window, rope and short_conv at their defaults"
+            )
 
     def describe(self) -> str:
         return f"{super().describe()}, SelfExtend group {self.group} beyond {self.neighbor_window}"
@@ -367,7 +369,7 @@ class ModelConfig(BaseModel):
         return embeddings + norms + sum(spec.parameters(self.d_model) for spec in self.layers)
 
     def flops_per_token(self, context: int) -> int:
-        """Forward FLOPs a token: 2 a matmul weight (head included) + attention as it is windowed, mean over ``context``."""
+        """Forward FLOPs a token: 2 a matmul weight (head included) + attention as windowed, mean over ``context``."""
         layers = sum(s.matmul_flops(self.d_model) + s.context_flops(self.d_model, context) for s in self.layers)
         return layers + 2 * self.vocab_size * self.d_model
 

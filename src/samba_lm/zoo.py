@@ -5,6 +5,7 @@ One row each. SPEC of the sizes: Tables 3, 5, 6, 10, 11 and 12 of the paper. Imp
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -48,9 +49,7 @@ class Scale:
     """Blocks (a mixer and its MLP) of the two-layer-a-block models."""
 
     def attention(self, window: int | None = WINDOW, rope: bool = True, short_conv: int | None = None) -> Attention:
-        return Attention(
-            heads=self.heads, kv_heads=self.kv_heads, window=window, rope=rope, short_conv=short_conv
-        )
+        return Attention(heads=self.heads, kv_heads=self.kv_heads, window=window, rope=rope, short_conv=short_conv)
 
     @property
     def swiglu(self) -> SwiGLU:
@@ -62,9 +61,14 @@ S13 = Scale(d_model=2304, mlp=6144, heads=18, kv_heads=18, vocab=32_000, blocks=
 # Table 11 prints d_p = 8196; 8192 is what bf16 matrix units need, and surely what was meant.
 S17 = Scale(d_model=2048, mlp=8192, heads=32, kv_heads=4, vocab=50_304, blocks=24)
 S38 = Scale(d_model=2816, mlp=9984, heads=11, kv_heads=1, vocab=32_064, blocks=32)
+# Table 6: fewer query and KV heads, the MLP widened to 4608.
+FEWER_HEADS = [
+    Scale(S421.d_model, 4608, heads, kv_heads, S421.vocab, S421.blocks)
+    for heads, kv_heads in ((12, 2), (6, 1), (12, 1), (12, 4))
+]
 # Byte vocabulary (256 + end of document), rounded up to 64; window = half of the 256 tokens the demo trains on.
-NANO = Scale(d_model=64, mlp=176, heads=2, kv_heads=2, vocab=320, blocks=4)
-TINY = Scale(d_model=128, mlp=352, heads=4, kv_heads=4, vocab=320, blocks=4)
+NANO = Scale(d_model=64, mlp=168, heads=2, kv_heads=2, vocab=320, blocks=4)
+TINY = Scale(d_model=128, mlp=368, heads=4, kv_heads=4, vocab=320, blocks=4)
 SMALL_WINDOW = 128
 
 
@@ -123,10 +127,6 @@ def mega_s6(name: str, scale: Scale) -> ModelConfig:
     return _model(name, scale, [MegaS6(), scale.swiglu], scale.blocks)
 
 
-def _fewer_heads(heads: int, kv_heads: int) -> Scale:
-    return Scale(S421.d_model, 4608, heads, kv_heads, S421.vocab, S421.blocks)  # Table 6 widens the MLP to 4608
-
-
 def _gla(scale: Scale) -> GatedLinearAttention:
     return GatedLinearAttention(heads=scale.d_model // 384)
 
@@ -157,8 +157,8 @@ def _small(size: str, scale: Scale) -> list[Entry]:
 
 
 # What makes the twins as large as samba-nano and samba-tiny.
-TWIN_MLP = {"nano": 240, "tiny": 464}
-TWIN_MAMBA_LAYERS = {"nano": 9, "tiny": 9}
+TWIN_MLP = {"nano": 208, "tiny": 432}
+TWIN_MAMBA_LAYERS = {"nano": 7, "tiny": 8}
 
 _ROWS: list[tuple[str, str, Callable[[str], ModelConfig]]] = [
     ("samba-421m", "Tables 3, 12", lambda n: samba(n, S421)),
@@ -199,13 +199,13 @@ _ROWS: list[tuple[str, str, Callable[[str], ModelConfig]]] = [
     ("samba-421m-window-512", "window ablation", lambda n: samba(n, S421, S421.attention(512))),
     ("samba-421m-window-1024", "window ablation", lambda n: samba(n, S421, S421.attention(1024))),
     *(
-        row
-        for h, g in ((12, 2), (6, 1), (12, 1), (12, 4))
-        for row in (
-            (f"samba-421m-heads-{h}-{g}", "Table 6", lambda n, s=_fewer_heads(h, g): samba(n, s)),
-            (f"llama2-swa-438m-heads-{h}-{g}", "Table 6",
-             lambda n, s=_fewer_heads(h, g): transformer(n, s, 12, s.attention(), tie=False)),
-        )
+        (f"samba-421m-heads-{s.heads}-{s.kv_heads}", "Table 6", lambda n, s=s: samba(n, s))
+        for s in FEWER_HEADS
+    ),
+    *(
+        (f"llama2-swa-438m-heads-{s.heads}-{s.kv_heads}", "Table 6",
+         lambda n, s=s: transformer(n, s, 12, s.attention(), tie=False))
+        for s in FEWER_HEADS
     ),
     ("llama2-swa-438m-sc", "Table 10", lambda n: _with_short_conv(n, get("llama2-swa-438m"))),
     ("sliding-gla-438m-sc", "Table 10", lambda n: _with_short_conv(n, get("sliding-gla-438m"))),
@@ -218,7 +218,7 @@ ZOO: dict[str, Entry] = {
     for entry in (
         *_small("nano", NANO),
         *_small("tiny", TINY),
-        *(Entry(name, paper, lambda name=name, build=build: build(name)) for name, paper, build in _ROWS),
+        *(Entry(name, paper, functools.partial(build, name)) for name, paper, build in _ROWS),
     )
 }
 

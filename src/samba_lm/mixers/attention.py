@@ -57,7 +57,7 @@ def attend(
 
 @register_mixer(Attention)
 class AttentionMixer(Mixer):
-    """Query i sees keys j with 0 <= i - j < window of its own document. State: ``k``, ``v`` rings, ``conv`` with +SC."""
+    """Query i sees keys j of its own document with 0 <= i - j < window. State: rings ``k``, ``v``; ``conv`` with +SC."""
 
     def __init__(self, spec: Attention, config: ModelConfig) -> None:
         super().__init__()

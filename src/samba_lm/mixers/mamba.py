@@ -36,7 +36,7 @@ class Selection(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(inner))
 
     def reset_parameters(self, init: Init) -> None:
-        init.A_log(self.A_log)
+        init.a_log(self.A_log)
         nn.init.ones_(self.D)
         init.dt_bias(self.dt_bias)
 

@@ -40,4 +40,4 @@ def build_mixer(spec: LayerSpec, config: ModelConfig) -> Mixer:
     """The mixer of one layer, with uninitialised parameters."""
     if type(spec) not in MIXERS:
         raise ValueError(f"no mixer is registered for {type(spec).__name__}; decorate one with @register_mixer")
-    return MIXERS[type(spec)](spec, config)  # type: ignore[call-arg]
+    return MIXERS[type(spec)](spec, config)

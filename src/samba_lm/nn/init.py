@@ -56,7 +56,7 @@ class Init:
         with torch.no_grad():
             p.copy_(dt + torch.log(-torch.expm1(-dt)))
 
-    def A_log(self, p: torch.Tensor) -> None:
+    def a_log(self, p: torch.Tensor) -> None:
         """S4D-real: log(1..N) in every channel."""
         with torch.no_grad():
             p.copy_(torch.arange(1, p.shape[1] + 1, dtype=p.dtype, device=p.device).log().expand_as(p))

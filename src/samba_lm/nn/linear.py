@@ -1,4 +1,4 @@
-"""Linear map that computes in its input's dtype, whatever the parameters' dtype: fp32 weights serve bf16 activations."""
+"""Linear map that computes in its input's dtype, whatever its parameters': fp32 weights serve bf16 activations."""
 
 from __future__ import annotations
 

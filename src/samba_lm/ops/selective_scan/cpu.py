@@ -28,7 +28,7 @@ def scan_cpu(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Same arguments, results and meaning as ``scan_reference``."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (u, delta, A, B, C, state)):
-        return _Scan.apply(u, delta, A, B, C, state, resets)
+        return _Scan.apply(u, delta, A, B, C, state, resets)  # type: ignore[no-untyped-call]
     y, final, _ = _forward(u, delta, A, B, C, state, resets, keep_starts=False)
     return y, final
 

@@ -1,0 +1,1 @@
+"""Weights from and to other code: the paper's reference code, and Hugging Face `transformers`."""
