@@ -12,6 +12,7 @@ import pytest
 from samba_lm.data.shards import ShardWriter
 from samba_lm.tokenizer import ByteTokenizer
 from samba_lm.train.recipe import Recipe
+from samba_lm.train.run import train
 
 
 def write_data(folder: Path, seed: int, documents: int = 12) -> Path:
@@ -27,38 +28,50 @@ def write_data(folder: Path, seed: int, documents: int = 12) -> Path:
     return folder
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
+def tiny_recipe(data: Path, out: Path, **train: Any) -> Recipe:
+    """Six steps of samba-nano on ``data``/train into ``out``, with other [train] fields replaced."""
+    return Recipe.from_dict(
+        {
+            "model": {"name": "samba-nano"},
+            "data": {"train": str(data / "train"), "val": str(data / "val"), "documents": True},
+            "train": {
+                "out": str(out),
+                "steps": 6,
+                "batch_size": 4,
+                "length": 32,
+                "lr": 3e-3,
+                "warmup_fraction": 0.3,
+                "eval_every": 2,
+                "eval_batches": 2,
+                "save_every": 2,
+                "log_every": 1,
+                "device": "cpu",
+                **train,
+            },
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data sets ``train`` and ``val``."""
-    write_data(tmp_path / "data" / "train", seed=1)
-    write_data(tmp_path / "data" / "val", seed=2, documents=4)
-    return tmp_path / "data"
+    folder = tmp_path_factory.mktemp("prepared") / "data"
+    write_data(folder / "train", seed=1)
+    write_data(folder / "val", seed=2, documents=4)
+    return folder
 
 
 @pytest.fixture
 def recipe(data: Path, tmp_path: Path) -> Callable[..., Recipe]:
-    """``recipe(out="a", lr=1.0)``: a run of six steps into tmp_path/out, with other [train] fields replaced."""
+    """``recipe("a", lr=1.0)``: the tiny recipe, into tmp_path/a."""
 
     def make(out: str = "run", **train: Any) -> Recipe:
-        return Recipe.from_dict(
-            {
-                "model": {"name": "samba-nano"},
-                "data": {"train": str(data / "train"), "val": str(data / "val"), "documents": True},
-                "train": {
-                    "out": str(tmp_path / out),
-                    "steps": 6,
-                    "batch_size": 4,
-                    "length": 32,
-                    "lr": 3e-3,
-                    "warmup_fraction": 0.3,
-                    "eval_every": 2,
-                    "eval_batches": 2,
-                    "save_every": 2,
-                    "log_every": 1,
-                    "device": "cpu",
-                    **train,
-                },
-            }
-        )
+        return tiny_recipe(data, tmp_path / out, **train)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def whole_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted tiny run; look, do not touch."""
+    return train(tiny_recipe(data, tmp_path_factory.mktemp("whole") / "whole")).folder.parent

@@ -101,10 +101,11 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+            records.append({**record, "step": int(record["step"])})
+        except (ValueError, KeyError, TypeError):
             if number < len(lines):
-                raise UserError(f"{path}, line {number} is not JSON: move the file away and run again.") from None
+                raise UserError(f"{path}, line {number} is not a metrics record: move the file away.") from None
     return records
 
 

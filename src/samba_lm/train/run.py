@@ -51,6 +51,7 @@ class TrainResult:
     """Time spent in steps, over all parts of the run."""
     folder: Path
     """The newest checkpoint."""
+    device: str
     interrupted: int | None = None
     """The signal that ended the run early."""
 
@@ -91,9 +92,13 @@ def train(
         if latest is None:
             state = None
             model = model or _new_model(recipe, data)
+            _check_vocab(model.config, data)
         else:
             state = checkpoints.read_state(latest)
             model = _saved_model(latest, state, recipe, data, model)
+            if state.step >= steps:
+                observer.message(f"{latest} has all {steps} steps: raise train.steps to go on.")
+                return _result(_progress(state), latest, parallel)
             _tell_resume(latest, state, recipe, observer)
         prepare_model(model, settings, parallel)
         optimizer = make_optimizer(model, settings)
@@ -101,9 +106,7 @@ def train(
         if latest is not None and state is not None:
             checkpoints.restore_optimizer(latest, model, optimizer)
             checkpoints.restore_rng(state.rng.get(str(parallel.rank), {}), parallel.device)
-            progress = Progress(
-                state.step, state.tokens, state.seconds, state.loss, state.val_loss, state.best_val_loss
-            )
+            progress = _progress(state)
 
         watchers = Observers([*_metrics(out, recipe), observer])
 
@@ -131,15 +134,7 @@ def train(
             except NonFiniteError as error:
                 raise UserError(f"{error} Last good checkpoint: {latest or 'none yet'}.") from None
     assert latest is not None, "the loop saves after its last step"
-    return TrainResult(
-        final_loss=progress.loss,
-        val_loss=progress.val_loss,
-        steps=progress.step,
-        tokens=progress.tokens,
-        seconds=progress.seconds,
-        folder=latest,
-        interrupted=request.signal if progress.step < steps else None,
-    )
+    return _result(progress, latest, parallel, interrupted=request.signal if progress.step < steps else None)
 
 
 def open_data(recipe: Recipe) -> Data:
@@ -166,7 +161,6 @@ def _new_model(recipe: Recipe, data: Data) -> SambaLM:
     if source is None:
         return checkpoint.create(_wanted_config(recipe, data), seed=recipe.train.seed)
     model, tokenizer = checkpoint.load(source, dtype=torch.float32)
-    _check_vocab(model.config, data)
     if tokenizer is not None and tokenizer.fingerprint() != data.tokenizer.fingerprint():
         raise UserError(
             f"model.init_from = {source!r} has another tokenizer than data.train = {recipe.data.train!r}: "
@@ -178,9 +172,7 @@ def _new_model(recipe: Recipe, data: Data) -> SambaLM:
 def _wanted_config(recipe: Recipe, data: Data) -> ModelConfig:
     if recipe.model.init_from is not None:
         return _new_model(recipe, data).config
-    config = recipe.model.config(data.tokenizer.vocab_size)
-    _check_vocab(config, data)
-    return config
+    return recipe.model.config(data.tokenizer.vocab_size)
 
 
 def _saved_model(folder: Path, state: TrainerState, recipe: Recipe, data: Data, model: SambaLM | None) -> SambaLM:
@@ -213,9 +205,6 @@ def _saved_model(folder: Path, state: TrainerState, recipe: Recipe, data: Data, 
 
 
 def _tell_resume(folder: Path, state: TrainerState, recipe: Recipe, observer: Observer) -> None:
-    if state.step >= recipe.train.total_steps:
-        observer.message(f"{folder} has all {recipe.train.total_steps} steps: raise train.steps to go on.")
-        return
     observer.message(f"Continuing from {folder}, step {state.step} of {recipe.train.total_steps}.")
     for field, (now, before) in recipe.differences(state.recipe).items():
         if field not in FREE:
@@ -224,6 +213,23 @@ def _tell_resume(folder: Path, state: TrainerState, recipe: Recipe, observer: Ob
         observer.message(
             f"With {torch.get_num_threads()} CPU threads instead of {state.threads} the last digits will differ."
         )
+
+
+def _result(progress: Progress, folder: Path, parallel: Parallel, interrupted: int | None = None) -> TrainResult:
+    return TrainResult(
+        final_loss=progress.loss,
+        val_loss=progress.val_loss,
+        steps=progress.step,
+        tokens=progress.tokens,
+        seconds=progress.seconds,
+        folder=folder,
+        device=str(parallel.device),
+        interrupted=interrupted,
+    )
+
+
+def _progress(state: TrainerState) -> Progress:
+    return Progress(state.step, state.tokens, state.seconds, state.loss, state.val_loss, state.best_val_loss)
 
 
 def _state(progress: Progress, recipe: Recipe, model: SambaLM, data: Data, parallel: Parallel) -> TrainerState:
