@@ -21,7 +21,7 @@ from samba_lm.config import (
     Retention,
     SwiGLU,
 )
-from samba_lm.convert.tensors import Tensors, Weights, read_safetensors, read_torch
+from samba_lm.convert.foreign import Tensors, Weights, read_safetensors, read_torch
 from samba_lm.errors import UserError
 from samba_lm.validation import explain
 
