@@ -91,7 +91,7 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGED as error:
         # What torch refuses to run, it names as GLOBAL module.name.
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        foreign = re.search(r"GLOBAL (\w[\w.]*\.\w+)", str(error))
         if foreign is None:
             raise UserError(f"{path} is truncated or no PyTorch file: fetch it again.") from None
         raise UserError(

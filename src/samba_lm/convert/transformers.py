@@ -154,7 +154,9 @@ def read_transformers_config(data: Mapping[str, Any]) -> ModelConfig:
     try:
         return theirs.model_validate(data).to_config()
     except ValidationError as error:
-        raise UserError(f"{explain(error, theirs).removesuffix('.')}: our layers cannot express it.") from None
+        unsupported = error.errors()[0]["type"] in ("literal_error", "none_required")
+        why = "; no layer of samba-lm computes anything else." if unsupported else ""
+        raise UserError(explain(error, theirs).removesuffix("." if why else "") + why) from None
 
 
 def transformers_config(config: ModelConfig) -> dict[str, Any]:
