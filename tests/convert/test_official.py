@@ -120,8 +120,8 @@ def test_damaged_pth_files(legacy: bool, tmp_path: Path) -> None:
     whole = path.read_bytes()
     for length in range(0, len(whole) - 1, 7):
         path.write_bytes(whole[:length])
-        # Cut in the middle of a name, it asks for something that torch does not know.
-        with pytest.raises(UserError, match=r"is truncated or no PyTorch file|holds more than tensors \(t"):
+        # Cut in the middle of a class's name, it asks for something that torch does not know.
+        with pytest.raises(UserError, match=r"is truncated or no PyTorch file|holds more than tensors"):
             read_official_tensors(path)
     for junk in (b"hello\n", b"\x80\x04junk", b"PK\x03\x04", bytes(range(256))):
         path.write_bytes(junk)

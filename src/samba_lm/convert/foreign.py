@@ -90,8 +90,8 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
             warnings.filterwarnings("ignore", message="Detected pickle protocol")  # an error follows where it matters
             return torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGED as error:
-        # What torch refuses to run, it names as GLOBAL module.name.
-        foreign = re.search(r"GLOBAL (\w[\w.]*\.\w+)", str(error))
+        # What torch refuses to run, it names as GLOBAL module.name, or GLOBAL name for a builtin.
+        foreign = re.search(r"GLOBAL (\w[\w.]*)", str(error))
         if foreign is None:
             raise UserError(f"{path} is truncated or no PyTorch file: fetch it again.") from None
         raise UserError(
