@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 from samba_lm.train.observer import Observer, Plan, StepRecord
@@ -99,10 +100,9 @@ class LiveProgress(Observer):
         if self.plan is None:
             return Text()
         step = self.record.step if self.record else self.plan.first_step
-        rows: list[RenderableType] = [
-            Text(headline(self.plan), style="bold"),
-            ProgressBar(total=self.plan.steps, completed=step),
-        ]
+        bar = Table.grid(expand=True)  # a bar alone does not end its line
+        bar.add_row(ProgressBar(total=self.plan.steps, completed=step))
+        rows: list[RenderableType] = [Text(headline(self.plan), style="bold"), bar]
         if self.record is not None and self.loss is not None and self.speed is not None:
             left = (self.plan.steps - step) * self.plan.tokens_per_step / self.speed
             words = [
