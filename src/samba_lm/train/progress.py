@@ -16,7 +16,7 @@ from samba_lm.train.observer import Observer, Plan, StepRecord
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SMOOTHING = 0.9
-"""Weight of the past in the shown loss and speed; files hold the raw figures."""
+"""Weight of the past in the shown speed; files hold the raw figures."""
 
 
 def progress_observer(console: Console, log_every: int) -> Observer:
@@ -45,7 +45,7 @@ class PlainProgress(Observer):
             left = (self.plan.steps - record.step) * self.plan.tokens_per_step / self.speed
             self._print(
                 f"step {record.step}/{self.plan.steps}  "
-                + "  ".join(figures(record, record.loss, record.val_loss, self.speed, left))
+                + "  ".join(figures(record, record.val_loss, self.speed, left))
             )
 
     def saved(self, step: int, folder: Path) -> None:
@@ -66,7 +66,6 @@ class LiveProgress(Observer):
         self.console = console
         self.plan: Plan | None = None
         self.record: StepRecord | None = None
-        self.loss: float | None = None
         self.val_loss: float | None = None
         self.speed: float | None = None
         self.curve: deque[float] = deque(maxlen=4096)
@@ -80,9 +79,8 @@ class LiveProgress(Observer):
 
     def step(self, record: StepRecord) -> None:
         self.record = record
-        self.loss = smooth(self.loss, record.loss)
         self.speed = smooth(self.speed, record.tokens_per_s)
-        self.curve.append(self.loss)
+        self.curve.append(record.loss)
         if record.val_loss is not None:
             self.val_loss = record.val_loss
 
@@ -103,13 +101,13 @@ class LiveProgress(Observer):
         bar = Table.grid(expand=True)  # a bar alone does not end its line
         bar.add_row(ProgressBar(total=self.plan.steps, completed=step))
         rows: list[RenderableType] = [Text(headline(self.plan), style="bold"), bar]
-        if self.record is not None and self.loss is not None and self.speed is not None:
+        if self.record is not None and self.speed is not None:
             left = (self.plan.steps - step) * self.plan.tokens_per_step / self.speed
             words = [
                 f"step {step}/{self.plan.steps}",
-                *figures(self.record, self.loss, self.val_loss, self.speed, left),
+                *figures(self.record, self.val_loss, self.speed, left),
             ]
-            rows.append(Text("  ".join(word.replace(" ", "\u00a0") for word in words)))
+            rows += [Text(line) for line in pack(words, self.console.width)]
             if self.console.encoding.lower().startswith("utf"):
                 rows.append(Text(sparkline(list(self.curve), min(60, self.console.width - 1)), style="cyan"))
         if self.checkpoint is not None:
@@ -122,9 +120,9 @@ def headline(plan: Plan) -> str:
     return f"Training {plan.name} ({count(plan.parameters)} parameters) on {plan.device}"
 
 
-def figures(record: StepRecord, loss: float, val_loss: float | None, speed: float, left: float) -> list[str]:
+def figures(record: StepRecord, val_loss: float | None, speed: float, left: float) -> list[str]:
     """The figures of a step as short words."""
-    words = [f"loss {loss:.4f}"]
+    words = [f"loss {record.loss:.4f}"]
     if val_loss is not None:
         words.append(f"val {val_loss:.4f}")
     words += [f"lr {record.lr:.2e}", f"norm {record.grad_norm:.2f}", f"{count(speed)} tok/s"]
@@ -132,6 +130,17 @@ def figures(record: StepRecord, loss: float, val_loss: float | None, speed: floa
         words.append(f"MFU {record.mfu:.1%}")
     words.append(f"ETA {duration(left)}")
     return words
+
+
+def pack(words: list[str], width: int) -> list[str]:
+    """The words in lines of at most ``width`` columns, none torn apart."""
+    lines = [words[0]]
+    for word in words[1:]:
+        if len(lines[-1]) + 2 + len(word) <= width:
+            lines[-1] += "  " + word
+        else:
+            lines.append(word)
+    return lines
 
 
 def smooth(past: float | None, value: float) -> float:
