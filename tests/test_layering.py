@@ -46,8 +46,8 @@ EXTRAS = {
 }
 PARSERS = {"argparse", "optparse", "getopt", "click", "typer", "tyro", "sys.argv"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-# Names are computed here from tables of our own modules.
-COMPUTED_IMPORTS = {"__init__.py", "cli/main.py"}
+# Names are computed here, from tables of our own modules or from what the user asks for.
+COMPUTED_IMPORTS = {"__init__.py", "cli/main.py", "plugins.py"}
 
 
 class Import(NamedTuple):

@@ -11,7 +11,21 @@ import pytest
 
 import samba_lm
 
-PUBLIC = {"ModelConfig", "SambaLM", "UserError", "create", "generate", "load", "register_mixer", "save", "stream"}
+PUBLIC = {
+    "LayerSpec",
+    "Mixer",
+    "ModelConfig",
+    "SambaLM",
+    "Span",
+    "UserError",
+    "create",
+    "generate",
+    "load",
+    "register_architecture",
+    "register_mixer",
+    "save",
+    "stream",
+}
 
 
 def test_the_promise() -> None:

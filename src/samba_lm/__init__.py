@@ -10,33 +10,44 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from samba_lm.checkpoint import create, load, save
-    from samba_lm.config import ModelConfig
+    from samba_lm.config import LayerSpec, ModelConfig
     from samba_lm.errors import UserError
     from samba_lm.generation.api import generate, stream
+    from samba_lm.mixers.base import Mixer
     from samba_lm.mixers.registry import register_mixer
     from samba_lm.model import SambaLM
+    from samba_lm.span import Span
+    from samba_lm.zoo import register_architecture
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LayerSpec",
+    "Mixer",
     "ModelConfig",
     "SambaLM",
+    "Span",
     "UserError",
     "create",
     "generate",
     "load",
+    "register_architecture",
     "register_mixer",
     "save",
     "stream",
 ]
 
 _HOMES = {
+    "LayerSpec": "samba_lm.config",
+    "Mixer": "samba_lm.mixers.base",
     "ModelConfig": "samba_lm.config",
     "SambaLM": "samba_lm.model",
+    "Span": "samba_lm.span",
     "UserError": "samba_lm.errors",
     "create": "samba_lm.checkpoint",
     "generate": "samba_lm.generation.api",
     "load": "samba_lm.checkpoint",
+    "register_architecture": "samba_lm.zoo",
     "register_mixer": "samba_lm.mixers.registry",
     "save": "samba_lm.checkpoint",
     "stream": "samba_lm.generation.api",

@@ -98,6 +98,10 @@ def _dispatch(argv: list[str]) -> None:
         if argv[1] not in parts:
             near = did_you_mean(argv[1], parts)
             raise UserError(f"Unknown command '{word} {argv[1]}'.{near} See `samba-lm {word} --help`.")
+    if os.environ.get("SAMBA_LM_PLUGINS"):
+        from samba_lm.plugins import load_plugins
+
+        load_plugins()
     importlib.import_module(rows[0].module).main(argv[1:])
 
 
