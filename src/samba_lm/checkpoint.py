@@ -16,6 +16,7 @@ from samba_lm import zoo
 from samba_lm.config import ModelConfig
 from samba_lm.errors import UserError
 from samba_lm.files import TMP_MARK, atomic_folder, recover_folder
+from samba_lm.mixers.mamba import Selection
 from samba_lm.model import SambaLM
 from samba_lm.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -34,7 +35,7 @@ def create(
     config = zoo.get(model) if isinstance(model, str) else model
     built = build(config)
     built.reset_parameters(seed)
-    return built.to(device=device, dtype=dtype)
+    return place(built, device, dtype)
 
 
 def save(model: SambaLM, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
@@ -89,7 +90,7 @@ def load(
         config = config.with_overrides(max_context=max_context)
     model = build(config, read_weights(folder, config))
     tokenizer = _read_tokenizer(folder, config, tokenizer_hash)
-    return model.to(device=device, dtype=dtype), tokenizer
+    return place(model, device, dtype), tokenizer
 
 
 def latest_step(run: Path) -> Path | None:
@@ -136,6 +137,20 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
             f"{path} belongs to another model than {folder / CONFIG}: restore the pair that was saved together."
         )
     return tensors
+
+
+def place(model: SambaLM, device: str | torch.device, dtype: torch.dtype | None) -> SambaLM:
+    """Move a model to a device and its parameters to a dtype (None: as they are), in place.
+
+    The parameters of the recurrence (A_log, D and the step's bias) never go below fp32: exp and softplus of a rounded
+    number would change how long a channel remembers.
+    """
+    model.to(device=device)
+    for module in model.modules() if dtype is not None else ():
+        exact = isinstance(module, Selection) and torch.finfo(dtype).bits < 32
+        for parameter in module.parameters(recurse=False) if not exact else ():
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def check_tokenizer(config: ModelConfig, tokenizer: Tokenizer) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from samba_lm.errors import UserError
-from samba_lm.nn.rope import rope_angles
+from samba_lm.ops.rope import rope_angles
 
 
 @dataclass(frozen=True)

@@ -147,12 +147,12 @@ def _small(size: str, scale: Scale) -> list[Entry]:
     wide = Scale(scale.d_model, TWIN_MLP[size], scale.heads, scale.kv_heads, scale.vocab, scale.blocks)
     layers = TWIN_MAMBA_LAYERS[size]
     return [
-        Entry(f"samba-{size}", "laptop size", lambda: samba(f"samba-{size}", scale, window)),
-        Entry(f"llama-{size}", "laptop twin, full attention",
+        Entry(f"samba-{size}", "laptop", lambda: samba(f"samba-{size}", scale, window)),
+        Entry(f"llama-{size}", "laptop twin",
               lambda: transformer(f"llama-{size}", wide, scale.blocks, wide.attention(None))),
-        Entry(f"swa-{size}", "laptop twin, sliding window",
+        Entry(f"swa-{size}", "laptop twin",
               lambda: transformer(f"swa-{size}", wide, scale.blocks, wide.attention(SMALL_WINDOW))),
-        Entry(f"mamba-{size}", "laptop twin, Mamba only", lambda: mamba(f"mamba-{size}", scale.d_model, layers, 320)),
+        Entry(f"mamba-{size}", "laptop twin", lambda: mamba(f"mamba-{size}", scale.d_model, layers, 320)),
     ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from samba_lm.mixers.base import Mixer, Tensors
 from samba_lm.mixers.registry import register_mixer
 from samba_lm.nn.init import Init
 from samba_lm.nn.linear import Linear
-from samba_lm.nn.rope import rotate
+from samba_lm.ops.rope import rotate
 from samba_lm.ops.causal_conv1d import causal_conv1d
 from samba_lm.ops.sliding_attention import attend_one, sliding_attention
 from samba_lm.span import Span
@@ -57,7 +57,7 @@ def attend(
 
 @register_mixer(Attention)
 class AttentionMixer(Mixer):
-    """Query i sees keys j of its own document with 0 <= i - j < window. State: rings ``k``, ``v``; ``conv`` with +SC."""
+    """Query i sees keys j of its document with 0 <= i - j < window. State: rings ``k``, ``v``; ``conv`` with +SC."""
 
     def __init__(self, spec: Attention, config: ModelConfig) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from samba_lm.mixers.registry import register_mixer
 from samba_lm.nn.init import Init
 from samba_lm.nn.linear import Linear
 from samba_lm.nn.norm import RMSNorm
-from samba_lm.nn.rope import rotate
+from samba_lm.ops.rope import rotate
 from samba_lm.span import Span
 
 

@@ -8,7 +8,7 @@ from samba_lm.config import ModelConfig, Retention
 from samba_lm.mixers.base import state_dtype
 from samba_lm.mixers.linear_attention import LinearAttentionMixer
 from samba_lm.mixers.registry import register_mixer
-from samba_lm.nn.rope import rotate
+from samba_lm.ops.rope import rotate
 from samba_lm.span import Span
 
 

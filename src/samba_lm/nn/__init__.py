@@ -1,1 +1,1 @@
-"""Small shared modules: linear, norm, MLP, rotary positions, initialisation."""
+"""Small shared modules: linear, norm, initialisation."""

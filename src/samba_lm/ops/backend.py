@@ -14,7 +14,7 @@ Backend = Literal["auto", "reference", "cpu", "triton"]
 
 
 def choose(backend: Backend, available: tuple[str, ...], operation: str) -> str:
-    """The implementation to run; ``auto`` takes the last (fastest) of ``available``. Raises UserError if it has none."""
+    """The implementation to run; ``auto`` takes the last (fastest) of ``available``. UserError for one it lacks."""
     if backend == "auto":
         return available[-1]
     if backend not in available:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -76,7 +78,8 @@ def selective_scan_step(
     """
     dtype = state.dtype
     step, x = F.softplus(delta.to(dtype)), u.to(dtype)
-    state = torch.addcmul((step * x)[..., None] * B.to(dtype)[:, None], torch.exp(step[..., None] * A), state)
+    decay = torch.exp2((step * math.log2(math.e))[..., None] * A)
+    state = torch.addcmul((step * x)[..., None] * B.to(dtype)[:, None], decay, state)
     y = torch.bmm(state, C.to(dtype)[..., None])[..., 0].addcmul(x, D)
     if z is not None:
         y = y * F.silu(z.to(dtype))

@@ -143,7 +143,7 @@ class _Scan(torch.autograd.Function):
             torch.bmm(G_flat, block.du.reshape(flat, E, 1), out=dB[start:stop].view(flat, N, 1))
             dinput = torch.bmm(block.B.reshape(flat, 1, N), G_flat).view(-1, batch, E)
             torch.mul(dinput, block.delta, out=du[start:stop])
-            # X[t] = d loss / d (delta_t A), through the decay: G_t * h_{t-1} * decay_t (zero where the state was reset).
+            # X[t] = d loss / d (delta_t A), through the decay: G_t * h_{t-1} * decay_t (zero at a reset).
             X = block.decay
             X[1:] *= block.states[:-1]
             X[0] *= h

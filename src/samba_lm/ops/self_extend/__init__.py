@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from samba_lm.nn.rope import rope_angles, rotate
+from samba_lm.ops.rope import rope_angles, rotate
 from samba_lm.ops.backend import compute_dtype
 
 QUERY_BLOCK = 256  # bounds the two score matrices to [B, H, 256, S]

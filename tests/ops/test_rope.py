@@ -8,7 +8,7 @@ from math import cos, pi, sin
 import pytest
 import torch
 
-from samba_lm.nn.rope import rope_angles, rotate
+from samba_lm.ops.rope import rope_angles, rotate
 
 
 def exact(position: int, frequency: float) -> tuple[float, float]:

@@ -16,7 +16,7 @@ def rope_angles(positions: torch.Tensor, dim: int, base: float) -> tuple[torch.T
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (j, j + K/2) of the last dim: x [..., K]; cos, sin [..., K/2] broadcast. fp32 at least inside."""
+    """Rotate the pairs (j, j + K/2) of the last dim, in fp32 at least: x [..., K]; cos, sin [..., K/2] broadcast."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     cos, sin = cos.to(dtype), sin.to(dtype)
     x1, x2 = x.to(dtype).chunk(2, dim=-1)
