@@ -1,0 +1,1 @@
+"""Measuring models: perplexity against context. Knows the model and the data, never the training."""

@@ -1,0 +1,89 @@
+"""The text that is measured: one stream of tokens, in documents, wherever it is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from samba_lm.data.shards import TokenDataset
+from samba_lm.errors import UserError
+from samba_lm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Tokens = NDArray[np.integer] | Sequence[NDArray[np.integer]] | TokenDataset
+    """One document, several documents, or prepared data. Arrays are [tokens] of any integer type, or maps of a file."""
+
+_DECODED_AT_ONCE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Text:
+    """A stream of ``size`` tokens.
+
+    Attributes:
+        size: number of tokens.
+        read: ``read(start, stop)`` gives tokens ``start .. stop - 1``.
+        ends_of: gives where each document ends, int64 [documents], rising to ``size``; asked for only when needed.
+    """
+
+    size: int
+    read: Callable[[int, int], NDArray[np.integer]]
+    ends_of: Callable[[], NDArray[np.int64]]
+
+    @classmethod
+    def of(cls, tokens: Tokens) -> Text:
+        """Raises UserError where ``tokens`` is not one or more one-dimensional arrays of integers."""
+        if isinstance(tokens, TokenDataset):
+            dataset = tokens
+            return cls(
+                dataset.num_tokens, dataset.tokens, lambda: dataset.document_ends(0, dataset.num_tokens) + np.int64(1)
+            )
+        documents = [tokens] if isinstance(tokens, np.ndarray) else list(tokens)
+        for document in documents:
+            if document.ndim != 1 or not np.issubdtype(document.dtype, np.integer):
+                raise UserError(
+                    f"tokens is {document.dtype} of shape {list(document.shape)}: give integer token ids of one "
+                    "document [tokens], or a list of such arrays."
+                )
+        if not documents:
+            raise UserError("tokens is an empty list: give at least one document.")
+        stream = documents[0] if len(documents) == 1 else np.concatenate(documents)
+        ends = np.cumsum([document.size for document in documents], dtype=np.int64)
+        return cls(stream.size, lambda start, stop: stream[start:stop], lambda: ends)
+
+    @cached_property
+    def documents(self) -> NDArray[np.int64]:
+        """Where each document starts and ends in the stream, int64 [documents, 2]."""
+        ends = self.ends_of()
+        return np.stack((np.concatenate(([0], ends[:-1])), ends), axis=1)
+
+    def rows(self, starts: NDArray[np.int64], length: int, vocab_size: int) -> NDArray[np.int64]:
+        """The ``length`` tokens from each start on, int64 [rows, length].
+
+        Raises:
+            UserError: one is outside ``0 .. vocab_size - 1``.
+        """
+        rows = np.stack([self.read(int(start), int(start) + length) for start in starts]).astype(np.int64)
+        if rows.min() < 0 or rows.max() >= vocab_size:
+            row, column = np.argwhere((rows < 0) | (rows >= vocab_size))[0]
+            raise UserError(
+                f"Token id {rows[row, column]} at token {starts[row] + column} of the text is outside the model's "
+                f"vocabulary of {vocab_size}: use the tokenizer the model was trained with."
+            )
+        return rows
+
+    def num_bytes(self, start: int, stop: int, tokenizer: Tokenizer) -> int:
+        """Size in UTF-8 of the text of tokens ``start .. stop - 1``; special tokens have none.
+
+        A character cut at either end counts as the replacement character it decodes to: a few bytes a call.
+        """
+        cuts = [*range(start, stop, _DECODED_AT_ONCE), stop]
+        parts = (tokenizer.decode(self.read(a, b)) for a, b in pairwise(cuts))
+        return sum(len(part.encode()) for part in parts)
