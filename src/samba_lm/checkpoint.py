@@ -45,8 +45,11 @@ def save(model: SambaLM, folder: str | os.PathLike[str], tokenizer: Tokenizer | 
     model's vocabulary.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not a checkpoint: choose another folder.")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        try:
+            read_config(folder)
+        except UserError:
+            raise UserError(f"{folder} exists and is not a samba-lm checkpoint: choose another folder.") from None
     with atomic_folder(folder) as tmp:
         write(model, tmp, tokenizer)
 
@@ -64,7 +67,8 @@ def write(model: SambaLM, folder: Path, tokenizer: Tokenizer | None = None) -> N
     }
     (folder / CONFIG).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
     tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": FORMAT, "config": model.config.fingerprint()})
+    # One key only: safetensors writes several in an order that differs from run to run.
+    save_file(tensors, folder / WEIGHTS, metadata={"samba_lm_config": model.config.fingerprint()})
 
 
 def load(
@@ -128,7 +132,7 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
         raise UserError(f"{folder} has no {WEIGHTS}: the checkpoint is incomplete, use another one.")
     try:
         with safe_open(path, framework="pt") as file:
-            written = (file.metadata() or {}).get("config")
+            written = (file.metadata() or {}).get("samba_lm_config")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is truncated or damaged ({error}): use another checkpoint.") from None

@@ -31,7 +31,12 @@ class LayerSpec(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        SPECS[cls.model_fields["kind"].default] = cls
+        kind = cls.model_fields["kind"].default
+        taken = SPECS.get(kind)
+        # The same class again (a module run twice, a notebook cell) may replace itself; another's name may not be taken.
+        if taken is not None and taken.__qualname__ != cls.__qualname__:
+            raise TypeError(f"{cls.__name__}.kind = {kind!r} is taken by {taken.__name__}: choose another kind")
+        SPECS[kind] = cls
 
     def check(self, d_model: int) -> None:
         """Raise ValueError where this layer does not fit a model of this width."""
@@ -386,7 +391,8 @@ def _read_spec(index: int, entry: Any) -> LayerSpec:
         raise ValueError(f"layers[{index}] = {entry!r} needs a 'kind'; known: {', '.join(sorted(SPECS))}")
     kind = entry["kind"]
     if kind not in SPECS:
-        raise ValueError(f"layers[{index}] has unknown kind {kind!r}.{did_you_mean(kind, SPECS)}")
+        hint = "" if did_you_mean(kind, SPECS).startswith(" Did") else " A mixer of your own needs SAMBA_LM_PLUGINS."
+        raise ValueError(f"layers[{index}] has unknown kind {kind!r}.{did_you_mean(kind, SPECS)}{hint}")
     try:
         return SPECS[kind].model_validate(entry)
     except ValidationError as error:

@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
+from tokenizers import pre_tokenizers
 
 from samba_lm.data import sources
 from samba_lm.data.sources import PIECE_CHARS, ReadOptions, SourceFile, cut, find_files, read_file
@@ -72,6 +74,16 @@ def test_cuts_cannot_be_seen_in_byte_level_tokens(monkeypatch: pytest.MonkeyPatc
     assert len(parts) > 40
     assert "".join(parts) == text
     assert np.array_equal(np.concatenate(bpe.encode_batch(parts)), bpe.encode(text))
+
+
+def test_cuts_are_where_words_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The splitting rule of later byte-level tokenizers (Llama 3's kind): newlines join the punctuation before them.
+    rule = r"'[st]|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    split = pre_tokenizers.Split(tokenizers.Regex(rule), "isolated")
+    text = "".join(f"Line {i},   it's\n\n  {i * 977};\n({i});\n\n ½ naïve 漢字\t\n" for i in range(300))
+    monkeypatch.setattr(sources, "PIECE_CHARS", 97)
+    words = [word for part in cut(text) for word, _ in split.pre_tokenize_str(part)]
+    assert words == [word for word, _ in split.pre_tokenize_str(text)]
 
 
 @pytest.mark.parametrize("text", ["x" * 1000, "word " * 200, "\n" * 1000, " \n" * 500, ""])

@@ -142,13 +142,13 @@ def _show(argv: list[str]) -> None:
     options = parse(Show, argv, prog="samba-lm data show")
     console = Console()
     datasets = _open(options.folder)
-    for dataset in datasets:
-        _say(console, f"{dataset.folder}: {_counts(dataset.meta)}")
     first = datasets[0]
     if not 0 <= options.document < first.num_documents:
         raise UserError(f"--document {options.document}: {first.folder} has documents 0 to {first.num_documents - 1}.")
     if options.tokens < 1:
         raise UserError(f"--tokens {options.tokens}: an excerpt has at least 1 token.")
+    for dataset in datasets:
+        _say(console, f"{dataset.folder}: {_counts(dataset.meta)}")
     start, stop = first.document_bounds(options.document)
     excerpt = first.tokenizer.decode(first.tokens(start, min(stop, start + options.tokens)))
     _say(

@@ -99,7 +99,9 @@ def _draw(console: Console, config: ModelConfig, context: int) -> None:
         console.print(f"  │ + {spec.kind:<11} {spec.describe()}  [dim]{size}{times}[/dim]", highlight=False)
     console.print("  └", highlight=False)
     console.print(f"  norm, head  RMSNorm, logits over {config.vocab_size}", highlight=False)
-    console.print("\n  +: x + layer(RMSNorm(x)); the last column counts a layer's parameters", highlight=False, style="dim")
+    console.print(
+        "\n  +: x + layer(RMSNorm(x)); the last column counts a layer's parameters", highlight=False, style="dim"
+    )
 
 
 def repeating(layers: tuple[LayerSpec, ...]) -> tuple[tuple[LayerSpec, ...], int]:

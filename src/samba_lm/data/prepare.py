@@ -11,11 +11,12 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +34,7 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, and the bytes of the input files done and in all."""
 
 BPE_SAMPLE_BYTES = 2**26
-_BATCH_CHARS = 2**20
+_BATCH_CHARS = 2**18
 _COPY_TOKENS = 2**20
 
 
@@ -235,7 +236,8 @@ def _encode(
     try:
         waiting: deque[tuple[list[tuple[Piece, int]], Future[list[NDArray]]]] = deque()
         for batch in batches:
-            waiting.append((batch, pool.submit(_encode_in_worker, [piece.text for piece, _ in batch])))
+            with _interrupts_held():  # a submission may start a worker
+                waiting.append((batch, pool.submit(_encode_in_worker, [piece.text for piece, _ in batch])))
             # Enough for every worker to have its next batch at hand, and no more: memory stays bounded.
             if len(waiting) > 2 * processes:
                 first, future = waiting.popleft()
@@ -254,7 +256,7 @@ def _joined(batch: list[tuple[Piece, int]], ids: Sequence[NDArray]) -> Iterator[
 
 
 def _batches(pieces: Iterable[tuple[Piece, int]]) -> Iterator[list[tuple[Piece, int]]]:
-    """Group pieces until they hold about a megabyte of text: one errand of a worker."""
+    """Group pieces until they hold enough text for one errand of a worker."""
     batch: list[tuple[Piece, int]] = []
     size = 0
     for item in pieces:
@@ -267,15 +269,49 @@ def _batches(pieces: Iterable[tuple[Piece, int]]) -> Iterator[list[tuple[Piece, 
         yield batch
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Put Ctrl-C off until the end. Processes started meanwhile never see it, from before their first import.
+
+    Ctrl-C reaches the whole process group, but the parent alone is to stop and to end its workers; and stopping halfway
+    through the start of one would leave it behind.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Ctrl-C interrupts the main thread only
+        return
+    came = False
+
+    def remember(*_: object) -> None:
+        nonlocal came
+        came = True
+
+    handler = signal.signal(signal.SIGINT, remember)  # other threads may receive the signal for us
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # this one is inherited
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
 _worker_tokenizer: Tokenizer
 
 
 def _start_worker(content: str, eos: str) -> None:
     global _worker_tokenizer
-    # Ctrl-C reaches the whole process group; the parent alone decides and ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _worker_tokenizer = tokenizer_from_json(content, eos=eos)
+
+
+def _end_with_parent() -> None:
+    # The pool's workers would wait for ever for the next errand of a parent that was killed.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode_in_worker(texts: list[str]) -> list[NDArray]:

@@ -1,8 +1,8 @@
 """Documents from files: plain text, JSON lines and Parquet, also compressed, read as a stream.
 
-A document comes as one or more pieces of about a megabyte, so memory does not grow with a file. Where a long document
-is cut depends on its text alone: where a word ends and white space follows, which is where byte-level BPE begins a new
-word anyway, so that the cut cannot be seen in the tokens.
+A document comes as pieces of at most ``PIECE_CHARS`` characters, so memory does not grow with a file. Where a long
+document is cut depends on its text alone: where a word ends and white space follows, which is where byte-level BPE
+begins a new word anyway, so that the cut cannot be seen in the tokens.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from samba_lm.errors import UserError, did_you_mean
 OnError = Literal["strict", "replace"]
 Stream = IO[bytes] | gzip.GzipFile | lzma.LZMAFile
 
-PIECE_CHARS = 2**20
+PIECE_CHARS = 2**18
 TEXT_SUFFIXES = (".txt",)
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET_SUFFIX = ".parquet"
 PACKED_SUFFIXES = (".gz", ".xz")
-_BLOCK_BYTES = 2**20
+_BLOCK_BYTES = 2**18
 _PARQUET_ROWS = 256
 _REFUSED = {
     ".json": "write one JSON object a line into a .jsonl file",

@@ -11,8 +11,8 @@ from samba_lm.mixers.base import Mixer, Tensors
 from samba_lm.mixers.registry import register_mixer
 from samba_lm.nn.init import Init
 from samba_lm.nn.linear import Linear
-from samba_lm.ops.rope import rotate
 from samba_lm.ops.causal_conv1d import causal_conv1d
+from samba_lm.ops.rope import rotate
 from samba_lm.ops.sliding_attention import attend_one, sliding_attention
 from samba_lm.span import Span
 

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 BLOCK_ELEMENTS = 1 << 19
 
 
+@torch.compiler.disable  # the walk over time is Python; tracing it would unroll every token
 def scan_cpu(
     u: torch.Tensor,
     delta: torch.Tensor,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from samba_lm.ops.rope import rope_angles, rotate
 from samba_lm.ops.backend import compute_dtype
+from samba_lm.ops.rope import rope_angles, rotate
 
 QUERY_BLOCK = 256  # bounds the two score matrices to [B, H, 256, S]
 

@@ -1,0 +1,60 @@
+"""``samba-lm demo``: the main job in one command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from samba_lm.cli.output import provenance, write_json
+from samba_lm.cli.parse import parse
+from samba_lm.errors import UserError
+
+FULL_SECONDS, QUICK_SECONDS = 285.0, 66.0
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train samba-tiny and its Llama, SWA and Mamba twins on this machine, measure what happens past the trained
+    length, generate text, and write a report. Nothing is downloaded."""
+
+    text: tuple[Path, ...] = ()
+    """Learn from these files or folders (.txt, .jsonl, ...) instead of Python's standard library."""
+    out: Path = Path("samba-demo")
+    """Folder for the report, the checkpoints and the data."""
+    quick: bool = False
+    """Take about a minute instead of five; the models learn less."""
+    minutes: float | None = None
+    """Take this long instead."""
+    seed: int = 0
+    """Of the weights and of the order of the batches."""
+    json: Path | None = None
+    """Also write the figures to this file (OUT/report.json always holds them)."""
+
+
+def main(argv: list[str]) -> None:
+    """Run the command."""
+    args = parse(Demo, argv, prog="samba-lm demo")
+    seconds = 60 * args.minutes if args.minutes is not None else QUICK_SECONDS if args.quick else FULL_SECONDS
+    if not seconds >= 30:
+        raise UserError(f"--minutes {args.minutes} is too short for four models: give at least 0.5.")
+    from samba_lm.demo.report import record, write_report
+    from samba_lm.demo.run import DemoSettings, clean, run, verdict
+
+    clean(args.out)
+    console = Console()
+    result = run(DemoSettings(args.out, args.text, seconds, args.seed), console)
+    facts = provenance()
+    report = write_report(result, facts, args.out)
+    for path in (args.out / "report.json", args.json):
+        if path is not None:
+            write_json(path, record(result))
+    console.print(f"    [bold]{report}[/bold]", highlight=False)
+    console.print(f"\n{verdict(result.twins)}", highlight=False)
+    console.print(
+        f"\nGo on with: samba-lm chat {args.out / 'samba-tiny'}, or samba-lm generate {args.out / 'samba-tiny'} "
+        "--prompt 'def '",
+        highlight=False,
+        soft_wrap=True,
+    )

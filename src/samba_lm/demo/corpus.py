@@ -1,0 +1,35 @@
+"""Real text that every machine with Python has: the standard library's source and its English language reference."""
+
+from __future__ import annotations
+
+import json
+import pydoc_data.topics
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+from samba_lm.files import write_text
+
+# Tests (many installations leave them out), other people's packages, and the file that holds the reference.
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "__pycache__"}
+
+
+def standard_library() -> list[Path]:
+    """The .py files of this Python's standard library, in sorted order."""
+    root = Path(sysconfig.get_path("stdlib"))
+    return sorted(p for p in root.rglob("*.py") if not LEFT_OUT & set(p.relative_to(root).parts))
+
+
+def write_reference(path: Path) -> None:
+    """The language reference as JSON lines, one topic a document (about 130 of them, 0.7 MB of English)."""
+    topics = sorted(pydoc_data.topics.topics.items())
+    write_text(path, "".join(json.dumps({"text": text, "topic": name}) + "\n" for name, text in topics))
+
+
+def gather(work: Path, texts: Sequence[Path]) -> list[Path]:
+    """The files to learn from: the user's own, or the standard library and its reference (written into ``work``)."""
+    if texts:
+        return list(texts)
+    reference = work / "language_reference.jsonl"
+    write_reference(reference)
+    return [*standard_library(), reference]
