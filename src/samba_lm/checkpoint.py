@@ -150,9 +150,12 @@ def place(model: SambaLM, device: str | torch.device, dtype: torch.dtype | None)
     number would change how long a channel remembers.
     """
     model.to(device=device)
-    for module in model.modules() if dtype is not None else ():
-        exact = isinstance(module, Selection) and torch.finfo(dtype).bits < 32
-        for parameter in module.parameters(recurse=False) if not exact else ():
+    if dtype is None:
+        return model
+    for module in model.modules():
+        if isinstance(module, Selection) and torch.finfo(dtype).bits < 32:
+            continue
+        for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
     return model
 

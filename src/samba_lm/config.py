@@ -33,7 +33,7 @@ class LayerSpec(BaseModel):
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         kind = cls.model_fields["kind"].default
         taken = SPECS.get(kind)
-        # The same class again (a module run twice, a notebook cell) may replace itself; another's name may not be taken.
+        # A class may replace itself (a notebook cell run twice), but not take another's name.
         if taken is not None and taken.__qualname__ != cls.__qualname__:
             raise TypeError(f"{cls.__name__}.kind = {kind!r} is taken by {taken.__name__}: choose another kind")
         SPECS[kind] = cls

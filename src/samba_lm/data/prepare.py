@@ -7,34 +7,24 @@ anywhere, and written in the order of the input.
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from samba_lm.data.shards import DEFAULT_SHARD_TOKENS, Meta, ShardWriter, TokenDataset, is_dataset, token_dtype
+from samba_lm.data.encode import encode_in_order
+from samba_lm.data.shards import DEFAULT_SHARD_TOKENS, Meta, ShardWriter, TokenDataset, is_dataset
 from samba_lm.data.sources import OnError, Piece, ReadOptions, SourceFile, find_files, read_file
 from samba_lm.errors import UserError
 from samba_lm.files import atomic_folder
-from samba_lm.tokenizer import BpeSpec, ByteTokenizer, Tokenizer, tokenizer_from_json, train_bpe
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from samba_lm.tokenizer import BpeSpec, ByteTokenizer, Tokenizer, train_bpe
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, and the bytes of the input files done and in all."""
 
 BPE_SAMPLE_BYTES = 2**26
-_BATCH_CHARS = 2**18
 _COPY_TOKENS = 2**20
 
 
@@ -101,6 +91,8 @@ def prepare(
     files = find_files(inputs, suffixes)
     _check_out(out, files, overwrite)
     options = ReadOptions(field=field, errors=errors)
+    if isinstance(tokenizer, ByteTokenizer):
+        processes = 1  # bytes need no encoding: sending them around costs more
     notes: list[str] = []
     if isinstance(tokenizer, BpeSpec):
         tokenizer, notes = _train(tokenizer, files, options, progress)
@@ -186,7 +178,9 @@ def _write(
             (folder / name).mkdir(exist_ok=True)
             writers[name] = stack.enter_context(ShardWriter(folder / name, tokenizer, shard_tokens))
         writer = None  # of the current document
-        for piece, done, ids in _encode(_read(files, options), tokenizer, processes):
+        texts = ((piece.text, (piece, done)) for piece, done in _read(files, options))
+        encoded = stack.enter_context(closing(encode_in_order(texts, tokenizer, processes)))
+        for (piece, done), ids in encoded:
             if writer is None and piece.end and not piece.text.strip():
                 empty += 1
                 continue
@@ -215,108 +209,6 @@ def _read(files: Sequence[SourceFile], options: ReadOptions) -> Iterator[tuple[P
         for piece in read_file(file, options):
             yield piece, base + piece.position
         base += file.size
-
-
-def _encode(
-    pieces: Iterable[tuple[Piece, int]], tokenizer: Tokenizer, processes: int
-) -> Iterator[tuple[Piece, int, NDArray]]:
-    """Add the ids to each piece, in order."""
-    batches = _batches(pieces)
-    if processes == 1 or isinstance(tokenizer, ByteTokenizer):
-        for batch in batches:
-            texts = [piece.text for piece, _ in batch]
-            yield from _joined(batch, tokenizer.encode_batch(texts))
-        return
-    pool = ProcessPoolExecutor(
-        processes,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(tokenizer.to_json(), tokenizer.eos_token),
-    )
-    try:
-        waiting: deque[tuple[list[tuple[Piece, int]], Future[list[NDArray]]]] = deque()
-        for batch in batches:
-            with _interrupts_held():  # a submission may start a worker
-                waiting.append((batch, pool.submit(_encode_in_worker, [piece.text for piece, _ in batch])))
-            # Enough for every worker to have its next batch at hand, and no more: memory stays bounded.
-            if len(waiting) > 2 * processes:
-                first, future = waiting.popleft()
-                yield from _joined(first, future.result())
-        for batch, future in waiting:
-            yield from _joined(batch, future.result())
-    except BrokenProcessPool as error:
-        raise UserError("An encoding process was killed (out of memory?): run again with fewer --processes.") from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _joined(batch: list[tuple[Piece, int]], ids: Sequence[NDArray]) -> Iterator[tuple[Piece, int, NDArray]]:
-    for (piece, done), piece_ids in zip(batch, ids, strict=True):
-        yield piece, done, piece_ids
-
-
-def _batches(pieces: Iterable[tuple[Piece, int]]) -> Iterator[list[tuple[Piece, int]]]:
-    """Group pieces until they hold enough text for one errand of a worker."""
-    batch: list[tuple[Piece, int]] = []
-    size = 0
-    for item in pieces:
-        batch.append(item)
-        size += len(item[0].text)
-        if size >= _BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Put Ctrl-C off until the end. Processes started meanwhile never see it, from before their first import.
-
-    Ctrl-C reaches the whole process group, but the parent alone is to stop and to end its workers; and stopping halfway
-    through the start of one would leave it behind.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Ctrl-C interrupts the main thread only
-        return
-    came = False
-
-    def remember(*_: object) -> None:
-        nonlocal came
-        came = True
-
-    handler = signal.signal(signal.SIGINT, remember)  # other threads may receive the signal for us
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # this one is inherited
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, handler)
-        if came:
-            signal.raise_signal(signal.SIGINT)
-
-
-_worker_tokenizer: Tokenizer
-
-
-def _start_worker(content: str, eos: str) -> None:
-    global _worker_tokenizer
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker_tokenizer = tokenizer_from_json(content, eos=eos)
-
-
-def _end_with_parent() -> None:
-    # The pool's workers would wait for ever for the next errand of a parent that was killed.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _encode_in_worker(texts: list[str]) -> list[NDArray]:
-    dtype = token_dtype(_worker_tokenizer.vocab_size)  # a quarter of the bytes to send back
-    return [ids.astype(dtype) for ids in _worker_tokenizer.encode_batch(texts)]
 
 
 def _split_end(

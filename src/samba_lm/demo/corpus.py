@@ -15,9 +15,10 @@ LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pyd
 
 
 def standard_library() -> list[Path]:
-    """The .py files of this Python's standard library, in sorted order."""
+    """The .py files of this Python's standard library that hold anything, in sorted order."""
     root = Path(sysconfig.get_path("stdlib"))
-    return sorted(p for p in root.rglob("*.py") if not LEFT_OUT & set(p.relative_to(root).parts))
+    files = (p for p in root.rglob("*.py") if not LEFT_OUT & set(p.relative_to(root).parts))
+    return sorted(p for p in files if p.stat().st_size)
 
 
 def write_reference(path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Timings. Each checks parity first, and prints no speed if that fails."""
