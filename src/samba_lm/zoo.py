@@ -67,8 +67,8 @@ FEWER_HEADS = [
     for heads, kv_heads in ((12, 2), (6, 1), (12, 1), (12, 4))
 ]
 # Byte vocabulary (256 + end of document), rounded up to 64; window = half of the 256 tokens the demo trains on.
-NANO = Scale(d_model=64, mlp=168, heads=2, kv_heads=2, vocab=320, blocks=4)
-TINY = Scale(d_model=128, mlp=368, heads=4, kv_heads=4, vocab=320, blocks=4)
+NANO = Scale(d_model=64, mlp=216, heads=2, kv_heads=2, vocab=320, blocks=2)
+TINY = Scale(d_model=128, mlp=368, heads=4, kv_heads=4, vocab=320, blocks=2)
 SMALL_WINDOW = 128
 
 
@@ -157,8 +157,8 @@ def _small(size: str, scale: Scale) -> list[Entry]:
 
 
 # What makes the twins as large as samba-nano and samba-tiny.
-TWIN_MLP = {"nano": 208, "tiny": 432}
-TWIN_MAMBA_LAYERS = {"nano": 7, "tiny": 8}
+TWIN_MLP = {"nano": 256, "tiny": 432}
+TWIN_MAMBA_LAYERS = {"nano": 4, "tiny": 4}
 
 _ROWS: list[tuple[str, str, Callable[[str], ModelConfig]]] = [
     ("samba-421m", "Tables 3, 12", lambda n: samba(n, S421)),
