@@ -13,6 +13,7 @@ from samba_lm.mixers.base import Tensors
 from samba_lm.mixers.registry import build_mixer
 from samba_lm.nn.init import RULES
 from samba_lm.nn.norm import RMSNorm
+from samba_lm.ops.linear import linear
 from samba_lm.span import Span
 from samba_lm.state import State
 
@@ -96,7 +97,7 @@ class SambaLM(nn.Module):
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [..., V] of hidden states [..., D]."""
         weight = self.embedding if self.unembedding is None else self.unembedding
-        return F.linear(hidden, weight.to(hidden.dtype))
+        return linear(hidden, weight.to(hidden.dtype))
 
     def init_state(self, batch: int) -> State:
         """The state of ``batch`` sequences of which nothing was read."""

@@ -10,8 +10,9 @@ import torch
 from tolerances import assert_close
 
 from samba_lm.errors import UserError
-from samba_lm.ops.causal_conv1d import causal_conv1d
+from samba_lm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from samba_lm.ops.gla import gated_linear_attention
+from samba_lm.ops.linear import linear
 from samba_lm.ops.selective_scan import cpu, selective_scan, selective_scan_step
 from samba_lm.ops.sliding_attention import attend_one, sliding_attention
 
@@ -96,10 +97,8 @@ def test_selective_scan_keeps_its_state_in_fp32() -> None:
 def test_scan_step_is_the_scan_at_length_one() -> None:
     i = {k: t.double() for k, t in scan_inputs(2, 1, 5, 4).items()}
     y, state = selective_scan(**i, backend="reference")
-    bias = i["delta"][:, 0] + i["delta_bias"]
-    first, second = selective_scan_step(
-        i["u"][:, 0], bias, i["A"], i["B"][:, 0], i["C"][:, 0], i["D"], i["z"][:, 0], i["state"]
-    )
+    one = {key: t[:, 0] for key, t in i.items() if key in ("u", "delta", "B", "C", "z")}
+    first, second = selective_scan_step(**{**i, **one})
     assert_close(first, y[:, 0], "y")
     assert_close(second, state, "state")
 
@@ -159,6 +158,14 @@ def test_gla_with_gates_shut_does_not_overflow() -> None:
     assert_close(state[0, 0], k[0, -1, 0, :, None] * v[0, -1, 0], "only the last token is left")
 
 
+def test_conv_step_is_the_convolution_at_length_one() -> None:
+    x, state, weight, bias = torch.randn(2, 1, 5), torch.randn(2, 3, 5), torch.randn(5, 4), torch.randn(5)
+    y, after = causal_conv1d(x, weight, bias, state=state)
+    first, second = causal_conv1d_step(x[:, 0], weight, bias, state)
+    assert_close(first, y[:, 0], "y")
+    assert torch.equal(second, after)
+
+
 @pytest.mark.parametrize("kernel", [1, 2, 4])
 def test_causal_conv1d_is_torchs_convolution(kernel: int) -> None:
     x, weight, bias = torch.randn(2, 11, 3), torch.randn(3, kernel), torch.randn(3)
@@ -167,6 +174,25 @@ def test_causal_conv1d_is_torchs_convolution(kernel: int) -> None:
     expected = torch.nn.functional.conv1d(padded, weight[:, None], bias, groups=3).transpose(1, 2)
     assert_close(y, expected, "y")
     assert torch.equal(state, x[:, 11 - (kernel - 1) :])
+
+
+@pytest.mark.parametrize(("shape", "n_out"), [((1, 24), 8), ((3, 37, 24), 40), ((2, 5, 7, 3), 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(shape: tuple[int, ...], n_out: int, bias: bool, dtype: torch.dtype) -> None:
+    inputs = {"x": torch.randn(shape), "weight": torch.randn(n_out, shape[-1])}
+    compare(linear, {**inputs, "bias": torch.randn(n_out)} if bias else inputs, "cpu", dtype)
+
+
+def test_linear_of_a_strided_view() -> None:
+    x = torch.randn(4, 20, 12)[:, ::2, 3:9]
+    weight = torch.randn(5, 6)
+    assert_close(linear(x, weight, backend="cpu"), linear(x, weight, backend="reference"), "y")
+
+
+def test_linear_is_deterministic() -> None:
+    x, weight = torch.randn(100, 64), torch.randn(48, 64)
+    assert all(torch.equal(linear(x, weight, backend="cpu"), linear(x, weight, backend="cpu")) for _ in range(5))
 
 
 def test_an_unknown_backend_is_named() -> None:

@@ -6,6 +6,7 @@ import multiprocessing
 import resource
 import sys
 import time
+from pathlib import Path
 
 from samba_lm.bench.timing import Figure
 
@@ -46,5 +47,15 @@ def read(name: str, tokens: int) -> tuple[float, float]:
             hidden, state = model.features(ids, state)
         model.head(hidden[:, -1])
     seconds = time.perf_counter() - began
+    return peak_memory() / 1e6, seconds
+
+
+def peak_memory() -> int:
+    """Bytes of this process's largest resident memory so far."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not ru_maxrss: a new process inherits that from the one that started it.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, seconds
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

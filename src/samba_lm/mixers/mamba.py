@@ -12,7 +12,7 @@ from samba_lm.mixers.base import Mixer, Tensors, state_dtype
 from samba_lm.mixers.registry import register_mixer
 from samba_lm.nn.init import Init
 from samba_lm.nn.linear import Linear
-from samba_lm.ops.causal_conv1d import causal_conv1d
+from samba_lm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from samba_lm.ops.selective_scan import selective_scan, selective_scan_step
 from samba_lm.span import Span
 
@@ -36,10 +36,20 @@ class Selection(nn.Module):
         self.A_log = nn.Parameter(torch.empty(inner, state))
         self.D = nn.Parameter(torch.empty(inner))
         self.dt_bias = nn.Parameter(torch.empty(inner))
+        self._kept: tuple[tuple[int, int, torch.dtype], torch.Tensor] | None = None
 
     def A(self, dtype: torch.dtype) -> torch.Tensor:  # noqa: N802 - the equation's name
         """-exp(A_log), [E, N]."""
         return -torch.exp2(self.A_log.to(dtype) * math.log2(math.e))  # exp2 is 4x faster than exp on CPUs
+
+    def A_decoding(self, dtype: torch.dtype) -> torch.Tensor:  # noqa: N802
+        """As :meth:`A`, kept from one token to the next for as long as A_log stays what it is."""
+        if self.A_log.is_inference():  # such tensors keep no version to tell a change by
+            return self.A(dtype)
+        key = (self.A_log.data_ptr(), self.A_log._version, dtype)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, self.A(dtype))
+        return self._kept[1]
 
     def reset_parameters(self, init: Init) -> None:
         init.a_log(self.A_log)
@@ -64,6 +74,8 @@ class S6(nn.Module):
     def forward(
         self, h: torch.Tensor, gate: torch.Tensor | None, tensors: Tensors, span: Span
     ) -> tuple[torch.Tensor, Tensors]:
+        if span.length == 1 and span.documents is None and not torch.is_grad_enabled():
+            return self._step(h[:, 0], None if gate is None else gate[:, 0], tensors)
         u, conv = causal_conv1d(
             h,
             self.conv.weight,
@@ -73,25 +85,10 @@ class S6(nn.Module):
             lengths=span.lengths,
         )
         low, B, C = self.x_proj(u).split((self.rank, self.state, self.state), dim=-1)
-        delta = self.dt_proj(low)
-        A = self.selection.A(state_dtype(h.dtype))
-        if span.length == 1 and span.documents is None and not torch.is_grad_enabled():
-            bias = self.selection.dt_bias.to(A.dtype)
-            y, ssm = selective_scan_step(
-                u[:, 0],
-                delta[:, 0] + bias,
-                A,
-                B[:, 0],
-                C[:, 0],
-                self.selection.D.to(A.dtype),
-                None if gate is None else gate[:, 0],
-                tensors["ssm"],
-            )
-            return y[:, None], {"conv": conv, "ssm": ssm}
         y, ssm = selective_scan(
             u,
-            delta,
-            A,
+            self.dt_proj(low),
+            self.selection.A(state_dtype(h.dtype)),
             B,
             C,
             self.selection.D,
@@ -102,6 +99,18 @@ class S6(nn.Module):
             lengths=span.lengths,
         )
         return y, {"conv": conv, "ssm": ssm}
+
+    def _step(self, h: torch.Tensor, gate: torch.Tensor | None, tensors: Tensors) -> tuple[torch.Tensor, Tensors]:
+        """One token, without gradients: h [B, E]."""
+        assert self.conv.bias is not None
+        u, conv = causal_conv1d_step(h, self.conv.weight, self.conv.bias, tensors["conv"])
+        low, B, C = self.x_proj(u).split((self.rank, self.state, self.state), dim=-1)
+        selection, dtype = self.selection, tensors["ssm"].dtype
+        bias, skip = selection.dt_bias.to(dtype), selection.D.to(dtype)
+        y, ssm = selective_scan_step(
+            u, self.dt_proj(low), selection.A_decoding(dtype), B, C, skip, gate, bias, tensors["ssm"]
+        )
+        return y[:, None], {"conv": conv, "ssm": ssm}
 
     def init_tensors(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensors:
         return {

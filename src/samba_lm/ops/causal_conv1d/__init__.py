@@ -40,18 +40,29 @@ def causal_conv1d(
         state = x.new_zeros(x.shape[0], k - 1, x.shape[2])
     padded = torch.cat((state.to(x.dtype), x), dim=1)  # [B, k-1+L, E]
     taps = weight.to(dtype)
+    # In place from the second tap on: a fresh tensor a tap would cost more than the arithmetic.
     y = padded[:, k - 1 :].to(dtype) * taps[:, k - 1]
     for j in range(1, k):
         tap = padded[:, k - 1 - j : k - 1 - j + length].to(dtype)
         if positions is not None:
             tap = tap.masked_fill((positions < j)[..., None], 0.0)
-        y = torch.addcmul(y, tap, taps[:, k - 1 - j])
+        y.addcmul_(tap, taps[:, k - 1 - j])
     if bias is not None:
-        y = y + bias.to(dtype)
-    y = F.silu(y) if activation else y
+        y.add_(bias.to(dtype))
+    if activation:
+        y = F.silu(y, inplace=not torch.is_grad_enabled())
     if lengths is None:
         final = padded[:, length:]
     else:
         index = lengths[:, None] + torch.arange(k - 1, device=x.device)
         final = padded.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
     return y.to(x.dtype), final
+
+
+def causal_conv1d_step(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token of :func:`causal_conv1d` with bias and SiLU, for decoding: x [B, E], state [B, k-1, E]."""
+    window = torch.cat((state, x[:, None]), dim=1)
+    y = torch.linalg.vecdot(window.to(weight.dtype), weight.t(), dim=1).add_(bias)
+    return F.silu(y, inplace=True).to(x.dtype), window[:, 1:]

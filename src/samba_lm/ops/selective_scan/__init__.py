@@ -44,21 +44,15 @@ def selective_scan(
         the tensors, the state included. Computed in fp32 at least.
     """
     dtype = compute_dtype(u, delta, A, state)
-    step = delta.to(dtype)
-    step = F.softplus(step if delta_bias is None else step + delta_bias.to(dtype))
+    padding = None
     if lengths is not None:
         padding = torch.arange(u.shape[1], device=u.device) >= lengths[:, None]
-        step = step.masked_fill(padding[..., None], 0.0)  # no step: decay 1, input 0
         resets = None if resets is None else resets & ~padding
     if state is None:
-        state = torch.zeros(u.shape[0], u.shape[2], A.shape[1], dtype=dtype, device=u.device)
+        state = torch.zeros(u.shape[0], u.shape[2], A.shape[1], device=u.device)
     run = {"reference": scan_reference, "cpu": scan_cpu}[choose(backend, BACKENDS, "selective_scan")]
-    x = u.to(dtype)
-    y, final = run(x, step, A.to(dtype), B.to(dtype), C.to(dtype), state.to(dtype), resets)
-    if D is not None:
-        y = torch.addcmul(y, x, D.to(dtype))
-    if z is not None:
-        y = y * F.silu(z.to(dtype))
+    D, delta_bias = (None if t is None else t.to(dtype) for t in (D, delta_bias))
+    y, final = run(u, delta, A.to(dtype), B, C, D, z, delta_bias, state.to(dtype), resets, padding)
     return y.to(u.dtype), final
 
 
@@ -70,17 +64,19 @@ def selective_scan_step(
     C: torch.Tensor,
     D: torch.Tensor,
     z: torch.Tensor | None,
+    delta_bias: torch.Tensor,
     state: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token of :func:`selective_scan` for decoding: u, z [B, E], delta [B, E] with its bias, B, C [B, N].
+    """One token of :func:`selective_scan`, for decoding: u, delta, z [B, E], B, C [B, N]; A, D, delta_bias as state.
 
     Returns y [B, E] in u's dtype and the new state [B, E, N].
     """
     dtype = state.dtype
-    step, x = F.softplus(delta.to(dtype)), u.to(dtype)
-    decay = torch.exp2((step * math.log2(math.e))[..., None] * A)
-    state = torch.addcmul((step * x)[..., None] * B.to(dtype)[:, None], decay, state)
-    y = torch.bmm(state, C.to(dtype)[..., None])[..., 0].addcmul(x, D)
+    x = u.to(dtype)
+    step = F.softplus(delta.to(dtype) + delta_bias)
+    decay = ((step * math.log2(math.e))[..., None] * A).exp2_()
+    state = torch.baddbmm(decay.mul_(state), (step * x)[..., None], B.to(dtype)[:, None])
+    y = torch.bmm(state, C.to(dtype)[..., None])[..., 0].addcmul_(x, D)
     if z is not None:
-        y = y * F.silu(z.to(dtype))
+        y.mul_(F.silu(z.to(dtype)))
     return y.to(u.dtype), state

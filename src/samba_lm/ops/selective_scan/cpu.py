@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 # Elements of one [T, B, N, E] buffer: 2 MB in fp32, so that the three or four in use stay in the last-level cache.
@@ -24,39 +25,91 @@ def scan_cpu(
     A: torch.Tensor,
     B: torch.Tensor,
     C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
     state: torch.Tensor,
     resets: torch.Tensor | None,
+    padding: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Same arguments, results and meaning as ``scan_reference``."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (u, delta, A, B, C, state)):
-        return _Scan.apply(u, delta, A, B, C, state, resets)  # type: ignore[no-untyped-call]
-    y, final, _ = _forward(u, delta, A, B, C, state, resets, keep_starts=False)
+    """Same arguments, results and meaning as ``scan_reference``.
+
+    Without gradients, softplus, skip and gate are done block by block too, while the block is in cache.
+    """
+    tensors = (u, delta, A, B, C, D, z, delta_bias, state)
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        return _without_grad(u, delta, A, B, C, D, z, delta_bias, state, resets, padding)
+    u, delta, B, C = (t.to(state.dtype) for t in (u, delta, B, C))
+    step = _step(delta, delta_bias, padding)
+    y, final = _Scan.apply(u, step, A, B, C, state, resets)  # type: ignore[no-untyped-call]
+    if D is not None:
+        y = torch.addcmul(y, u, D)
+    if z is not None:
+        y = y * F.silu(z.to(y.dtype))
     return y, final
 
 
+def _step(delta: torch.Tensor, bias: torch.Tensor | None, padding: torch.Tensor | None) -> torch.Tensor:
+    step = F.softplus(delta if bias is None else delta + bias)
+    return step if padding is None else step.masked_fill(padding[..., None], 0.0)
+
+
+def _without_grad(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    state: torch.Tensor,
+    resets: torch.Tensor | None,
+    padding: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype, (batch, length, E), N = state.dtype, u.shape, A.shape[1]
+    A2 = _log2_decay(A)
+    h = state.transpose(1, 2).contiguous()
+    y = torch.empty(length, batch, E, dtype=dtype, device=u.device)
+    for start, stop in _blocks(u, N):
+        part = slice(start, stop)
+        u_part, C_part = u[:, part].to(dtype), C[:, part].to(dtype)
+        step = _step(delta[:, part].to(dtype), delta_bias, None if padding is None else padding[:, part])
+        block = _Block(u_part, step, A2, B[:, part].to(dtype), None if resets is None else resets[:, part], h)
+        out = y[part]
+        torch.bmm(C_part.transpose(0, 1).reshape(-1, 1, N), block.states.view(-1, N, E), out=out.view(-1, 1, E))
+        if D is not None:
+            out.addcmul_(block.u, D)
+        if z is not None:
+            out.mul_(F.silu(z[:, part].to(dtype)).transpose(0, 1))
+        h = block.last.clone()
+    return y.transpose(0, 1), h.transpose(1, 2).contiguous()
+
+
+def _log2_decay(A: torch.Tensor) -> torch.Tensor:
+    """[N, E], scaled so that exp2 can serve: it is the faster exponential."""
+    return (A * math.log2(math.e)).t().contiguous()
+
+
 class _Block:
-    """The decays and states of one block of tokens, time first: [T, B, N, E]."""
+    """The decays and states of one block of tokens, time first: [T, B, N, E]; u, step [B, T, E], B [B, T, N]."""
 
     def __init__(
         self,
-        start: int,
-        stop: int,
         u: torch.Tensor,
-        delta: torch.Tensor,
+        step: torch.Tensor,
         A2: torch.Tensor,
         B: torch.Tensor,
         resets: torch.Tensor | None,
         h: torch.Tensor,
     ) -> None:
-        self.delta = delta[:, start:stop].transpose(0, 1)  # [T, B, E]
-        self.u = u[:, start:stop].transpose(0, 1)
-        self.du = self.delta * self.u
-        self.B = B[:, start:stop].transpose(0, 1)  # [T, B, N]
+        self.u, self.step, self.B = u.transpose(0, 1), step.transpose(0, 1), B.transpose(0, 1)
+        self.du = self.step * self.u
         # out= keeps the buffers time-first and contiguous; without it they would take the inputs' strides.
-        buffers = u.new_empty(2, stop - start, u.shape[0], *A2.shape)
-        self.decay = torch.mul(self.delta[:, :, None, :], A2, out=buffers[0]).exp2_()
+        buffers = step.new_empty(2, *self.step.shape[:2], *A2.shape)
+        self.decay = torch.mul(self.step[:, :, None, :], A2, out=buffers[0]).exp2_()
         if resets is not None:
-            self.decay.masked_fill_(resets[:, start:stop].transpose(0, 1)[:, :, None, None], 0.0)
+            self.decay.masked_fill_(resets.transpose(0, 1)[:, :, None, None], 0.0)
         # The inputs, turned into states in place by the loop.
         self.states = torch.mul(self.du[:, :, None, :], self.B[..., None], out=buffers[1])
         for decay_t, state_t in zip(self.decay.unbind(0), self.states.unbind(0), strict=True):
@@ -70,64 +123,48 @@ def _blocks(u: torch.Tensor, N: int) -> list[tuple[int, int]]:
     return [(s, min(s + size, length)) for s in range(0, length, size)]
 
 
-def _forward(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    state: torch.Tensor,
-    resets: torch.Tensor | None,
-    keep_starts: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    batch, length, E = u.shape
-    N = A.shape[1]
-    A2 = (A * math.log2(math.e)).t().contiguous()  # [N, E]; exp2 is the faster exponential
-    h = state.transpose(1, 2).contiguous()  # [B, N, E]
-    y = u.new_empty(length, batch, E)
-    blocks = _blocks(u, N)
-    starts = u.new_empty(len(blocks), batch, N, E) if keep_starts else None
-    for i, (start, stop) in enumerate(blocks):
-        if starts is not None:
-            starts[i] = h
-        block = _Block(start, stop, u, delta, A2, B, resets, h)
-        C_block = C[:, start:stop].transpose(0, 1).reshape(-1, 1, N)
-        torch.bmm(C_block, block.states.view(-1, N, E), out=y[start:stop].view(-1, 1, E))
-        h = block.last.clone()  # a copy, so that the block's buffer is free
-    return y.transpose(0, 1), h.transpose(1, 2).contiguous(), starts
-
-
 class _Scan(torch.autograd.Function):
+    """The recurrence and its mirror; step is Delta after softplus, everything in one dtype."""
+
     @staticmethod
     def forward(
         ctx: Any,
         u: torch.Tensor,
-        delta: torch.Tensor,
+        step: torch.Tensor,
         A: torch.Tensor,
         B: torch.Tensor,
         C: torch.Tensor,
         state: torch.Tensor,
         resets: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        y, final, starts = _forward(u, delta, A, B, C, state, resets, keep_starts=True)
-        ctx.save_for_backward(u, delta, A, B, C, resets, starts)
-        return y, final
+        (batch, length, E), N = u.shape, A.shape[1]
+        A2 = _log2_decay(A)
+        h = state.transpose(1, 2).contiguous()  # [B, N, E]
+        y = u.new_empty(length, batch, E)
+        blocks = _blocks(u, N)
+        starts = u.new_empty(len(blocks), batch, N, E)
+        for i, (start, stop) in enumerate(blocks):
+            starts[i] = h
+            block = _block(start, stop, u, step, A2, B, resets, h)
+            C_block = C[:, start:stop].transpose(0, 1).reshape(-1, 1, N)
+            torch.bmm(C_block, block.states.view(-1, N, E), out=y[start:stop].view(-1, 1, E))
+            h = block.last.clone()  # a copy, so that the block's buffer is free
+        ctx.save_for_backward(u, step, A, B, C, resets, starts)
+        return y.transpose(0, 1), h.transpose(1, 2).contiguous()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor, dfinal: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        u, delta, A, B, C, resets, starts = ctx.saved_tensors
-        batch, length, E = u.shape
-        N = A.shape[1]
-        A_t = A.t().contiguous()
-        A2 = A_t * math.log2(math.e)
-        du, ddelta = u.new_empty(length, batch, E), u.new_empty(length, batch, E)
+        u, step, A, B, C, resets, starts = ctx.saved_tensors
+        (batch, length, E), N = u.shape, A.shape[1]
+        A_t, A2 = A.t().contiguous(), _log2_decay(A)
+        du, dstep = u.new_empty(length, batch, E), u.new_empty(length, batch, E)
         dB, dC = u.new_empty(length, batch, N), u.new_empty(length, batch, N)
         dA = torch.zeros_like(A_t)
         carry = dfinal.transpose(1, 2)  # d loss / d state after the block, [B, N, E]
         for i, (start, stop) in reversed(list(enumerate(_blocks(u, N)))):
             h = starts[i]
-            block = _Block(start, stop, u, delta, A2, B, resets, h)
+            block = _block(start, stop, u, step, A2, B, resets, h)
             dy_block = dy[:, start:stop].transpose(0, 1)  # [T, B, E]
             C_block = C[:, start:stop].transpose(0, 1)
             # G[t] = d loss / d h_t: from y_t, and from h_{t+1} through its decay.
@@ -143,17 +180,30 @@ class _Scan(torch.autograd.Function):
             torch.bmm(states, dy_block.reshape(flat, E, 1), out=dC[start:stop].view(flat, N, 1))
             torch.bmm(G_flat, block.du.reshape(flat, E, 1), out=dB[start:stop].view(flat, N, 1))
             dinput = torch.bmm(block.B.reshape(flat, 1, N), G_flat).view(-1, batch, E)
-            torch.mul(dinput, block.delta, out=du[start:stop])
-            # X[t] = d loss / d (delta_t A), through the decay: G_t * h_{t-1} * decay_t (zero at a reset).
+            torch.mul(dinput, block.step, out=du[start:stop])
+            # X[t] = d loss / d (Delta_t A), through the decay: G_t * h_{t-1} * decay_t (zero at a reset).
             X = block.decay
             X[1:] *= block.states[:-1]
             X[0] *= h
             X *= G
-            torch.mul(dinput, block.u, out=ddelta[start:stop])
+            torch.mul(dinput, block.u, out=dstep[start:stop])
             torch.mul(X, A_t, out=G)
-            ddelta[start:stop] += G.sum(2)
-            X *= block.delta[:, :, None, :]
+            dstep[start:stop] += G.sum(2)
+            X *= block.step[:, :, None, :]
             dA += X.sum((0, 1))
-        time_first = (du, ddelta, dB, dC)
-        du, ddelta, dB, dC = (t.transpose(0, 1) for t in time_first)
-        return du, ddelta, dA.t(), dB, dC, carry.transpose(1, 2), None
+        du, dstep, dB, dC = (t.transpose(0, 1) for t in (du, dstep, dB, dC))
+        return du, dstep, dA.t(), dB, dC, carry.transpose(1, 2), None
+
+
+def _block(
+    start: int,
+    stop: int,
+    u: torch.Tensor,
+    step: torch.Tensor,
+    A2: torch.Tensor,
+    B: torch.Tensor,
+    resets: torch.Tensor | None,
+    h: torch.Tensor,
+) -> _Block:
+    part = slice(start, stop)
+    return _Block(u[:, part], step[:, part], A2, B[:, part], None if resets is None else resets[:, part], h)
