@@ -11,7 +11,7 @@ from samba_lm.cli.output import provenance, write_json
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError
 
-FULL_SECONDS, QUICK_SECONDS = 285.0, 66.0
+FULL_SECONDS, QUICK_SECONDS = 300.0, 66.0
 
 
 @dataclass(frozen=True)

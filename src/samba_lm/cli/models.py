@@ -14,6 +14,7 @@ from samba_lm import zoo
 from samba_lm.cli.output import write_json
 from samba_lm.cli.parse import parse
 from samba_lm.config import LayerSpec, ModelConfig
+from samba_lm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ def main(argv: list[str]) -> None:
     """Run the command."""
     args = parse(Models, argv, prog="samba-lm models")
     names = zoo.names() if args.name is None else [args.name]
+    if args.context < 1:
+        raise UserError(f"--context {args.context} must be at least 1 token.")
     configs = [zoo.get(name) for name in names]
     console = Console()
     if args.name is None:
@@ -59,25 +62,24 @@ def facts(config: ModelConfig, context: int) -> dict[str, Any]:
 
 
 def _list(console: Console, configs: list[ModelConfig], context: int) -> None:
+    wide = console.width >= 78  # a narrow terminal keeps what tells models apart
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("name", "paper"):
-        table.add_column(column, overflow="fold")
-    for column in ("parameters", "layers", "FLOPs/token", "state/sequence"):
-        table.add_column(column, justify="right", overflow="fold")
+    table.add_column("name", no_wrap=True)
+    if wide:
+        table.add_column("paper")
+    for column in ("params", "layers", "FLOPs/token", "state")[: None if wide else 1]:
+        table.add_column(column, justify="right", no_wrap=True)
     for config in configs:
         row = facts(config, context)
-        table.add_row(
-            row["name"],
-            row["paper"],
-            short(row["parameters"]),
-            str(row["layers"]),
-            short(row["flops_per_token"]),
-            _state(config, context),
-        )
+        size, flops = short(row["parameters"]), short(row["flops_per_token"])
+        if wide:
+            table.add_row(row["name"], row["paper"], size, str(row["layers"]), flops, _state(config, context))
+        else:
+            table.add_row(row["name"], size)
     console.print(table)
     console.print(
-        f"FLOPs: forward, mean over {context} tokens. State: bf16 activations, fp32 sums; + grows with the text "
-        f"(given at {context} tokens). `samba-lm models NAME` draws one."
+        f"FLOPs: forward, mean over {context} tokens. State: bytes a sequence, activations in bf16 and sums in fp32; "
+        f"+ grows with the text (given at {context} tokens). `samba-lm models NAME` draws one."
     )
 
 

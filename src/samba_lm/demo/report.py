@@ -108,8 +108,11 @@ def _draw_perplexity(axes: Any, twins: list[Twin]) -> None:
     axes.minorticks_off()
     low = min(r.perplexity for t in twins for r in t.results)
     high = max(r.perplexity for t in twins for r in t.results)
-    ticks = [low * (high / low) ** (i / 5) for i in range(6)]
-    axes.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    ticks = [
+        t * 10.0**e for e in range(-1, 7) for t in (1, 1.5, 2, 3, 4, 5, 6, 8) if low / 1.3 < t * 10.0**e < high * 1.3
+    ]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_ylim(low / 1.15, high * 1.15)
     axes.set_xlabel("context length (bytes)")
     axes.set_ylabel("perplexity a byte, held-out text")
 

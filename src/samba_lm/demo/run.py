@@ -33,7 +33,7 @@ TWINS = ("samba-tiny", "llama-tiny", "swa-tiny", "mamba-tiny")
 LENGTH = 256
 """Tokens of a training sequence; every twin with a window has half of it."""
 BATCH = 8
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 3e-3
 MULTIPLES = (1, 2, 4, 8, 16)
 """Of the training length: the context lengths at which perplexity is measured."""
 SHARES = {"training": 0.76, "evaluation": 0.16}
@@ -124,7 +124,7 @@ def run(settings: DemoSettings, console: Console) -> DemoResult:
 
     Raises UserError when the text is too short to measure anything on.
     """
-    story = _Story(console, stages=6)
+    story = _Story(console, stages=7)
     train, heldout, source = _prepare(story, settings)
     done = story.stage("calibrating", "Timing a step of each model, so that all fit into the time there is")
     loader = Loader(train, BATCH, LENGTH, settings.seed)
@@ -299,9 +299,9 @@ def _save_and_verify(story: _Story, model: SambaLM, folder: Path, tokenizer: Tok
 
 
 def _generate(story: _Story, result: DemoResult, model: SambaLM, tokenizer: Tokenizer, heldout: TokenDataset) -> None:
-    document = tokenizer.decode(heldout.document(0)[: 2 * LENGTH])
+    document = tokenizer.decode(heldout.document(0)[: LENGTH // 2])
     result.sample_prompt = document[: document.rfind("\n") + 1] or document
-    text = stream(model, tokenizer, result.sample_prompt, max_tokens=400, temperature=0.7, top_p=0.95, seed=0)
+    text = stream(model, tokenizer, result.sample_prompt, max_tokens=400, temperature=0.8, seed=0)
     story.say(f"prompt: the first {len(result.sample_prompt)} characters of a held-out file")
     story.console.print()
     pieces = []

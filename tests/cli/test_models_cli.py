@@ -1,0 +1,63 @@
+"""``samba-lm models``: every name with true figures, a drawn stack, narrow terminals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from samba_lm import zoo
+from samba_lm.cli import models
+from samba_lm.errors import UserError
+
+
+def test_the_list_has_every_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("COLUMNS", "120")
+    models.main(["--json", str(tmp_path / "m.json")])
+    told = capsys.readouterr().out
+    record = json.loads((tmp_path / "m.json").read_text())
+    assert [row["name"] for row in record["models"]] == zoo.names()
+    for row in record["models"]:
+        assert row["name"] in told
+        config = zoo.get(row["name"])
+        assert row["parameters"] == config.parameters()
+        assert row["layers"] == len(config.layers)
+        assert row["flops_per_token"] == config.flops_per_token(4096)
+        assert row["state_bytes"] == config.state_bytes(4096)
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_every_stack_is_drawn(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    models.main([name])
+    told = capsys.readouterr().out
+    assert f"{zoo.get(name).parameters():,} parameters" in told
+    for spec in zoo.get(name).layers:
+        assert spec.kind in told
+
+
+def test_the_pattern_is_found() -> None:
+    pattern, repeat = models.repeating(zoo.get("samba-421m").layers)
+    assert (len(pattern), repeat) == (4, 6)
+    pattern, repeat = models.repeating(zoo.get("mamba-mlp-449m-full-5").layers)
+    assert (len(pattern), repeat) == (24, 1)
+
+
+def test_a_narrow_terminal_tears_no_name_apart(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("COLUMNS", "40")
+    models.main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 40 for line in lines)
+    assert any(line.startswith("samba-421m ") for line in lines)
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0"), (999, "999"), (421_793_280, "422M"), (1.33e9, "1.33G")])
+def test_short_numbers(number: float, text: str) -> None:
+    assert models.short(number) == text
+
+
+def test_an_unknown_name_and_a_bad_context() -> None:
+    with pytest.raises(UserError, match="Did you mean 'samba-421m'"):
+        models.main(["samba-421"])
+    with pytest.raises(UserError, match="context"):
+        models.main(["--context", "0"])

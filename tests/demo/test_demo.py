@@ -1,0 +1,116 @@
+"""The demo end to end on a small text, what it says of its figures, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+import samba_lm
+from samba_lm.demo import report, run
+from samba_lm.demo.corpus import standard_library, write_reference
+from samba_lm.demo.run import DemoSettings, Twin, clean, verdict
+from samba_lm.errors import UserError
+from samba_lm.eval.perplexity import LengthResult
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same story with sequences of 16 bytes, two at a time."""
+    for module in (run, report):
+        monkeypatch.setattr(module, "LENGTH", 16)
+    monkeypatch.setattr(run, "BATCH", 2)
+
+
+def texts(folder: Path) -> list[Path]:
+    folder.mkdir()
+    words = "the state is small and the text is long; the window slides and the state remains. "
+    for i in range(30):
+        (folder / f"{i}.txt").write_text(f"Chapter {i}. " + words * 5)
+    return [folder]
+
+
+def test_the_whole_story(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    result = run.run(DemoSettings(out, texts(tmp_path / "texts"), seconds=1.0), Console(width=60))
+    page = report.write_report(result, {"command": ["samba-lm", "demo"], "torch": torch.__version__}, out)
+
+    told = capsys.readouterr().out
+    assert [f"{i}/7" for i in range(1, 8)] == re.findall(r"^(\d/7)", told, re.MULTILINE)
+    html = page.read_text()
+    for twin in result.twins:
+        assert len(twin.losses) == result.steps >= 20
+        assert [r.length for r in twin.results] == [16, 32, 64, 128, 256]
+        assert len({r.windows * r.length for r in twin.results}) == 1, "the same text at every length"
+        for r in twin.results:
+            assert f"<td>{r.perplexity:.2f}</td>" in html
+        loaded, tokenizer = samba_lm.load(out / twin.name)
+        assert loaded.config.name == twin.name
+        assert tokenizer is not None
+    assert len(result.sample.encode()) > 0
+    assert html.count("data:image/png;base64,") == 2
+    assert not re.search(r'(src|href)="(?!data:)', html), "the page needs nothing else"
+    plain = json.loads(json.dumps(report.record(result)))
+    assert plain["twins"][0]["perplexity"]["256"] == result.twins[0].results[-1].perplexity
+    clean(out)
+    assert not out.exists()
+
+
+def test_the_same_seed_trains_the_same_models(small: None, tmp_path: Path) -> None:
+    losses = []
+    for i in (1, 2):
+        settings = DemoSettings(tmp_path / str(i), texts(tmp_path / f"texts{i}"), seconds=1.0)
+        result = run.run(settings, Console(quiet=True))
+        losses.append([twin.losses[:20] for twin in result.twins])
+    # The length of the run, and with it the schedule, is the machine's; the first step does not depend on it.
+    assert [twin[0] for twin in losses[0]] == [twin[0] for twin in losses[1]]
+
+
+def twin(name: str, first: float, last: float) -> Twin:
+    results = [LengthResult(n, (1, n), 1, n, 0.0, 0.0, p, None) for n, p in ((256, first), (4096, last))]
+    return Twin(name, 1, 1.0, [1.0], results=results)
+
+
+@pytest.mark.parametrize(
+    ("samba", "llama", "words"),
+    [
+        ((4.0, 3.9), (4.0, 9.0), "the claim holds in this run"),
+        ((4.0, 4.5), (4.0, 9.0), "only full attention's half of it holds in this run"),
+        ((4.0, 3.9), (4.0, 4.0), "only Samba's half of it holds in this run"),
+        ((4.0, 4.5), (4.0, 3.0), "it does not hold in this run"),
+    ],
+)
+def test_the_verdict_can_turn_out_either_way(
+    samba: tuple[float, float], llama: tuple[float, float], words: str
+) -> None:
+    told = verdict([twin("samba-tiny", *samba), twin("llama-tiny", *llama)])
+    assert words in told
+    assert f"{100 * (samba[1] / samba[0] - 1):+.1f}%" in told
+
+
+def test_too_little_text_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "short.txt"
+    file.write_text("Too short to learn from. " * 20)
+    with pytest.raises(UserError, match=r"text has .* the demo needs .* --text"):
+        run.run(DemoSettings(tmp_path / "out", [file], seconds=1.0), Console(quiet=True))
+
+
+def test_it_deletes_nothing_but_its_own(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"thesis\.txt"):
+        clean(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_standard_library_is_there(tmp_path: Path) -> None:
+    files = standard_library()
+    assert any(p.name == "argparse.py" for p in files)
+    assert not any({"test", "tests", "site-packages"} & set(p.parts[-4:-1]) for p in files)
+    write_reference(tmp_path / "reference.jsonl")
+    topics = [json.loads(line) for line in (tmp_path / "reference.jsonl").read_text().splitlines()]
+    assert len(topics) > 50
+    assert all(topic["text"] for topic in topics)
