@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from golden_files import ARCHS, GOLDEN, MANIFEST, read, renamed
 
 from samba_lm.checkpoint import build
-from samba_lm.convert.official import read_official_config, rename_official
-
-GOLDEN = Path(__file__).parent / "golden"
-MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
-ARCHS: dict[str, Any] = MANIFEST["archs"]
 
 
 def compare(name: str, dtype: torch.dtype) -> dict[str, Any]:
     """Run our model on the reference's weights; the largest differences of logits, loss and each gradient."""
-    arch = ARCHS[name]
-    tensors = load_file(GOLDEN / f"{name}.safetensors")
-    config = read_official_config({**arch["config"], "size_overrides": arch["size_overrides"]})
-    split = {
-        kind: rename_official({key.removeprefix(kind): t for key, t in tensors.items() if key.startswith(kind)}, config)
-        for kind in ("param.", "grad.")
-    }
-    model = build(config, split["param."]).to(dtype).requires_grad_()
+    config, tensors, weights = read(name)
+    expected_grads = renamed(tensors, "grad.", config)
+    model = build(config, weights).to(dtype).requires_grad_()
     ids = tensors["input_ids"]
     logits, _ = model(ids)
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    assert gradients.keys() == split["grad."].keys(), "every gradient is compared, and none is left over"
+    assert gradients.keys() == expected_grads.keys(), "every gradient is compared, and none is left over"
     differences = {}
-    for key, expected in split["grad."].items():
+    for key, expected in expected_grads.items():
         actual = gradients[key]
         assert actual is not None, f"{key} has no gradient"
         assert actual.shape == expected.shape
@@ -78,9 +66,7 @@ def test_logits_loss_and_every_gradient(name: str, dtype: torch.dtype) -> None:
 
 def test_the_check_can_fail() -> None:
     """One head's rows swapped, as a wrong unpacking of the fused projection would: far outside every tolerance."""
-    arch, tensors = ARCHS["samba_gqa"], load_file(GOLDEN / "samba_gqa.safetensors")
-    config = read_official_config(arch["config"])
-    weights = rename_official({k.removeprefix("param."): t for k, t in tensors.items() if k[:6] == "param."}, config)
+    config, tensors, weights = read("samba_gqa")
     key = "layers.2.mixer.qkv.weight"
     weights[key] = weights[key].roll(8, dims=0)
     logits, _ = build(config, weights)(tensors["input_ids"])

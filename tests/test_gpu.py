@@ -1,0 +1,66 @@
+"""What only a CUDA device can show: the same numbers, chunks, packed documents, decoding and text as on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from golden_files import ARCHS, MANIFEST, read
+from tolerances import assert_close
+
+import samba_lm
+from samba_lm import zoo
+from samba_lm.checkpoint import build, create
+from samba_lm.tokenizer import ByteTokenizer
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("name", ARCHS)
+def test_golden_logits(name: str) -> None:
+    config, tensors, weights = read(name)
+    logits, _ = build(config, weights).cuda()(tensors["input_ids"].cuda())
+    assert (logits.cpu() - tensors["logits"]).abs().max() <= MANIFEST["tolerances"]["logits_atol"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["samba-tiny", "llama-tiny", "mamba-tiny"])
+def test_chunks_documents_and_steps(name: str, dtype: torch.dtype) -> None:
+    model = create(name, device="cuda", dtype=dtype)
+    ids = torch.randint(0, 256, (2, 300), device="cuda")
+    scale = 3.0 if dtype == torch.bfloat16 else 10.0
+    with torch.no_grad():
+        expected, _ = model(ids)
+        first, state = model(ids[:, :137])
+        second, state = model(ids[:, 137:299], state)
+        last = model.step(ids[:, 299], state)
+        chunked = torch.cat((first, second, last[:, None]), dim=1)
+        assert_close(chunked, expected, "chunks and a step", dtype, scale)
+        segments = torch.tensor([[0] * 100 + [1] * 200, [-1] * 50 + [3] * 250], device="cuda")
+        packed, _ = model(ids, None, segments)
+        assert_close(packed[0, 100:], model(ids[:1, 100:])[0][0], "second document", dtype, scale)
+        assert_close(packed[1, 50:], model(ids[1:, 50:])[0][0], "after padding", dtype, scale)
+
+
+@pytest.mark.parametrize("name", zoo.names()[:8])
+def test_gradients_equal_the_cpus(name: str) -> None:
+    ids = torch.randint(0, 256, (2, 200))
+    grads = []
+    for device in ("cpu", "cuda"):
+        model = create(name, device=device)
+        logits, _ = model(ids.to(device))
+        logits.float().log_softmax(-1).square().mean().backward()
+        grads.append({n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None})
+    for key, expected in grads[0].items():
+        assert_close(grads[1][key], expected, key, torch.float32, 20.0)
+
+
+def test_text_from_the_gpu(tmp_path: Path) -> None:
+    samba_lm.save(create("samba-tiny"), tmp_path / "m", ByteTokenizer())
+    texts = []
+    for device in ("cpu", "cuda"):
+        model, tokenizer = samba_lm.load(tmp_path / "m", device=device)
+        assert tokenizer is not None
+        texts.append(samba_lm.generate(model, tokenizer, ["One", "Another, longer"], max_tokens=30, temperature=0))
+    assert texts[0] == texts[1]
