@@ -268,11 +268,11 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system that has room for one checkpoint (3 MB) but not for two."""
+    """A file system that has room for one checkpoint (1.9 MB) but not for two."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = shutil.which("mount")
-    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=5m", "tmpfs", disk], check=False).returncode:
+    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=False).returncode:
         pytest.skip("mounting a small tmpfs needs root; the file size limit above stands in")
     yield disk
     subprocess.run(["umount", disk], check=True)
