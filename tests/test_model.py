@@ -100,6 +100,38 @@ def test_step_in_place_equals_forward(name: str) -> None:
     assert_close(again.detach(), expected[:, 4:].detach(), "fork")
 
 
+def test_step_follows_the_weights_after_training() -> None:
+    """Whatever decoding may keep between tokens must not outlive an optimizer step."""
+    model = make("mamba", torch.float32)
+    ids = torch.randint(0, 50, (1, 9))
+    model.step(ids[:, 0], model.init_state(1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
+    model(ids)[0].square().sum().backward()
+    optimizer.step()
+    state = model.init_state(1)
+    for t in range(9):
+        logits = model.step(ids[:, t], state)
+    assert_close(logits, model(ids)[0][:, -1].detach(), "step after training", scale=10)
+
+
+@pytest.mark.parametrize("name", [name for name in STACKS if name not in ("llama", "self-extend")])
+def test_a_state_keeps_nothing_else_alive(name: str) -> None:
+    """Not even as the memory behind a view: what it holds is what nbytes says."""
+    model = make(name)
+    with torch.no_grad():
+        _, state = model(torch.randint(0, 50, (1, 500)))
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for s in state.layers for t in s.values()}
+    assert sum(storages.values()) <= state.nbytes()
+
+
+def test_bad_tokens_to_step_are_named() -> None:
+    model = make("samba")
+    with pytest.raises(UserError, match="token id 50 is outside"):
+        model.step(torch.tensor([50]), model.init_state(1))
+    with pytest.raises(UserError, match="holds 1 sequences but input_ids has 2 rows"):
+        model.step(torch.tensor([1, 2]), model.init_state(1))
+
+
 def test_state_rows_of_different_lengths_decode_together() -> None:
     model = make("samba")
     a, b = torch.randint(0, 50, (1, 19)), torch.randint(0, 50, (1, 3))
@@ -181,6 +213,9 @@ def test_a_state_of_another_batch_is_refused() -> None:
         ({"layers": [{"kind": "attention", "heads": 4, "window": 0}]}, "window=0 must be at least 1"),
         ({"layers": [{"kind": "attention", "heads": 4, "windw": 9}]}, "Did you mean 'window'"),
         ({"layers": [{"kind": "attention", "heads": 32}]}, "even head dim"),
+        ({"layers": [{"kind": "mamba", "dt_rank": 0}]}, "dt_rank=0 must be at least 1"),
+        ({"layers": [{"kind": "attention", "heads": 4, "rope_base": -1}]}, "rope_base=-1.0 must be above 0"),
+        ({"norm_eps": 0}, "norm_eps=0.0 must be above 0"),
         ({"d_model": 0}, "d_model=0 must be at least 1"),
         ({"d_modl": 32}, "Did you mean 'd_model'"),
         ({"vocab_size": "many"}, "vocab_size"),

@@ -78,7 +78,7 @@ def test_counts_equal_the_reference_code(name: str) -> None:
 
 
 def _hand(d: int, mlp: int, vocab: int, mambas: int, attentions: int, mlps: int, q: int, kv: int) -> int:
-    """Parameters from SPEC.md's equations alone, for the sizes the reference code does not list."""
+    """Parameters from the paper's equations alone, for the sizes the reference code does not list."""
     e, r, n = 2 * d, math.ceil(d / 16), 16
     mamba = d * 2 * e + (4 * e + e) + e * (r + 2 * n) + (r * e + e) + e * n + e + e * d
     attention = d * d + 2 * d * (d // q) * kv + d * d

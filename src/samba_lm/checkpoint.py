@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from samba_lm import zoo
 from samba_lm.config import ModelConfig
 from samba_lm.errors import UserError
-from samba_lm.files import TMP_MARK, atomic_folder, recover_folder
+from samba_lm.files import atomic_folder, recover_folder
 from samba_lm.mixers.mamba import Selection
 from samba_lm.model import SambaLM
 from samba_lm.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -45,13 +45,19 @@ def save(model: SambaLM, folder: str | os.PathLike[str], tokenizer: Tokenizer | 
     model's vocabulary.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        try:
-            read_config(folder)
-        except UserError:
-            raise UserError(f"{folder} exists and is not a samba-lm checkpoint: choose another folder.") from None
+    check_replaceable(folder)
     with atomic_folder(folder) as tmp:
         write(model, tmp, tokenizer)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise UserError unless ``folder`` is absent, empty, or a checkpoint of this package."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        read_config(folder)
+    except UserError:
+        raise UserError(f"{folder} exists and is not a samba-lm checkpoint: choose another folder.") from None
 
 
 def write(model: SambaLM, folder: Path, tokenizer: Tokenizer | None = None) -> None:
@@ -94,14 +100,12 @@ def load(
         config = config.with_overrides(max_context=max_context)
     model = build(config, read_weights(folder, config))
     tokenizer = _read_tokenizer(folder, config, tokenizer_hash)
-    return place(model, device, dtype), tokenizer
+    return place(model, device, dtype).eval(), tokenizer
 
 
 def latest_step(run: Path) -> Path | None:
     """The newest complete ``step-N`` folder of a training run, or None."""
-    steps = [
-        p for p in run.glob("step-*") if p.is_dir() and TMP_MARK not in p.name and re.fullmatch(r"step-\d+", p.name)
-    ]
+    steps = [p for p in run.glob("step-*") if p.is_dir() and re.fullmatch(r"step-\d+", p.name)]
     return max(steps, key=lambda p: int(p.name.removeprefix("step-")), default=None)
 
 
@@ -209,6 +213,6 @@ def _from_name(name: str, device: str | torch.device, dtype: torch.dtype | None)
         if "/" in name or "." in name:
             raise UserError(f"There is no checkpoint at {name!r}, and no model of that name in the zoo.")
         zoo.get(name)  # raises, naming the nearest
-    model = create(name, device=device, dtype=dtype)
+    model = create(name, device=device, dtype=dtype).eval()
     byte = ByteTokenizer()
     return model, byte if byte.vocab_size <= model.config.vocab_size <= 2 * byte.vocab_size else None

@@ -11,6 +11,7 @@ import json
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticUndefined
 
 from samba_lm.errors import UserError, did_you_mean
 from samba_lm.validation import explain
@@ -32,6 +33,8 @@ class LayerSpec(BaseModel):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         kind = cls.model_fields["kind"].default
+        if kind is PydanticUndefined:  # a base of specs, not one
+            return
         taken = SPECS.get(kind)
         # A class may replace itself (a notebook cell run twice), but not take another's name.
         if taken is not None and taken.__qualname__ != cls.__qualname__:
@@ -93,7 +96,7 @@ class Mamba(LayerSpec):
     """Rank of the step projection; None: ceil(d_model / 16)."""
 
     def check(self, d_model: int) -> None:
-        _positive(self, "expand", "state", "conv")
+        _positive(self, "expand", "state", "conv", "dt_rank")
 
     def inner(self, d_model: int) -> int:
         return self.expand * d_model
@@ -188,58 +191,18 @@ class SelfExtend(Attention):
         return f"{super().describe()}, SelfExtend group {self.group} beyond {self.neighbor_window}"
 
 
-class GatedLinearAttention(LayerSpec):
-    """GLA: linear attention with a data-dependent decay for each key channel."""
+class LinearAttentionSpec(LayerSpec):
+    """What GLA and retention share: heads, the widths of keys and values, a state of outer products."""
 
-    kind: Literal["gla"] = "gla"
     heads: int
-    expand_k: float = 0.5
-    expand_v: float = 1.0
-    gate_rank: int = 16
-    gate_normalizer: float = 16.0
+    expand_k: float
+    expand_v: float
 
     def check(self, d_model: int) -> None:
-        _positive(self, "heads", "expand_k", "expand_v", "gate_rank", "gate_normalizer")
-        _whole_heads(self.heads, self.key_dim(d_model), self.value_dim(d_model))
-
-    def key_dim(self, d_model: int) -> int:
-        return round(d_model * self.expand_k)
-
-    def value_dim(self, d_model: int) -> int:
-        return round(d_model * self.expand_v)
-
-    def parameters(self, d_model: int) -> int:
+        _positive(self, "heads", "expand_k", "expand_v")
         key, value = self.key_dim(d_model), self.value_dim(d_model)
-        return self.matmul_flops(d_model) // 2 + key + value // self.heads
-
-    def matmul_flops(self, d_model: int) -> int:
-        key, value = self.key_dim(d_model), self.value_dim(d_model)
-        return 2 * (2 * d_model * key + 3 * d_model * value + self.gate_rank * (d_model + key))
-
-    def context_flops(self, d_model: int, context: int) -> int:
-        return 4 * self.key_dim(d_model) * self.value_dim(d_model) // self.heads
-
-    def state_elements(self, d_model: int, context: int) -> tuple[int, int]:
-        return 0, self.key_dim(d_model) * self.value_dim(d_model) // self.heads
-
-    def describe(self) -> str:
-        return f"{self.heads} heads, key x{self.expand_k:g}, value x{self.expand_v:g}"
-
-
-class Retention(LayerSpec):
-    """RetNet's multi-scale retention: linear attention with RoPE and one fixed decay a head."""
-
-    kind: Literal["retention"] = "retention"
-    heads: int
-    expand_k: float = 1.0
-    expand_v: float = 2.0
-    rope_base: float = 10_000.0
-
-    def check(self, d_model: int) -> None:
-        _positive(self, "heads", "expand_k", "expand_v", "rope_base")
-        _whole_heads(self.heads, self.key_dim(d_model), self.value_dim(d_model))
-        if (self.key_dim(d_model) // self.heads) % 2:
-            raise ValueError(f"RoPE needs an even key head dim, not {self.key_dim(d_model)} / {self.heads} heads")
+        if key % self.heads or value % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide the key width {key} and the value width {value}")
 
     def key_dim(self, d_model: int) -> int:
         return round(d_model * self.expand_k)
@@ -261,6 +224,41 @@ class Retention(LayerSpec):
 
     def describe(self) -> str:
         return f"{self.heads} heads, key x{self.expand_k:g}, value x{self.expand_v:g}"
+
+
+class GatedLinearAttention(LinearAttentionSpec):
+    """GLA: linear attention with a data-dependent decay for each key channel."""
+
+    kind: Literal["gla"] = "gla"
+    expand_k: float = 0.5
+    expand_v: float = 1.0
+    gate_rank: int = 16
+    gate_normalizer: float = 16.0
+
+    def check(self, d_model: int) -> None:
+        super().check(d_model)
+        _positive(self, "gate_rank", "gate_normalizer")
+
+    def parameters(self, d_model: int) -> int:
+        return super().parameters(d_model) + self.key_dim(d_model)
+
+    def matmul_flops(self, d_model: int) -> int:
+        return super().matmul_flops(d_model) + 2 * self.gate_rank * (d_model + self.key_dim(d_model))
+
+
+class Retention(LinearAttentionSpec):
+    """RetNet's multi-scale retention: linear attention with RoPE and one fixed decay a head."""
+
+    kind: Literal["retention"] = "retention"
+    expand_k: float = 1.0
+    expand_v: float = 2.0
+    rope_base: float = 10_000.0
+
+    def check(self, d_model: int) -> None:
+        super().check(d_model)
+        _positive(self, "rope_base")
+        if (self.key_dim(d_model) // self.heads) % 2:
+            raise ValueError(f"RoPE needs an even key head dim, not {self.key_dim(d_model)} / {self.heads} heads")
 
 
 class MegaS6(LayerSpec):
@@ -327,6 +325,8 @@ class ModelConfig(BaseModel):
         for field in ("d_model", "vocab_size", "max_context"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps={self.norm_eps} must be above 0")
         if not self.layers:
             raise ValueError("layers is empty: a model needs at least one layer")
         for i, spec in enumerate(self.layers):
@@ -403,12 +403,7 @@ def _positive(spec: LayerSpec, *fields: str) -> None:
     for field in fields:
         value = getattr(spec, field)
         if value is not None and value <= 0:
-            raise ValueError(f"{field}={value} must be at least 1")
-
-
-def _whole_heads(heads: int, key_dim: int, value_dim: int) -> None:
-    if key_dim % heads or value_dim % heads:
-        raise ValueError(f"heads={heads} does not divide the key width {key_dim} and the value width {value_dim}")
+            raise ValueError(f"{field}={value} must be {'at least 1' if isinstance(value, int) else 'above 0'}")
 
 
 def _mean_keys(context: int, window: int | None) -> float:

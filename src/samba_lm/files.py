@@ -12,7 +12,7 @@ from pathlib import Path
 
 from samba_lm.errors import UserError
 
-# What an interrupted write may leave behind; readers ignore it and the next writer removes it.
+# In the names of what an interrupted write may leave behind; readers ignore it.
 TMP_MARK = ".tmp-"
 
 
@@ -83,6 +83,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                 fsync_path(Path(root))
             old = _old(path)
             if path.exists():
+                shutil.rmtree(old, ignore_errors=True)  # of a crash after the second rename: ``path`` is whole
                 os.replace(path, old)
             os.replace(tmp, path)
             fsync_path(path.parent)

@@ -14,7 +14,7 @@ from samba_lm.mixers.registry import build_mixer
 from samba_lm.nn.init import RULES
 from samba_lm.nn.norm import RMSNorm
 from samba_lm.ops.linear import linear
-from samba_lm.span import Span
+from samba_lm.span import Cursor, Span
 from samba_lm.state import State
 
 
@@ -89,6 +89,7 @@ class SambaLM(nn.Module):
     @torch.no_grad()
     def step(self, token_ids: torch.Tensor, state: State) -> torch.Tensor:
         """Decode: read one token of each sequence, int64 [B]; logits [B, V]. ``state`` is advanced in place."""
+        self._check(token_ids[:, None], state)
         span = Span.of(token_ids.shape[0], 1, token_ids.device, state.cursor, None, in_place=True)
         hidden, new = self._run(token_ids[:, None], state, span)
         state.cursor, state.layers = new.cursor, new.layers
@@ -102,7 +103,7 @@ class SambaLM(nn.Module):
     def init_state(self, batch: int) -> State:
         """The state of ``batch`` sequences of which nothing was read."""
         layers = [_layer(layer).mixer.init_tensors(batch, self.device, self.dtype) for layer in self.layers]
-        return State(Span.of(batch, 0, self.device, None, None).start, layers)
+        return State(Cursor.fresh(batch, self.device), layers)
 
     def reset_parameters(self, seed: int) -> None:
         """Initialise all parameters by the config's rules; the same seed gives the same weights on the same device."""

@@ -44,6 +44,8 @@ class Span:
     """int64 [B] tokens that are not padding. None: no padding."""
     order: torch.Tensor | None = None
     """int64 [B, L] where each packed column came from, when padding had to be moved to the right."""
+    longest_past: int = 0
+    """The largest starting position: how far back any row's document reaches. 0 when nothing was read yet."""
     in_place: bool = False
     """Caches may be written in place: the caller gives the old state away."""
     _angles: dict[tuple[int, float], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
@@ -65,12 +67,14 @@ class Span:
             begin = Cursor.fresh(batch, device) if start is None else start
             positions = steps[None] + (begin.position[:1, None] if uniform else begin.position[:, None])
             end = Cursor(begin.segment, begin.position + length)
-            return cls(length, begin, end, positions, in_place=in_place)
+            return cls(length, begin, end, positions, longest_past=_longest(start), in_place=in_place)
         begin = Cursor.fresh(batch, device) if start is None else start
-        return cls._packed(begin, _checked(segments, batch, length), steps, in_place)
+        return cls._packed(begin, _checked(segments, batch, length), steps, _longest(start), in_place)
 
     @classmethod
-    def _packed(cls, start: Cursor, segments: torch.Tensor, steps: torch.Tensor, in_place: bool) -> Span:
+    def _packed(
+        cls, start: Cursor, segments: torch.Tensor, steps: torch.Tensor, longest_past: int, in_place: bool
+    ) -> Span:
         padding = segments < 0
         order = lengths = None
         if bool(padding.any()):
@@ -93,7 +97,7 @@ class Span:
                 torch.where(read, segments.gather(1, last)[:, 0], start.segment),
                 torch.where(read, positions.gather(1, last)[:, 0] + 1, start.position),
             )
-        return cls(steps.shape[0], start, end, positions, documents, lengths, order, in_place)
+        return cls(steps.shape[0], start, end, positions, documents, lengths, order, longest_past, in_place)
 
     @property
     def resets(self) -> torch.Tensor | None:
@@ -135,7 +139,21 @@ class Span:
         start = Cursor(self.start.segment, self.start.position % size)
         # A full chunk ends at position `size`, not 0: its keys are still the last ones read.
         end = Cursor(self.end.segment, torch.where(self.end.position > 0, (self.end.position - 1) % size + 1, 0))
-        return Span(self.length, start, end, positions % size, new.cumsum(1), self.lengths, in_place=self.in_place)
+        return Span(
+            self.length,
+            start,
+            end,
+            positions % size,
+            new.cumsum(1),
+            self.lengths,
+            longest_past=min(self.longest_past, size),
+            in_place=self.in_place,
+        )
+
+
+def _longest(start: Cursor | None) -> int:
+    # On a GPU the one question of a call that waits for the device; none when reading starts from nothing.
+    return 0 if start is None else int(start.position.max())
 
 
 def _agree(position: torch.Tensor) -> bool:

@@ -37,10 +37,6 @@ class State:
         """A copy that goes its own way."""
         return self.select(list(range(self.batch)))
 
-    def detach(self) -> State:
-        """The same numbers outside the autograd graph (truncated backpropagation through time)."""
-        return State(self.cursor, [{name: t.detach() for name, t in layer.items()} for layer in self.layers])
-
     def nbytes(self) -> int:
         """Bytes held."""
         tensors = [t for layer in self.layers for t in layer.values()]

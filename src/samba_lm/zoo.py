@@ -1,6 +1,6 @@
 """Every named model: the paper's architectures and sizes, their ablations, and small ones for a laptop.
 
-One row each. SPEC of the sizes: Tables 3, 5, 6, 10, 11 and 12 of the paper. Imports no torch.
+One row each. Sizes: Tables 3, 5, 6, 10, 11 and 12 of the paper. Imports no torch.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _small(size: str, scale: Scale) -> list[Entry]:
               lambda: transformer(f"llama-{size}", wide, scale.blocks, wide.attention(None))),
         Entry(f"swa-{size}", "laptop twin",
               lambda: transformer(f"swa-{size}", wide, scale.blocks, wide.attention(SMALL_WINDOW))),
-        Entry(f"mamba-{size}", "laptop twin", lambda: mamba(f"mamba-{size}", scale.d_model, layers, 320)),
+        Entry(f"mamba-{size}", "laptop twin", lambda: mamba(f"mamba-{size}", scale.d_model, layers, scale.vocab)),
     ]  # fmt: skip
 
 

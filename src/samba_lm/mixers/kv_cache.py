@@ -27,7 +27,7 @@ def empty_cache(
 def grow(cache: Tensors, span: Span, max_context: int) -> Tensors:
     """Make room for all positions up to the span's end (full attention). Raises UserError beyond ``max_context``."""
     slots = cache["k"].shape[1]
-    needed = int(torch.maximum(span.end.position, span.positions.amax() + 1).max())
+    needed = span.longest_past + span.length if span.documents is None else int(span.end.position.max())
     if needed <= slots:
         return cache
     if needed > max_context:
@@ -46,7 +46,7 @@ def past(cache: Tensors, span: Span, reach: int) -> tuple[torch.Tensor, torch.Te
     Documents are int64 [B, P]: 0 for keys of the state's document, -1 for slots that hold nothing yet; None: all 0.
     """
     begin, slots = span.start.position, cache["k"].shape[1]
-    count = min(reach, int(begin.max()))
+    count = min(reach, span.longest_past)
     if count == 0:
         return cache["k"][:, :0], cache["v"][:, :0], begin.new_empty(begin.shape[0], 0)
     position = begin[:, None] + torch.arange(-count, 0, device=begin.device)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from samba_lm.config import GatedLinearAttention, ModelConfig, Retention
+from samba_lm.config import LinearAttentionSpec, ModelConfig
 from samba_lm.mixers.base import Mixer, Tensors, state_dtype
 from samba_lm.nn.init import Init
 from samba_lm.nn.linear import Linear
@@ -21,7 +21,7 @@ class LinearAttentionMixer(Mixer):
     One norm weight of a head's value width serves all heads.
     """
 
-    def __init__(self, spec: GatedLinearAttention | Retention, config: ModelConfig) -> None:
+    def __init__(self, spec: LinearAttentionSpec, config: ModelConfig) -> None:
         super().__init__()
         self.heads = spec.heads
         self.key_dim = spec.key_dim(config.d_model) // spec.heads
@@ -30,7 +30,7 @@ class LinearAttentionMixer(Mixer):
         self.k_proj = Linear(config.d_model, spec.key_dim(config.d_model))
         self.v_proj = Linear(config.d_model, spec.value_dim(config.d_model))
         self.g_proj = Linear(config.d_model, spec.value_dim(config.d_model))
-        self.norm = RMSNorm(self.value_dim, eps=1e-5)
+        self.norm = RMSNorm(self.value_dim, eps=1e-5)  # its own, whatever the model's norm_eps (reference code)
         self.out_proj = Linear(spec.value_dim(config.d_model), config.d_model)
 
     def queries_keys(self, x: torch.Tensor, span: Span) -> tuple[torch.Tensor, torch.Tensor]:

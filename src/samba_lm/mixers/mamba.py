@@ -18,14 +18,12 @@ from samba_lm.span import Span
 
 
 class DepthwiseConv(nn.Module):
-    """Parameters of a causal depthwise convolution: weight [E, k], bias [E] or None."""
+    """Parameters of a causal depthwise convolution: weight [E, k], bias [E]."""
 
-    bias: nn.Parameter | None
-
-    def __init__(self, channels: int, kernel: int, bias: bool) -> None:
+    def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, kernel))
-        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.bias = nn.Parameter(torch.empty(channels))
 
 
 class Selection(nn.Module):
@@ -36,20 +34,10 @@ class Selection(nn.Module):
         self.A_log = nn.Parameter(torch.empty(inner, state))
         self.D = nn.Parameter(torch.empty(inner))
         self.dt_bias = nn.Parameter(torch.empty(inner))
-        self._kept: tuple[tuple[int, int, torch.dtype], torch.Tensor] | None = None
 
     def A(self, dtype: torch.dtype) -> torch.Tensor:  # noqa: N802 - the equation's name
         """-exp(A_log), [E, N]."""
         return -torch.exp2(self.A_log.to(dtype) * math.log2(math.e))  # exp2 is 4x faster than exp on CPUs
-
-    def A_decoding(self, dtype: torch.dtype) -> torch.Tensor:  # noqa: N802
-        """As :meth:`A`, kept from one token to the next for as long as A_log stays what it is."""
-        if self.A_log.is_inference():  # such tensors keep no version to tell a change by
-            return self.A(dtype)
-        key = (self.A_log.data_ptr(), self.A_log._version, dtype)
-        if self._kept is None or self._kept[0] != key:
-            self._kept = (key, self.A(dtype))
-        return self._kept[1]
 
     def reset_parameters(self, init: Init) -> None:
         init.a_log(self.A_log)
@@ -66,7 +54,7 @@ class S6(nn.Module):
     def __init__(self, inner: int, rank: int, state: int, conv: int) -> None:
         super().__init__()
         self.inner, self.rank, self.state = inner, rank, state
-        self.conv = DepthwiseConv(inner, conv, bias=True)
+        self.conv = DepthwiseConv(inner, conv)
         self.x_proj = Linear(inner, rank + 2 * state)  # rows [W_r; W_b; W_c]
         self.dt_proj = Linear(rank, inner)  # W_q; its bias is selection.dt_bias
         self.selection = Selection(inner, state)
@@ -102,14 +90,11 @@ class S6(nn.Module):
 
     def _step(self, h: torch.Tensor, gate: torch.Tensor | None, tensors: Tensors) -> tuple[torch.Tensor, Tensors]:
         """One token, without gradients: h [B, E]."""
-        assert self.conv.bias is not None
         u, conv = causal_conv1d_step(h, self.conv.weight, self.conv.bias, tensors["conv"])
         low, B, C = self.x_proj(u).split((self.rank, self.state, self.state), dim=-1)
         selection, dtype = self.selection, tensors["ssm"].dtype
         bias, skip = selection.dt_bias.to(dtype), selection.D.to(dtype)
-        y, ssm = selective_scan_step(
-            u, self.dt_proj(low), selection.A_decoding(dtype), B, C, skip, gate, bias, tensors["ssm"]
-        )
+        y, ssm = selective_scan_step(u, self.dt_proj(low), selection.A(dtype), B, C, skip, gate, bias, tensors["ssm"])
         return y[:, None], {"conv": conv, "ssm": ssm}
 
     def init_tensors(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensors:

@@ -32,7 +32,7 @@ class MegaS6Mixer(Mixer):
         super().__init__()
         D, Z = config.d_model, spec.z_dim
         self.spec, self.width = spec, D
-        self.norm = RMSNorm(D, eps=1e-5)
+        self.norm = RMSNorm(D, eps=1e-5)  # its own, whatever the model's norm_eps (reference code)
         self.s6 = S6(D, spec.rank(D), spec.state, spec.conv)
         self.v_proj = Linear(D, D, bias=True)
         self.mx_proj = Linear(D, 3 * D + Z, bias=True)  # rows [u: D; z: Z; r: D; hx: D]

@@ -42,12 +42,10 @@ class Init:
         self.linear_attention(p)
         self._shrink(p)
 
-    def conv(self, *params: torch.Tensor | None) -> None:
-        """Depthwise kernels [E, k] and their bias [E]: U(+-1/sqrt(k)), k the first one's."""
-        assert params[0] is not None
-        for p in params:
-            if p is not None:
-                self.uniform(p, params[0].shape[1] ** -0.5)
+    def conv(self, weight: torch.Tensor, *biases: torch.Tensor) -> None:
+        """A depthwise kernel [E, k] and its bias [E], if any: U(+-1/sqrt(k))."""
+        for p in (weight, *biases):
+            self.uniform(p, weight.shape[1] ** -0.5)
 
     def dt_bias(self, p: torch.Tensor) -> None:
         """Inverse softplus of a log-uniform draw in [1e-3, 1e-1], floor 1e-4."""

@@ -17,7 +17,6 @@ def causal_conv1d(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    activation: bool = True,
     state: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
@@ -25,7 +24,7 @@ def causal_conv1d(
     """y_t = SiLU(bias + sum_j weight[:, k-1-j] x_{t-j}), j = 0..k-1.
 
     Args:
-        x: [B, L, E]. weight: [E, k]. bias: [E] or None. activation: apply SiLU.
+        x: [B, L, E]. weight: [E, k]. bias: [E] or None.
         state: [B, k-1, E] the inputs before x, oldest first; None: zeros.
         positions: int64 [B, L] position of each token in its document; taps that would reach before position 0 count
             as zero. None: one document, taps reach into the state.
@@ -49,10 +48,9 @@ def causal_conv1d(
         y.addcmul_(tap, taps[:, k - 1 - j])
     if bias is not None:
         y.add_(bias.to(dtype))
-    if activation:
-        y = F.silu(y, inplace=not torch.is_grad_enabled())
+    y = F.silu(y, inplace=not torch.is_grad_enabled())
     if lengths is None:
-        final = padded[:, length:]
+        final = padded[:, length:].clone()  # a view would keep the whole input alive
     else:
         index = lengths[:, None] + torch.arange(k - 1, device=x.device)
         final = padded.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
@@ -63,6 +61,7 @@ def causal_conv1d_step(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, state: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token of :func:`causal_conv1d` with bias and SiLU, for decoding: x [B, E], state [B, k-1, E]."""
+    dtype = compute_dtype(x)
     window = torch.cat((state, x[:, None]), dim=1)
-    y = torch.linalg.vecdot(window.to(weight.dtype), weight.t(), dim=1).add_(bias)
+    y = torch.linalg.vecdot(window.to(dtype), weight.to(dtype).t(), dim=1).add_(bias.to(dtype))
     return F.silu(y, inplace=True).to(x.dtype), window[:, 1:]

@@ -1,0 +1,157 @@
+"""Checkpoint folders: whole or not there, and refused with a reason when they are not what they should be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import samba_lm
+from samba_lm import zoo
+from samba_lm.checkpoint import create, load, save
+from samba_lm.errors import UserError
+from samba_lm.tokenizer import ByteTokenizer, train_bpe
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save(create("samba-nano", seed=1), tmp_path / "m", ByteTokenizer())
+    return tmp_path / "m"
+
+
+def test_round_trip_is_exact(saved: Path) -> None:
+    model, tokenizer = load(saved)
+    assert tokenizer is not None
+    assert tokenizer.fingerprint() == ByteTokenizer().fingerprint()
+    for (name, p), q in zip(create("samba-nano", seed=1).named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert not model.training
+
+
+def test_the_same_model_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
+    save(create("samba-nano", seed=1), tmp_path / "again", ByteTokenizer())
+    for file in saved.iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
+
+
+def test_bf16_keeps_the_recurrence_in_fp32(saved: Path) -> None:
+    model, _ = load(saved, dtype=torch.bfloat16)
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    assert {d for n, d in dtypes.items() if "selection" in n} == {torch.float32}
+    assert {d for n, d in dtypes.items() if "selection" not in n} == {torch.bfloat16}
+    logits, _ = model(torch.tensor([[1, 2, 3]]))
+    assert logits.dtype == torch.bfloat16
+
+
+def test_a_name_gives_fresh_weights() -> None:
+    model, tokenizer = samba_lm.load("samba-nano")
+    assert model.config == zoo.get("samba-nano")
+    assert isinstance(tokenizer, ByteTokenizer)
+
+
+def test_the_newest_step_of_a_run(tmp_path: Path) -> None:
+    for step in (9, 100, 20):
+        save(create("samba-nano", seed=step), tmp_path / "run" / f"step-{step:08d}")
+    (tmp_path / "run" / "step-00000200.tmp-x").mkdir()
+    model, tokenizer = load(tmp_path / "run")
+    assert torch.equal(model.embedding, create("samba-nano", seed=100).embedding)
+    assert tokenizer is None
+
+
+def test_saving_replaces_a_checkpoint_and_nothing_else(saved: Path, tmp_path: Path) -> None:
+    save(create("mamba-nano"), saved)
+    assert load(saved)[0].config.name == "mamba-nano"
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="is not a samba-lm checkpoint"):
+        save(create("samba-nano"), tmp_path / "work")
+    assert (tmp_path / "work" / "config.json").exists()
+
+
+@pytest.mark.parametrize("crash", ["between the renames", "after the second rename"])
+def test_a_crash_while_replacing_loses_nothing(saved: Path, crash: str) -> None:
+    old = saved.with_name("m.tmp-old")
+    if crash == "between the renames":
+        saved.rename(old)
+        assert load(saved)[0].config.name == "samba-nano"
+    else:
+        shutil.copytree(saved, old)
+    save(create("mamba-nano"), saved)
+    assert load(saved)[0].config.name == "mamba-nano"
+    assert not old.exists()
+
+
+def truncated(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def foreign_weights(folder: Path) -> None:
+    save(create("mamba-nano"), folder.with_name("other"))
+    shutil.copy(folder.with_name("other") / "model.safetensors", folder)
+
+
+def lost_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["norm.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def wrong_shape(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["norm.weight"] = torch.ones(3)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def other_tokenizer(folder: Path) -> None:
+    train_bpe(["some words to learn from " * 50], 300).save(folder)
+
+
+def edit_config(**fields: object) -> object:
+    def edit(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncated, "truncated or damaged"),
+        (foreign_weights, "belongs to another model"),
+        (lost_tensor, "no tensor 'norm.weight'"),
+        (wrong_shape, r"'norm.weight' has shape \[3\]"),
+        (other_tokenizer, "is not the tokenizer this model was saved with"),
+        (lambda f: (f / "tokenizer.json").unlink(), "has lost its tokenizer.json"),
+        (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda f: (f / "config.json").unlink(), "it has no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+        (edit_config(version=99), "format version 99"),
+        (edit_config(format="other"), "was not written by samba-lm"),
+        (edit_config(model={"name": "x"}), "d_model is missing"),
+    ],
+)
+def test_damage_is_named_in_one_line(saved: Path, damage, message: str) -> None:  # type: ignore[no-untyped-def]
+    damage(saved)
+    with pytest.raises(UserError, match=message) as caught:
+        load(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_not_there_is_named() -> None:
+    with pytest.raises(UserError, match="There is no checkpoint at 'runs/nothing'"):
+        load("runs/nothing")
+    with pytest.raises(UserError, match="Did you mean 'samba-tiny'"):
+        load("samba-tny")
+
+
+def test_a_tokenizer_too_large_is_refused(tmp_path: Path) -> None:
+    config = zoo.get("samba-nano").with_overrides(vocab_size=100)
+    with pytest.raises(UserError, match="tokenizer has 257 ids but model 'samba-nano' has a vocabulary of 100"):
+        save(create(config), tmp_path / "m", ByteTokenizer())
+    assert not (tmp_path / "m").exists()
