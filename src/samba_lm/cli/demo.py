@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     from samba_lm.demo.report import record, write_report
     from samba_lm.demo.run import DemoSettings, clean, run, verdict
 
-    clean(args.out)
+    clean(args.out, args.text)
     console = Console()
     result = run(DemoSettings(args.out, args.text, seconds, args.seed), console)
     facts = provenance()

@@ -16,10 +16,12 @@ from rich.table import Table
 from samba_lm import checkpoint
 from samba_lm.data.loader import Loader
 from samba_lm.data.prepare import prepare
-from samba_lm.data.shards import TokenDataset
+from samba_lm.data.shards import TokenDataset, is_dataset
+from samba_lm.data.sources import find_files
 from samba_lm.demo.corpus import gather
 from samba_lm.errors import UserError
 from samba_lm.eval.perplexity import LengthResult, perplexity
+from samba_lm.files import TMP_MARK
 from samba_lm.generation.api import stream
 from samba_lm.model import SambaLM
 from samba_lm.tokenizer import ByteTokenizer, Tokenizer
@@ -132,8 +134,7 @@ def run(settings: DemoSettings, console: Console) -> DemoResult:
     steps = max(20, int(MARGIN * SHARES["training"] * settings.seconds / sum(t.step_seconds for t in twins)))
     for twin in twins:
         story.say(f"{twin.name:<11} {1000 * twin.step_seconds:.0f} ms a step of {BATCH * LENGTH} tokens")
-    slowest = max(twins, key=lambda t: t.step_seconds)
-    story.say(f"{slowest.name} is the slowest: {steps} steps for each, {steps * BATCH * LENGTH:,} tokens")
+    story.say(f"so {steps} steps for each: {steps * BATCH * LENGTH:,} tokens")
     done()
 
     done = story.stage("training", "Training the four models on the same batches")
@@ -204,7 +205,7 @@ def _settings(steps: int, seed: int) -> TrainSection:
 
 
 def _calibrate(name: str, loader: Loader, seed: int) -> Twin:
-    """Time steps on throwaway weights: the fastest of a few, after one to warm up."""
+    """Time steps on throwaway weights: the median of a few, after one to warm up."""
     model = checkpoint.create(name, seed=seed)
     section, parallel = _settings(100, seed), connect("cpu")
     prepare_model(model, section, parallel)
@@ -316,12 +317,25 @@ def _generate(story: _Story, result: DemoResult, model: SambaLM, tokenizer: Toke
     )
 
 
-def clean(out: Path) -> None:
-    """Remove what an earlier demo left in ``out``, and nothing else. Raises UserError if it holds other things."""
-    if not out.exists():
-        return
-    ours = {"data", "language_reference.jsonl", "report.html", "report.json", "perplexity.png", "loss.png", *TWINS}
-    strangers = [p.name for p in out.iterdir() if p.name not in ours] if out.is_dir() else [out.name]
+OURS = {"data", "language_reference.jsonl", "report.html", "report.json", "perplexity.png", "loss.png", *TWINS}
+
+
+def clean(out: Path, texts: Sequence[Path]) -> None:
+    """Remove what an earlier demo left in ``out``, and nothing else.
+
+    Raises UserError, before anything is removed, if a text is missing or lies in ``out``, or if ``out`` holds what no
+    demo wrote.
+    """
+    for file in find_files(list(texts), (".py",)) if texts else ():
+        if file.path.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"{file.path} lies in the demo's folder {out}: choose another folder with --out.")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is not a folder: choose another place with --out.")
+    found = list(out.iterdir()) if out.exists() else []
+    strangers = sorted(p.name for p in found if p.name.partition(TMP_MARK)[0] not in OURS)
     if strangers:
         raise UserError(f"{out} holds {strangers[0]!r}, which is no demo's: choose another folder with --out.")
-    shutil.rmtree(out)
+    if found and not any(is_dataset(out / "data" / split) for split in ("train", "val")) and (out / "data").exists():
+        raise UserError(f"{out / 'data'} is no demo's: choose another folder with --out.")
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
