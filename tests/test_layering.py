@@ -26,8 +26,8 @@ CLOSED = {  # what the order of the table alone would allow
     "eval": {"train", "serve"},
     "serve": {"train", "eval"},
 }
-NO_TORCH = {"errors", "files", "validation", "config", "zoo"}
-STANDARD_LIBRARY_ONLY = {"errors", "files"}
+NO_TORCH = {"errors", "files", "memory", "validation", "config", "zoo"}
+STANDARD_LIBRARY_ONLY = {"errors", "files", "memory"}
 # These run before any command is chosen, so they stay fast: `samba-lm --help` passes through no other.
 START = {"__init__.py", "__main__.py", "cli/__init__.py", "cli/main.py"}
 START_IMPORTS = {"samba_lm.__version__", "samba_lm.errors", "samba_lm.cli.main"}

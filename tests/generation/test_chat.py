@@ -10,7 +10,7 @@ import torch
 from samba_lm.errors import UserError
 from samba_lm.generation import chat
 from samba_lm.generation.chat import ChatSession, ChatTemplate
-from samba_lm.generation.sampling import SamplingParams
+from samba_lm.generation.params import SamplingParams
 from samba_lm.tokenizer import Tokenizer
 
 # Stop strings that begin often and are complete seldom, out of the letters the model is kept to.
@@ -18,13 +18,13 @@ TEMPLATE = ChatTemplate(user="Q{text}A:", end="|", stop=("\nab", "ba\n\n"))
 
 
 def assert_state_is_the_text(session: ChatSession, model, tokenizer: Tokenizer) -> None:
-    ids = model.tokens(session.cursor.lengths[0])
+    ids = model.tokens(session.reader.lengths[0])
     assert tokenizer.decode(ids) == session.text
     # A fork reads a probe; so does a fresh state that has read the same tokens in one go.
     probe = torch.tensor([[1, 2, 3, 97, 98, 10]])
     with torch.inference_mode():
         want, _ = type(model).__mro__[1].forward(model, torch.tensor([ids + probe[0].tolist()]))
-        state = session.cursor.state.fork()
+        state = session.reader.state.fork()
         got = torch.stack([model.step(token, state) for token in probe.T], dim=1)
     torch.testing.assert_close(got, want[:, -probe.shape[1] :], rtol=1e-4, atol=1e-4)
 
@@ -91,7 +91,7 @@ def test_a_turn_feeds_only_its_new_tokens(model, tokenizer) -> None:
     assert first == len("User: " + "x" * 500 + "\nAssistant:") + 20
     list(session.ask("y"))
     assert session.tokens_fed - first == len("\nUser: y\nAssistant:") + 20
-    assert session.tokens_fed == session.cursor.lengths[0]
+    assert session.tokens_fed == session.reader.lengths[0]
 
 
 def test_an_error_takes_the_whole_turn_back(model, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ import torch
 
 from samba_lm.errors import UserError
 from samba_lm.generation import sampling
-from samba_lm.generation.sampling import History, SamplingParams, candidates, sample, uniform
+from samba_lm.generation.params import SamplingParams
+from samba_lm.generation.sampling import History, candidates, sample, uniform
 
 
 def brute_force(logits: list[float], params: SamplingParams) -> dict[int, float]:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from samba_lm.generation.sampling import SamplingParams
+from samba_lm.generation.params import SamplingParams
 from samba_lm.generation.stream import Answer, StopMatcher
 from samba_lm.tokenizer import ByteTokenizer
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from samba_lm.data.shards import TokenDataset
 from samba_lm.errors import UserError
-from samba_lm.eval.protocols import Job, Protocol, Reading, Settings, plan
+from samba_lm.eval.protocols import Job, Protocol, Reading, Settings, choose_windows
 from samba_lm.eval.text import Text
 from samba_lm.model import SambaLM
 from samba_lm.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from samba_lm.eval.text import Tokens
 
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """Called with the tokens read so far, and in all, over all lengths."""
 
 CHUNK = 2048
@@ -80,7 +80,7 @@ def perplexity(
     tokenizer: Tokenizer | None = None,
     batch: int | None = None,
     chunk: int = CHUNK,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> list[LengthResult]:
     """Measure a model's perplexity at several context lengths.
 
@@ -96,7 +96,7 @@ def perplexity(
         tokenizer: tells the bytes of the text; prepared data bring their own.
         batch: windows read at once; None: as many as make 2,048 tokens (32,768 on a GPU).
         chunk: tokens of each window read at once. Neither changes what is measured.
-        progress: see :data:`Progress`.
+        progress: see :data:`OnProgress`.
 
     Returns:
         One result for each length, rising. Where the text is too short for a length, or the loss is not finite, the
@@ -114,14 +114,14 @@ def perplexity(
     if isinstance(tokens, TokenDataset):
         tokens.check_vocab(model.config.vocab_size)
         tokenizer = tokenizer or tokens.tokenizer
-    todo = plan(settings, text)
-    _check_context(model, todo.jobs)
-    meter = _Meter(sum(job.tokens_to_read for job in todo.jobs), progress)
+    chosen = choose_windows(settings, text)
+    _check_context(model, chosen.jobs)
+    meter = _Meter(sum(job.tokens_to_read for job in chosen.jobs), progress)
     results = []
-    for job in todo.jobs:
+    for job in chosen.jobs:
         sums = sum(_score(model, text, reading, batch, chunk, meter) for reading in job.readings)
         results += _summarise(job, np.asarray(sums), text, tokenizer)
-    for length, reason in todo.skipped.items():
+    for length, reason in chosen.skipped.items():
         results.append(LengthResult(length, (1, length), 0, 0, math.nan, math.nan, math.nan, None, reason))
     return sorted(results, key=lambda result: result.length)
 
@@ -129,7 +129,7 @@ def perplexity(
 class _Meter:
     """Counts the tokens read and tells the caller."""
 
-    def __init__(self, total: int, progress: Progress | None) -> None:
+    def __init__(self, total: int, progress: OnProgress | None) -> None:
         self.done, self.total, self.progress = 0, total, progress
 
     def add(self, tokens: int) -> None:

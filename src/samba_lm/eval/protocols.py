@@ -1,6 +1,6 @@
 """Which tokens of a text count at a context length, and what a model has read before each: the protocols, exactly.
 
-A protocol is a plan made before any model runs: windows that are read from a fresh state, and the targets of each that
+A protocol chooses, before any model runs, windows that are read from a fresh state, and the targets of each that
 count. Figures of two protocols are never comparable, so no result mixes them.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import numpy as np
 
@@ -67,7 +67,7 @@ class Settings:
         max_tokens: int | None = None,
     ) -> Settings:
         """Raises UserError for values that no protocol, or not this one, can work with."""
-        known = {name: name for name in get_args(Protocol)}
+        known = get_args(Protocol)
         if protocol not in known:
             raise UserError(f"Unknown protocol {protocol!r}.{did_you_mean(protocol, known)}")
         if not lengths or min(lengths) < 2:
@@ -86,7 +86,7 @@ class Settings:
         elif protocol == "last-stride":
             shortest = min(lengths)
             stride = _below(shortest, "shortest length", shortest // 2 if stride is None else stride)
-        return cls(known[protocol], tuple(sorted(set(lengths))), stride, window, max_tokens)
+        return cls(cast(Protocol, protocol), tuple(sorted(set(lengths))), stride, window, max_tokens)
 
     def samples(self, available: int, length: int) -> int:
         """How many of ``available`` windows (or texts, or documents) to measure."""
@@ -134,14 +134,14 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Windows:
     """What to read of a text, and why some lengths are left out (a sentence for each)."""
 
     jobs: tuple[Job, ...]
     skipped: dict[int, str]
 
 
-def plan(settings: Settings, text: Text) -> Plan:
+def choose_windows(settings: Settings, text: Text) -> Windows:
     """Choose the windows. Where ``max_tokens`` allows only some, they are the first; for last-stride, spread evenly.
 
     Raises:
@@ -167,7 +167,7 @@ def plan(settings: Settings, text: Text) -> Plan:
             jobs = _last_stride(settings, lengths, text.size)
         case _:
             jobs = [_sliding_window(settings, length, text.size) for length in lengths]
-    return Plan(tuple(jobs), skipped)
+    return Windows(tuple(jobs), skipped)
 
 
 def _full_window(settings: Settings, length: int, size: int) -> Job:
@@ -203,7 +203,7 @@ def _sliding_window(settings: Settings, length: int, size: int) -> Job:
     return Job((length,), ((1, length),), tuple(readings))
 
 
-def _over_documents(settings: Settings, text: Text) -> Plan:
+def _over_documents(settings: Settings, text: Text) -> Windows:
     """One pass over each document serves all lengths: a causal model's losses do not depend on what follows."""
     sizes = text.documents[:, 1] - text.documents[:, 0]
     most = int(sizes.max())
@@ -224,7 +224,7 @@ def _over_documents(settings: Settings, text: Text) -> Plan:
     cumulative = settings.protocol == "prefix"
     edges = (1, *lengths)
     positions = tuple((1 if cumulative else low, high) for low, high in pairwise(edges))
-    return Plan((Job(lengths, positions, (Reading(starts[:, None], edges),), cumulative),), skipped)
+    return Windows((Job(lengths, positions, (Reading(starts[:, None], edges),), cumulative),), skipped)
 
 
 def _below(limit: int, name: str, stride: int) -> int:

@@ -6,19 +6,18 @@ from typing import Any, overload
 
 import torch
 
-from samba_lm.errors import UserError
-from samba_lm.generation.prefill import DEFAULT_CHUNK, Cursor, Progress, prefill
+from samba_lm.generation.params import DEFAULT_CHUNK, SamplingParams
+from samba_lm.generation.prefill import OnProgress, Reader, prefill
 from samba_lm.generation.prompt import Prompt, prompt_chunks
-from samba_lm.generation.sampling import SamplingParams
 from samba_lm.generation.stream import (
     Answer,
     TextStream,
     Timing,
     advance,
+    check_request,
     draw,
     evaluating,
     stream_pieces,
-    usable_vocabulary,
 )
 from samba_lm.model import SambaLM
 from samba_lm.tokenizer import Tokenizer
@@ -31,7 +30,7 @@ def stream(
     params: SamplingParams | None = None,
     *,
     chunk: int = DEFAULT_CHUNK,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
     **options: Any,
 ) -> TextStream:
     """Continue a prompt and yield the text, piece by piece, as it is made.
@@ -50,7 +49,7 @@ def stream(
     when the first piece is asked for.
     """
     params = _params(params, options)
-    _check(model, tokenizer, chunk)
+    check_request(model, tokenizer, chunk)
     timing = Timing()
     return TextStream(stream_pieces(model, tokenizer, prompt, params, chunk, on_progress, timing), timing)
 
@@ -63,7 +62,7 @@ def generate(
     params: SamplingParams | None = None,
     *,
     chunk: int = DEFAULT_CHUNK,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
     **options: Any,
 ) -> list[str]: ...
 
@@ -76,7 +75,7 @@ def generate(
     params: SamplingParams | None = None,
     *,
     chunk: int = DEFAULT_CHUNK,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
     **options: Any,
 ) -> str: ...
 
@@ -88,7 +87,7 @@ def generate(
     params: SamplingParams | None = None,
     *,
     chunk: int = DEFAULT_CHUNK,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
     **options: Any,
 ) -> str | list[str]:
     """Continue a prompt and return the new text, or a list of prompts together and return the list of texts.
@@ -102,7 +101,7 @@ def generate(
     if not isinstance(prompt, list):
         return "".join(stream(model, tokenizer, prompt, params, chunk=chunk, on_progress=on_progress, **options))
     params = _params(params, options)
-    _check(model, tokenizer, chunk)
+    check_request(model, tokenizer, chunk)
     return _generate_batch(model, tokenizer, prompt, params, chunk, on_progress)
 
 
@@ -113,20 +112,19 @@ def _generate_batch(
     prompts: list[Prompt] | list[str],
     params: SamplingParams,
     chunk: int,
-    on_progress: Progress | None,
+    on_progress: OnProgress | None,
 ) -> list[str]:
-    vocab_size = usable_vocabulary(model, tokenizer)
     answers = [Answer(tokenizer, params) for _ in prompts]
     texts: list[list[str]] = [[] for _ in prompts]
     if not prompts:
         return []
     with evaluating(model):
-        cursor = Cursor.create(model, params, batch=len(prompts))
-        prefill(model, [prompt_chunks(prompt, tokenizer) for prompt in prompts], cursor, chunk, on_progress)
-        # The prompts whose texts still go on, in the order of the cursor's rows.
+        reader = Reader.create(model, params, batch=len(prompts))
+        prefill(model, [prompt_chunks(prompt, tokenizer) for prompt in prompts], reader, chunk, on_progress)
+        # The prompts whose texts still go on, in the order of the reader's rows.
         running = [i for i, answer in enumerate(answers) if answer.finish is None]
         while running:
-            ids = draw(cursor, params, vocab_size)
+            ids = draw(reader, params, tokenizer.vocab_size)
             for i, token_id in zip(running, ids.tolist(), strict=True):
                 texts[i].append(answers[i].feed(token_id))
             rows = [row for row, i in enumerate(running) if answers[i].finish is None]
@@ -134,16 +132,10 @@ def _generate_batch(
                 running = [running[row] for row in rows]
                 if not running:
                     break
-                cursor, ids = cursor.select(rows), ids[rows]
-            advance(model, cursor, ids)
+                reader, ids = reader.select(rows), ids[rows]
+            advance(model, reader, ids)
     return ["".join(text) + answer.flush() for text, answer in zip(texts, answers, strict=True)]
 
 
 def _params(params: SamplingParams | None, options: dict[str, Any]) -> SamplingParams:
     return (params or SamplingParams()).replace(**options)
-
-
-def _check(model: SambaLM, tokenizer: Tokenizer, chunk: int) -> None:
-    usable_vocabulary(model, tokenizer)
-    if chunk < 1:
-        raise UserError(f"chunk={chunk} is too small: read at least 1 token at once.")

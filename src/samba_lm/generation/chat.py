@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from samba_lm.errors import UserError
-from samba_lm.generation.prefill import DEFAULT_CHUNK, Cursor, Progress, prefill
-from samba_lm.generation.sampling import SamplingParams
-from samba_lm.generation.stream import Answer, advance, draw, evaluating, usable_vocabulary
+from samba_lm.generation.params import DEFAULT_CHUNK, SamplingParams
+from samba_lm.generation.prefill import OnProgress, Reader, prefill
+from samba_lm.generation.stream import Answer, advance, check_request, draw, evaluating
 from samba_lm.model import SambaLM
 from samba_lm.tokenizer import Tokenizer
 
@@ -50,10 +50,10 @@ class ChatSession:
         params: how answers are drawn; the template's stop strings are added to its own.
 
     Attributes:
-        cursor: where the conversation stands: the model's state and the number of tokens in it.
+        reader: where the conversation stands: the model's state and the number of tokens in it.
         tokens_fed: tokens that went through the model since the start, those later taken back included.
 
-    Raises UserError when the tokenizer does not fit the model.
+    Raises UserError when the tokenizer does not fit the model, or ``chunk`` is below 1.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class ChatSession:
         params: SamplingParams | None = None,
         chunk: int = DEFAULT_CHUNK,
     ) -> None:
+        check_request(model, tokenizer, chunk)
         params = params or SamplingParams()
         self._model = model
         self._tokenizer = tokenizer
@@ -72,14 +73,13 @@ class ChatSession:
         self._template = template
         self._params = params.replace(stop=(*params.stop, *template.stop))
         self._chunk = chunk
-        self._vocab_size = usable_vocabulary(model, tokenizer)
         self._turn: Generator[str, None, None] | None = None
         self.reset()
 
     def reset(self) -> None:
         """Forget the conversation; the system text stays."""
         self._leave_turn()
-        self.cursor = Cursor.create(self._model, self._params, batch=1)
+        self.reader = Reader.create(self._model, self._params, batch=1)
         self._parts: list[str] = []
         self.tokens_fed = 0
 
@@ -88,7 +88,7 @@ class ChatSession:
         """The conversation so far, exactly as the model has read it."""
         return "".join(self._parts)
 
-    def ask(self, message: str, on_progress: Progress | None = None) -> Generator[str, None, None]:
+    def ask(self, message: str, on_progress: OnProgress | None = None) -> Generator[str, None, None]:
         """Read a message and yield the answer in pieces, one a token, some of them empty.
 
         Closing the generator, or asking again, ends the answer there: what was yielded stays part of the conversation.
@@ -104,8 +104,8 @@ class ChatSession:
             self._turn = None
 
     @torch.inference_mode()
-    def _take_turn(self, message: str, on_progress: Progress | None) -> Generator[str, None, None]:
-        before, parts_before = self.cursor.fork(), len(self._parts)
+    def _take_turn(self, message: str, on_progress: OnProgress | None) -> Generator[str, None, None]:
+        before, parts_before = self.reader.fork(), len(self._parts)
         kept = False
         try:
             with evaluating(self._model):
@@ -121,27 +121,27 @@ class ChatSession:
         finally:
             if not kept:
                 # The state may be half advanced: some layers have read a token that others have not.
-                self.cursor = before
+                self.reader = before
                 del self._parts[parts_before:]
 
     def _answer(self) -> Generator[str, None, None]:
         answer = Answer(self._tokenizer, self._params)
-        if self.cursor.history is not None:
-            self.cursor.history.counts.zero_()  # what was generated in earlier turns is prompt by now
+        if self.reader.history is not None:
+            self.reader.history.counts.zero_()  # what was generated in earlier turns is prompt by now
         # Where the conversation stood when all text of its tokens had last been shown, if tokens were read since, and
         # the text shown since; half a stop string or half a character is taken back by returning there.
-        safe: Cursor | None = None
+        safe: Reader | None = None
         since = ""
         unread: Tensor | None = None
         try:
             while answer.finish is None:
-                unread = draw(self.cursor, self._params, self._vocab_size)
+                unread = draw(self.reader, self._params, self._tokenizer.vocab_size)
                 piece = answer.feed(int(unread))
                 if answer.finish in ("stop", "eos"):
-                    safe = safe or self.cursor
+                    safe = safe or self.reader
                     since += piece
                 elif answer.held:
-                    safe = safe or self.cursor.fork()
+                    safe = safe or self.reader.fork()
                     since += piece
                 else:
                     safe, since = None, ""
@@ -158,22 +158,22 @@ class ChatSession:
             raise
         self._settle(safe, since, unread)
 
-    def _settle(self, safe: Cursor | None, since: str, unread: Tensor | None) -> None:
+    def _settle(self, safe: Reader | None, since: str, unread: Tensor | None) -> None:
         """Bring the state to exactly the text that was shown."""
         if safe is not None:
-            self.cursor = safe
+            self.reader = safe
             if since:
                 self._read(since)
         elif unread is not None:
             self._advance(unread)
 
-    def _read(self, text: str, on_progress: Progress | None = None) -> None:
-        length = self.cursor.lengths[0]
-        prefill(self._model, [[self._tokenizer.encode(text)]], self.cursor, self._chunk, on_progress)
-        self.tokens_fed += self.cursor.lengths[0] - length
+    def _read(self, text: str, on_progress: OnProgress | None = None) -> None:
+        length = self.reader.lengths[0]
+        prefill(self._model, [[self._tokenizer.encode(text)]], self.reader, self._chunk, on_progress)
+        self.tokens_fed += self.reader.lengths[0] - length
 
     def _advance(self, token_id: Tensor) -> None:
-        advance(self._model, self.cursor, token_id)
+        advance(self._model, self.reader, token_id)
         self.tokens_fed += 1
 
     def _system_text(self) -> str:

@@ -11,20 +11,18 @@ import torch
 from torch import Tensor
 
 from samba_lm.errors import UserError
+from samba_lm.generation.params import DEFAULT_CHUNK, SamplingParams
 from samba_lm.generation.prompt import TokenIds, rechunk
-from samba_lm.generation.sampling import History, SamplingParams
+from samba_lm.generation.sampling import History
 from samba_lm.model import SambaLM
 from samba_lm.state import State
 
-DEFAULT_CHUNK = 2048
-"""Tokens read at once, over all sequences of the batch."""
-
-Progress = Callable[[int], None]
+OnProgress = Callable[[int], None]
 """Called after each chunk with the number of tokens read so far, over all sequences."""
 
 
 @dataclass
-class Cursor:
+class Reader:
     """Where B sequences stand: all that is needed to continue them."""
 
     state: State
@@ -35,19 +33,19 @@ class Cursor:
     history: History | None = None
 
     @classmethod
-    def create(cls, model: SambaLM, params: SamplingParams, batch: int) -> Cursor:
+    def create(cls, model: SambaLM, params: SamplingParams, batch: int) -> Reader:
         """Return `batch` sequences of which nothing was read."""
         history = History.create(params, batch, model.config.vocab_size, model.device)
         return cls(model.init_state(batch), [0] * batch, history=history)
 
-    def fork(self) -> Cursor:
+    def fork(self) -> Reader:
         """Return an independent copy."""
         history = None if self.history is None else self.history.fork()
-        return Cursor(self.state.fork(), list(self.lengths), self.logits, history)
+        return Reader(self.state.fork(), list(self.lengths), self.logits, history)
 
-    def select(self, rows: list[int]) -> Cursor:
+    def select(self, rows: list[int]) -> Reader:
         """Return some of the sequences only."""
-        return Cursor(
+        return Reader(
             self.state.select(rows),
             [self.lengths[row] for row in rows],
             None if self.logits is None else self.logits[rows],
@@ -59,20 +57,18 @@ class Cursor:
 def prefill(
     model: SambaLM,
     prompts: Sequence[Iterable[TokenIds]],
-    cursor: Cursor,
+    reader: Reader,
     chunk: int = DEFAULT_CHUNK,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> None:
-    """Read one prompt a sequence, each an iterable of non-empty token-id chunks, and advance `cursor` in place.
+    """Read one prompt a sequence, each an iterable of non-empty token-id chunks, and advance `reader` in place.
 
     Memory does not depend on the length of the prompts: at most `chunk` tokens are held at once, over all sequences,
     and logits are computed for the last position of each only. Prompts of different lengths are padded on the right
     with tokens that no layer sees.
 
-    Raises UserError for a token id outside the model's vocabulary; the cursor is then of no further use.
+    Raises UserError for a token id outside the model's vocabulary; the reader is then of no further use.
     """
-    if chunk < 1:
-        raise UserError(f"chunk={chunk} is too small: read at least 1 token at once.")
     last: Tensor | None = None
     per_row = max(1, chunk // len(prompts))
     empty = np.empty(0, dtype=np.int64)
@@ -81,13 +77,13 @@ def prefill(
         input_ids = np.zeros((len(rows), max(widths)), dtype=np.int64)
         segments = np.full_like(input_ids, -1)
         for i, row in enumerate(rows):
-            _check_ids(row, model.config.vocab_size, cursor.lengths[i])
+            _check_ids(row, model.config.vocab_size, reader.lengths[i])
             input_ids[i, : row.size] = row
             segments[i, : row.size] = 0
         ids = torch.from_numpy(input_ids).to(model.device)
         padded = min(widths) < max(widths)
-        hidden, cursor.state = model.features(
-            ids, cursor.state, torch.from_numpy(segments).to(model.device) if padded else None
+        hidden, reader.state = model.features(
+            ids, reader.state, torch.from_numpy(segments).to(model.device) if padded else None
         )
         ends = hidden[torch.arange(len(rows)), [max(width - 1, 0) for width in widths]]
         if last is None:
@@ -96,13 +92,13 @@ def prefill(
             read = torch.tensor(widths, device=ends.device).unsqueeze(-1) > 0
             last = torch.where(read, ends, last)
         for i, width in enumerate(widths):
-            cursor.lengths[i] += width
-            if cursor.history is not None:
-                cursor.history.read(i, ids[i, :width])
+            reader.lengths[i] += width
+            if reader.history is not None:
+                reader.history.read(i, ids[i, :width])
         if on_progress is not None:
-            on_progress(sum(cursor.lengths))
+            on_progress(sum(reader.lengths))
     if last is not None:
-        cursor.logits = model.head(last)
+        reader.logits = model.head(last)
 
 
 def _check_ids(token_ids: TokenIds, vocab_size: int, offset: int) -> None:

@@ -11,10 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from samba_lm.checkpoint import check_tokenizer
 from samba_lm.errors import UserError
-from samba_lm.generation.prefill import Cursor, Progress, prefill
+from samba_lm.generation.params import SamplingParams
+from samba_lm.generation.prefill import OnProgress, Reader, prefill
 from samba_lm.generation.prompt import Prompt, prompt_chunks
-from samba_lm.generation.sampling import SamplingParams, sample
+from samba_lm.generation.sampling import sample
 from samba_lm.model import SambaLM
 from samba_lm.tokenizer import Tokenizer
 
@@ -140,6 +142,13 @@ class TextStream(Iterator[str]):
         self._pieces.close()
 
 
+def check_request(model: SambaLM, tokenizer: Tokenizer, chunk: int) -> None:
+    """Raise UserError, before any work, for a tokenizer that does not fit the model or a chunk of no tokens."""
+    check_tokenizer(model.config, tokenizer)
+    if chunk < 1:
+        raise UserError(f"chunk={chunk} is too small: read at least 1 token at once.")
+
+
 @torch.inference_mode()
 def stream_pieces(
     model: SambaLM,
@@ -147,12 +156,11 @@ def stream_pieces(
     prompt: Prompt,
     params: SamplingParams,
     chunk: int,
-    on_progress: Progress | None,
+    on_progress: OnProgress | None,
     timing: Timing,
 ) -> Generator[str, None, None]:
     """Read a prompt and yield the non-empty pieces of its continuation, keeping `timing` up to date."""
     # The decorator enters inference mode only while this generator runs: the consumer's own code is not under it.
-    vocab_size = usable_vocabulary(model, tokenizer)
     answer = Answer(tokenizer, params)
     with evaluating(model):
         began = time.perf_counter()
@@ -162,10 +170,10 @@ def stream_pieces(
             if on_progress is not None:
                 on_progress(tokens)
 
-        cursor = Cursor.create(model, params, batch=1)
-        prefill(model, [prompt_chunks(prompt, tokenizer)], cursor, chunk, note)
+        reader = Reader.create(model, params, batch=1)
+        prefill(model, [prompt_chunks(prompt, tokenizer)], reader, chunk, note)
         while answer.finish is None:
-            ids = draw(cursor, params, vocab_size)
+            ids = draw(reader, params, tokenizer.vocab_size)
             piece = answer.feed(int(ids))  # waits for the device
             seconds = time.perf_counter() - began
             if timing.new_tokens == 0:
@@ -177,34 +185,24 @@ def stream_pieces(
                 yield piece
             began = time.perf_counter()
             if answer.finish is None:
-                advance(model, cursor, ids)
+                advance(model, reader, ids)
         timing.finish = answer.finish
         if piece := answer.flush():
             yield piece
 
 
-def draw(cursor: Cursor, params: SamplingParams, vocab_size: int) -> Tensor:
+def draw(reader: Reader, params: SamplingParams, vocab_size: int) -> Tensor:
     """Return the next token of each sequence, int64 [B], without reading it."""
-    assert cursor.logits is not None, "nothing was read yet"
-    return sample(cursor.logits, params, cursor.lengths, cursor.history, vocab_size)
+    assert reader.logits is not None, "nothing was read yet"
+    return sample(reader.logits, params, reader.lengths, reader.history, vocab_size)
 
 
-def advance(model: SambaLM, cursor: Cursor, token_ids: Tensor) -> None:
-    """Read one token, int64 [B], of each sequence; moves `cursor` in place."""
-    cursor.logits = model.step(token_ids, cursor.state)
-    cursor.lengths = [length + 1 for length in cursor.lengths]
-    if cursor.history is not None:
-        cursor.history.add(token_ids)
-
-
-def usable_vocabulary(model: SambaLM, tokenizer: Tokenizer) -> int:
-    """Return the number of ids that may be drawn; UserError when the model has no column for some token."""
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens, but the model knows only {model.config.vocab_size}: "
-            "use the tokenizer the model was trained with."
-        )
-    return tokenizer.vocab_size
+def advance(model: SambaLM, reader: Reader, token_ids: Tensor) -> None:
+    """Read one token, int64 [B], of each sequence; moves `reader` in place."""
+    reader.logits = model.step(token_ids, reader.state)
+    reader.lengths = [length + 1 for length in reader.lengths]
+    if reader.history is not None:
+        reader.history.add(token_ids)
 
 
 @contextlib.contextmanager
