@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from samba_lm.data.loader import IGNORED, Batch, Loader, num_windows, read_windows
+from samba_lm.data.loader import Batch, Loader, num_windows, read_windows
 from samba_lm.data.shards import ShardWriter, TokenDataset
 from samba_lm.errors import UserError
+from samba_lm.loss import IGNORE_INDEX
 from samba_lm.tokenizer import ByteTokenizer
 
 LENGTHS = [9, 1, 30, 4, 4, 17, 60, 2, 1, 1, 40]
@@ -69,8 +70,6 @@ def test_each_epoch_reads_every_window_once(
     if count > 10:
         assert orders[0] != orders[1]
         assert orders[0] != expected
-    assert loader.epoch(0) == 0
-    assert loader.epoch(steps) >= epochs
 
 
 def test_a_batch_is_a_function_of_seed_and_step(dataset: TokenDataset) -> None:
@@ -113,9 +112,9 @@ def test_documents(dataset: TokenDataset, stream: np.ndarray, length: int) -> No
         span = slice(i * length, (i + 1) * length)
         assert batch.input_ids[i].tolist() == stream[span].tolist()
         assert batch.segments[i].tolist() == (document_of[span] - document_of[span.start]).tolist()
-        following = np.where(stream[span] == 256, IGNORED, stream[span.start + 1 : span.stop + 1])
+        following = np.where(stream[span] == 256, IGNORE_INDEX, stream[span.start + 1 : span.stop + 1])
         assert batch.targets[i].tolist() == following.tolist()
-    assert (batch.targets == IGNORED).any()
+    assert (batch.targets == IGNORE_INDEX).any()
 
 
 def test_batches_are_not_views_of_the_files(dataset: TokenDataset) -> None:

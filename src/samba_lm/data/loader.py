@@ -18,12 +18,10 @@ from torch import Tensor
 
 from samba_lm.data.shards import TokenDataset
 from samba_lm.errors import UserError
+from samba_lm.loss import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-IGNORED = -100
-"""The target that no loss counts (the default of torch's cross-entropy)."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Batch:
 
     Attributes:
         input_ids: the tokens read.
-        targets: the token after each; with documents, :data:`IGNORED` where that belongs to the next document.
+        targets: the token after each; with documents, ``IGNORE_INDEX`` where that belongs to the next document.
         segments: the number of the document each token is in, counted within the row from 0; None without documents.
     """
 
@@ -86,10 +84,6 @@ class Loader:
         first = step * self.batch_size + rank * rows
         return read_windows(self.dataset, self._order(first, rows), self.length, self.documents)
 
-    def epoch(self, step: int) -> float:
-        """Return how many times the data have been read before ``step``."""
-        return step * self.batch_size / self.windows
-
     def _order(self, first: int, rows: int) -> list[int]:
         epochs = (divmod(row, self.windows) for row in range(first, first + rows))
         return [int(_permutation(self.windows, self.seed, epoch)[at]) for epoch, at in epochs]
@@ -126,7 +120,7 @@ def read_windows(dataset: TokenDataset, windows: Sequence[int], length: int, doc
         for row, i in zip(last, windows, strict=True):
             row[dataset.document_ends(i * length, (i + 1) * length) - i * length] = 1
         # What follows a document says nothing of it: that target would teach noise.
-        targets[last == 1] = IGNORED
+        targets[last == 1] = IGNORE_INDEX
         segments = torch.from_numpy(np.cumsum(last, axis=1) - last)
     return Batch(torch.from_numpy(inputs.copy()), torch.from_numpy(targets), segments)
 

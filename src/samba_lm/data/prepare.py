@@ -21,7 +21,7 @@ from samba_lm.errors import UserError
 from samba_lm.files import atomic_folder
 from samba_lm.tokenizer import BpeSpec, ByteTokenizer, Tokenizer, train_bpe
 
-Progress = Callable[[str, int, int], None]
+OnProgress = Callable[[str, int, int], None]
 """Called with what is being done, and the bytes of the input files done and in all."""
 
 BPE_SAMPLE_BYTES = 2**26
@@ -61,7 +61,7 @@ def prepare(
     val_fraction: float = 0.0,
     shard_tokens: int = DEFAULT_SHARD_TOKENS,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Prepared:
     """Turn text files into a data set at ``out``, or nothing on any error or interrupt.
 
@@ -123,7 +123,7 @@ def _check_out(out: Path, files: Iterable[SourceFile], overwrite: bool) -> None:
 
 
 def _train(
-    spec: BpeSpec, files: Sequence[SourceFile], options: ReadOptions, progress: Progress | None
+    spec: BpeSpec, files: Sequence[SourceFile], options: ReadOptions, progress: OnProgress | None
 ) -> tuple[Tokenizer, list[str]]:
     total = sum(file.size for file in files)
     fraction = min(1.0, BPE_SAMPLE_BYTES / max(total, 1))
@@ -139,7 +139,7 @@ def _train(
 
 
 def _sample(
-    files: Sequence[SourceFile], options: ReadOptions, fraction: float, progress: Progress | None
+    files: Sequence[SourceFile], options: ReadOptions, fraction: float, progress: OnProgress | None
 ) -> Iterator[str]:
     """Yield the beginnings of files, spread evenly, until they make up ``fraction`` of all bytes."""
     total = sum(file.size for file in files)
@@ -167,7 +167,7 @@ def _write(
     processes: int,
     val_fraction: float,
     shard_tokens: int,
-    progress: Progress | None,
+    progress: OnProgress | None,
 ) -> tuple[int, dict[str, Meta | None]]:
     """Write every document to its split; return the number of empty ones, and each split (None: got no document)."""
     total = sum(file.size for file in files)

@@ -166,9 +166,9 @@ class ShardWriter:
                 tokens=self._written,
                 documents=len(self._offsets) - 1,
                 tokens_bytes=tokens.stat().st_size,
-                tokens_sha256=_sha256(tokens),
+                tokens_sha256=file_sha256(tokens),
                 offsets_bytes=offsets.stat().st_size,
-                offsets_sha256=_sha256(offsets),
+                offsets_sha256=file_sha256(offsets),
             )
         )
         self._offsets, self._written = [0], 0
@@ -198,16 +198,11 @@ class TokenDataset:
         self._document_base = np.cumsum([0] + [shard.documents for shard in meta.shards])
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], vocab_size: int | None = None) -> TokenDataset:
+    def open(cls, folder: str | os.PathLike[str]) -> TokenDataset:
         """Open a folder made by ``samba-lm data prepare``; reads no tokens yet.
 
-        Args:
-            folder: the data set.
-            vocab_size: the vocabulary of the model that will read it.
-
         Raises:
-            UserError: a file is missing, foreign, cut short, of another size or version, or the data set's vocabulary
-                is larger than ``vocab_size``.
+            UserError: a file is missing, foreign, cut short, or of another size or version.
         """
         folder = Path(folder)
         meta = _read_meta(folder)
@@ -224,10 +219,7 @@ class TokenDataset:
             offsets.append(starts)
             path = folder / tokens_file(number)
             tokens.append(_map(path, shard.tokens_bytes, token_dtype(meta.vocab_size), shard.tokens))
-        dataset = cls(folder, meta, tokenizer, tokens, offsets)
-        if vocab_size is not None:
-            dataset.check_vocab(vocab_size)
-        return dataset
+        return cls(folder, meta, tokenizer, tokens, offsets)
 
     @property
     def num_tokens(self) -> int:
@@ -312,7 +304,7 @@ class TokenDataset:
                 (tokens_file(number), shard.tokens_sha256),
                 (offsets_file(number), shard.offsets_sha256),
             ):
-                actual = _sha256(self.folder / name)
+                actual = file_sha256(self.folder / name)
                 if actual != expected:
                     raise UserError(
                         f"{self.folder / name} was changed: its sha256 is {actual[:12]}..., not {expected[:12]}...; "
@@ -334,9 +326,7 @@ class TokenDataset:
                     progress(done, self.num_tokens)
 
 
-def open_splits(
-    folder: str | os.PathLike[str], vocab_size: int | None = None
-) -> tuple[TokenDataset, TokenDataset | None]:
+def open_splits(folder: str | os.PathLike[str]) -> tuple[TokenDataset, TokenDataset | None]:
     """Open ``folder/train`` and ``folder/val`` where they are, else ``folder`` itself and no validation data.
 
     Raises:
@@ -344,13 +334,19 @@ def open_splits(
     """
     folder = Path(folder)
     if not _has_splits(folder):
-        return TokenDataset.open(folder, vocab_size), None
-    return TokenDataset.open(folder / "train", vocab_size), TokenDataset.open(folder / "val", vocab_size)
+        return TokenDataset.open(folder), None
+    return TokenDataset.open(folder / "train"), TokenDataset.open(folder / "val")
 
 
 def is_dataset(folder: Path) -> bool:
     """Whether ``folder`` is a data set or a pair of splits (whole or damaged): something ``prepare`` wrote."""
     return (folder / META_FILE).is_file() or _has_splits(folder)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 (hex) of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
@@ -428,8 +424,3 @@ def _write_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:
     np.lib.format.write_array_header_1_0(
         file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
