@@ -51,11 +51,6 @@ def test_a_narrow_terminal_tears_no_name_apart(capsys: pytest.CaptureFixture[str
     assert any(line.startswith("samba-421m ") for line in lines)
 
 
-@pytest.mark.parametrize(("number", "text"), [(0, "0"), (999, "999"), (421_793_280, "422M"), (1.33e9, "1.33G")])
-def test_short_numbers(number: float, text: str) -> None:
-    assert models.short(number) == text
-
-
 def test_an_unknown_name_and_a_bad_context() -> None:
     with pytest.raises(UserError, match="Did you mean 'samba-421m'"):
         models.main(["samba-421"])

@@ -1,17 +1,29 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from samba_lm import checkpoint, zoo
 from samba_lm.data.loader import Batch, Loader
 from samba_lm.data.shards import TokenDataset
 from samba_lm.model import SambaLM
-from samba_lm.train.loop import NonFiniteError, Progress, batch_loss, evaluate, fit, make_optimizer, train_step
+from samba_lm.train.loop import (
+    NonFiniteError,
+    Progress,
+    batch_loss,
+    evaluate,
+    fit,
+    make_optimizer,
+    prepare_model,
+    train_step,
+)
 from samba_lm.train.observer import Observer, Plan, StepRecord
 from samba_lm.train.parallel import connect
 from samba_lm.train.recipe import Recipe, TrainSection
@@ -213,3 +225,24 @@ def test_compile_is_applied_layer_by_layer() -> None:
     compile_layers(model.layers)
     assert list(model.state_dict()) == names
     assert all(layer._compiled_call_impl is not None for layer in model.layers)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own look
+def test_a_compiled_step_equals_an_eager_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    batch, eager, compiled = padded_batch(), nano(), nano()
+    section = settings(lr=1e-3)
+    prepare_model(compiled, settings(compile=True), CPU)
+    counters["stats"].clear()
+    results = [train_step(m, make_optimizer(m, section), batch, section, CPU, step=1) for m in (eager, compiled)]
+    torch.compiler.reset()
+    assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
+    for (name, a), b in zip(eager.named_parameters(), compiled.parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-6, msg=name)

@@ -94,6 +94,14 @@ def test_count(number: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (999, "999"), (999_600, "1.00M"), (1.33e9, "1.33G"), (5e12, "5.00T"), (5e15, "5000T")],
+)
+def test_count_in_other_units(number: float, text: str) -> None:
+    assert count(number, "KMGT") == text
+
+
+@pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0s"), (59, "59s"), (187, "3m07s"), (7500, "2h05m"), (273_600, "3d04h")]
 )
 def test_duration(seconds: float, text: str) -> None:

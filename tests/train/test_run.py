@@ -21,7 +21,7 @@ from samba_lm.data.shards import ShardWriter
 from samba_lm.errors import UserError
 from samba_lm.files import TMP_MARK
 from samba_lm.tokenizer import ByteTokenizer, train_bpe
-from samba_lm.train.checkpoints import latest_checkpoint, list_checkpoints, read_state, run_folder
+from samba_lm.train.checkpoints import list_checkpoints, read_state, run_folder
 from samba_lm.train.metrics import read_metrics
 from samba_lm.train.observer import Observer, StepRecord
 from samba_lm.train.recipe import Recipe
@@ -143,6 +143,16 @@ def test_micro_batches_are_a_matter_of_memory(recipe: MakeRecipe, whole: Path) -
         torch.testing.assert_close(tensor, want.state_dict()[name], rtol=1e-3, atol=1e-4)
 
 
+def test_what_moves_the_last_digits_is_told_on_resuming(recipe: MakeRecipe) -> None:
+    train(recipe(), observer=StopAt(2))
+    told = Messages()
+    train(recipe(micro_batch=2, device="auto", log_every=3), observer=told)
+    changed = [text for text in told.texts if text.startswith("Changed since the checkpoint")]
+    assert len(changed) == 2, "log_every touches no number"
+    assert "train.micro_batch = 2, was None" in changed[0]
+    assert "train.device = auto, was cpu" in changed[1]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -217,7 +227,7 @@ def test_a_given_model_is_trained_in_place(recipe: MakeRecipe) -> None:
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
     train(recipe(steps=3), model=model)
-    with pytest.raises(UserError, match="vocab_size 100 is below"):
+    with pytest.raises(UserError, match=r'has a vocabulary of 100: .* model.vocab_size = "auto" fits'):
         train(recipe("small"), model=checkpoint.create(zoo.get("samba-nano").with_overrides(vocab_size=100)))
 
 
@@ -339,7 +349,7 @@ def test_sigterm_is_told_apart(recipe: MakeRecipe, tmp_path: Path) -> None:
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     result = train(recipe(), observer=StopAt(3, signal.SIGTERM))
     assert result.interrupted == signal.SIGTERM
-    assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "step-00000003"
+    assert checkpoint.latest_step(tmp_path / "run") == tmp_path / "run" / "step-00000003"
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
 
 

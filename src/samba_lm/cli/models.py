@@ -15,6 +15,7 @@ from samba_lm.cli.output import write_json
 from samba_lm.cli.parse import parse
 from samba_lm.config import LayerSpec, ModelConfig
 from samba_lm.errors import UserError
+from samba_lm.train.progress import count
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _list(console: Console, configs: list[ModelConfig], context: int) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     for config in configs:
         row = facts(config, context)
-        size, flops = short(row["parameters"]), short(row["flops_per_token"])
+        size, flops = count(row["parameters"]), count(row["flops_per_token"], "KMGT")
         if wide:
             table.add_row(row["name"], row["paper"], size, str(row["layers"]), flops, _state(config, context))
         else:
@@ -88,16 +89,17 @@ def _draw(console: Console, config: ModelConfig, context: int) -> None:
     console.print(f"[bold]{config.name}[/bold]  ({row['paper']})", highlight=False)
     console.print(
         f"{row['parameters']:,} parameters, {row['layers']} layers, width {config.d_model}; "
-        f"{short(row['flops_per_token'])} FLOPs a token at {context}; state {_state(config, context)} a sequence\n",
+        f"{count(row['flops_per_token'], 'KMGT')} FLOPs a token at {context}; "
+        f"state {_state(config, context)} a sequence\n",
         highlight=False,
     )
     tied = "tied to the head" if config.tie_embeddings else "head apart"
     console.print(f"  embedding   {config.vocab_size} x {config.d_model}, {tied}", highlight=False)
     pattern, repeat = repeating(config.layers)
     console.print(f"  ┌ x {repeat}" if repeat > 1 else "  ┌", highlight=False)
-    for spec, count in _runs(pattern):
-        times = f" (x {count})" if count > 1 else ""
-        size = short(spec.parameters(config.d_model))
+    for spec, repeats in _runs(pattern):
+        times = f" (x {repeats})" if repeats > 1 else ""
+        size = count(spec.parameters(config.d_model))
         console.print(f"  │ + {spec.kind:<11} {spec.describe()}  [dim]{size}{times}[/dim]", highlight=False)
     console.print("  └", highlight=False)
     console.print(f"  norm, head  RMSNorm, logits over {config.vocab_size}", highlight=False)
@@ -126,13 +128,4 @@ def _runs(layers: tuple[LayerSpec, ...]) -> list[tuple[LayerSpec, int]]:
 
 
 def _state(config: ModelConfig, context: int) -> str:
-    return short(config.state_bytes(context)) + ("B" if config.constant_state else "B +")
-
-
-def short(number: float) -> str:
-    """Three digits and a unit: 421793280 as 422M."""
-    for unit in ("", "K", "M", "G", "T"):
-        if number < 999.5:
-            return f"{number:.3g}{unit}"
-        number /= 1000
-    return f"{number:.3g}P"
+    return count(config.state_bytes(context), "KMGT") + ("B" if config.constant_state else "B +")

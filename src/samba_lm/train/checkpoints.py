@@ -80,12 +80,6 @@ def list_checkpoints(out: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def latest_checkpoint(out: Path) -> Path | None:
-    """The newest checkpoint, or None."""
-    found = list_checkpoints(out)
-    return found[-1] if found else None
-
-
 def save_checkpoint(
     out: Path,
     model: SambaLM,

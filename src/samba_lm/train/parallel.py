@@ -19,11 +19,6 @@ class Parallel:
     rank: int = 0
     world: int = 1
 
-    @property
-    def main(self) -> bool:
-        """Whether this process prints and writes files."""
-        return self.rank == 0
-
     def wrap(self, model: nn.Module) -> nn.Module:
         """Place the model, whose layers are already checkpointed and compiled, on this run's device(s), in place."""
         return model.to(self.device)
@@ -31,9 +26,6 @@ class Parallel:
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over all processes."""
         return tensor
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
 
 
 def connect(device: str = "auto") -> Parallel:

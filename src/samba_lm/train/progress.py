@@ -160,13 +160,14 @@ def sparkline(values: list[float], width: int) -> str:
     return "".join(BLOCKS[round((mean - low) * scale)] for mean in means)
 
 
-def count(number: float) -> str:
-    """``950``, ``12.3K``, ``4.56M``, ``1.20B``: three digits."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= size:
-            value = number / size
-            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}{unit}"
-    return f"{number:.0f}"
+def count(number: float, units: str = "KMBT") -> str:
+    """``950``, ``12.3K``, ``4.56M``, ``1.20B``: three digits, and one of ``units``: "KMGT" for bytes and FLOPs."""
+    for unit in ("", *units):
+        if number < 999.5 or unit == units[-1]:
+            break
+        number /= 1000
+    digits = 0 if not unit or number >= 99.95 else 1 if number >= 9.995 else 2
+    return f"{number:.{digits}f}{unit}"
 
 
 def duration(seconds: float) -> str:

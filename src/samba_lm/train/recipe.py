@@ -67,7 +67,7 @@ class TrainSection(Section):
     batch_size: int = Field(default=16, ge=1)
     """Sequences per optimizer step."""
     micro_batch: Annotated[int, Field(ge=1)] | None = None
-    """Sequences computed at once, to save memory; none: all. Must divide batch_size. Changes no result."""
+    """Sequences computed at once, to save memory; none: all. Must divide batch_size. Changes only rounding."""
     length: int = Field(default=512, ge=1)
     """Tokens per sequence."""
     lr: float = Field(default=1e-3, gt=0, allow_inf_nan=False)

@@ -30,8 +30,8 @@ FIXED = ("train.batch_size", "train.length", "train.seed", "data.documents")
 """Fields that decide which tokens step n reads: a run continued with others would skip or repeat data."""
 
 FREE = (
-    *("train.out", "train.device", "train.micro_batch", "train.tensorboard"),
-    *("train.log_every", "train.save_every", "train.keep", "data.train", "data.val"),
+    *("train.out", "train.tensorboard", "train.log_every", "train.save_every", "train.keep"),
+    *("data.train", "data.val"),
 )
 """Fields that may change without a word: the numbers do not depend on them, or are checked otherwise (data.train)."""
 
@@ -86,7 +86,7 @@ def train(
     if fresh:
         _move_aside(out, observer)
     with checkpoints.run_folder(out):
-        latest = checkpoints.latest_checkpoint(out)
+        latest = checkpoint.latest_step(out)
         # Before anything is made: a mixer of the user's own may draw from the default generator.
         torch.manual_seed(settings.seed)
         if latest is None:
@@ -258,11 +258,10 @@ def _metrics(out: Path, recipe: Recipe) -> list[Observer]:
 
 
 def _check_vocab(config: ModelConfig, data: Data) -> None:
-    if config.vocab_size < data.tokenizer.vocab_size:
-        raise UserError(
-            f"The model's vocab_size {config.vocab_size} is below the data's {data.tokenizer.vocab_size}: "
-            'set model.vocab_size = "auto".'
-        )
+    try:
+        checkpoint.check_tokenizer(config, data.tokenizer)
+    except UserError as error:
+        raise UserError(f'{error}; in a recipe, model.vocab_size = "auto" fits.') from None
 
 
 def _difference(saved: ModelConfig, wanted: ModelConfig) -> str:
