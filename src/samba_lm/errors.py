@@ -1,8 +1,9 @@
-"""The one error type that is shown to people, and the helper that finds the nearest name."""
+"""The one error type that is shown to people, and helpers for its message: the nearest name, one line."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -21,3 +22,8 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
         return f" Did you mean {near[0]!r}?"
     shown = ", ".join(options[:12]) + (", ..." if len(options) > 12 else "")
     return f" Known: {shown}."
+
+
+def one_line(text: str) -> str:
+    """Return ``text`` with its line breaks, and the white space around each, as single spaces."""
+    return re.sub(r"\s*[\r\n]+\s*", " ", text.strip())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import importlib
 import os
-import re
 import shutil
 import sys
 import textwrap
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from samba_lm import __version__
-from samba_lm.errors import UserError, did_you_mean
+from samba_lm.errors import UserError, did_you_mean, one_line
 
 
 class Command(NamedTuple):
@@ -72,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             import traceback
 
             traceback.print_exc()
-        print(f"samba-lm: error: {_one_line(message)}", file=sys.stderr)
+        print(f"samba-lm: error: {one_line(message)}", file=sys.stderr)
         return 2
 
 
@@ -134,7 +133,7 @@ def _for_people(error: BaseException) -> str | None:
         return str(error)
     if _out_of_memory(error):
         return (
-            f"Out of memory ({_one_line(str(error))[:120] or 'no details'}). Lower the batch size, the sequence length "
+            f"Out of memory ({one_line(str(error))[:120] or 'no details'}). Lower the batch size, the sequence length "
             "or the prefill chunk, or choose a smaller model."
         )
     if isinstance(error, OSError):
@@ -158,7 +157,3 @@ def _out_of_memory(error: BaseException) -> bool:
         return True
     # torch has no class of its own for the CPU's allocator.
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
-
-
-def _one_line(text: str) -> str:
-    return re.sub(r"\s*[\r\n]+\s*", " ", text.strip())

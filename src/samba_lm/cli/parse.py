@@ -17,7 +17,7 @@ from typing import TypeVar
 import tyro
 from pydantic import ValidationError
 
-from samba_lm.errors import UserError, did_you_mean
+from samba_lm.errors import UserError, did_you_mean, one_line
 from samba_lm.validation import explain
 
 T = TypeVar("T")
@@ -80,7 +80,7 @@ def parse(
 
 
 def _mistake(message: str, prog: str) -> UserError:
-    message = _one_line(message)
+    message = one_line(message)
     return UserError(f"{message}{'' if message.endswith(('.', '?', '!')) else '.'} See `{prog} --help`.")
 
 
@@ -102,7 +102,7 @@ def _from_panel(panel: io.StringIO, argv: Sequence[str], cls: type[T], prog: str
     """Say in one line what a tyro error panel says: a title, a rule, the message, a rule, advice."""
     rows = [row.removeprefix("  ").rstrip() for row in panel.getvalue().splitlines()[2:]]
     body = list(itertools.takewhile(lambda row: row.strip("-"), rows))
-    text = _one_line(" ".join(body))
+    text = " ".join(row.strip() for row in body)
     if text.startswith("Could not create CLI parser"):
         raise TypeError(f"{cls.__name__} cannot be a command line: {' '.join(map(str.strip, rows))}")
     if text.startswith("Missing from "):
@@ -139,10 +139,6 @@ def _options(cls: type[T], prog: str) -> list[str]:
     with _captured() as text, contextlib.suppress(SystemExit):
         tyro.cli(cls, args=["--help"], prog=prog)
     return [name for names in _OPTIONS_ROW.findall(text.getvalue()) for name in names.split(", ")]
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 @contextlib.contextmanager
