@@ -102,9 +102,9 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "but the config needs" in told(config=_write_config(tmp_path, "samba", intermediate_size=28))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("{}")
-    assert "exists and is not a checkpoint of samba-lm" in told(out=tmp_path / "mine")
+    assert "exists and is not a samba-lm checkpoint" in told(out=tmp_path / "mine")
     assert (tmp_path / "mine" / "config.json").read_text() == "{}"
-    assert "exists and is not a checkpoint of samba-lm" in told(out=tmp_path / "cut.safetensors")
+    assert "exists and is not a samba-lm checkpoint" in told(out=tmp_path / "cut.safetensors")
 
 
 @pytest.mark.parametrize("name", ["llama-nano", "swa-nano", "mamba-nano"])
@@ -129,7 +129,7 @@ def test_from_transformers_replaces_checkpoints_only(tmp_path: Path, capsys: pyt
     to_transformers(samba_lm.create("mamba-nano"), tmp_path / "there")
     samba_lm.save(samba_lm.create("samba-nano"), tmp_path / "out")
     told = _told(capsys, "from-transformers", tmp_path / "there", "--out", tmp_path / "there")
-    assert "exists and is not a checkpoint of samba-lm" in told
+    assert "exists and is not a samba-lm checkpoint" in told
     assert (tmp_path / "there" / "config.json").is_file()
     assert _convert("from-transformers", tmp_path / "there", "--out", tmp_path / "out") == 0
     assert samba_lm.load(tmp_path / "out")[0].config.name == "there"

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from samba_lm.bench.timing import Figure
 from samba_lm.cli.output import write_json
 from samba_lm.cli.parse import parse
+
+if TYPE_CHECKING:
+    from samba_lm.bench.timing import Figure
 
 What = Literal["scan", "model", "memory"]
 

@@ -9,15 +9,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from samba_lm.cli.generate import CheckpointName, Dtype, SamplingOptions, load
+from samba_lm.cli.generate import SamplingOptions
+from samba_lm.cli.model import CheckpointName, Dtype, load_with_tokenizer
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError, did_you_mean
 from samba_lm.files import write_text
-from samba_lm.generation.chat import ChatSession
-from samba_lm.generation.prefill import DEFAULT_CHUNK
+from samba_lm.generation.params import DEFAULT_CHUNK
+
+if TYPE_CHECKING:
+    from samba_lm.generation.chat import ChatSession
 
 COMMANDS = {
     "/reset": "forget the conversation",
@@ -50,7 +54,9 @@ class Chat:
 def main(argv: list[str]) -> None:
     """Run ``samba-lm chat`` with these arguments."""
     command = parse(Chat, argv, prog="samba-lm chat")
-    model, tokenizer = load(command.checkpoint, command.device, command.dtype)
+    from samba_lm.generation.chat import ChatSession  # only now: --help should not wait for torch
+
+    model, tokenizer = load_with_tokenizer(command.checkpoint, command.device, command.dtype)
     session = ChatSession(model, tokenizer, command.system, params=command.sampling, chunk=command.chunk)
     interactive = sys.stdin.isatty()
     if interactive:

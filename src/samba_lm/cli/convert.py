@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from tyro.conf import Positional
 
-from samba_lm import checkpoint
 from samba_lm.cli.output import write_json
 from samba_lm.cli.parse import parse
-from samba_lm.convert.foreign import read_json_object
-from samba_lm.convert.official import read_official_config, read_official_tensors, rename_official
-from samba_lm.convert.transformers import from_transformers, to_transformers
 from samba_lm.errors import UserError
-from samba_lm.model import SambaLM
-from samba_lm.tokenizer import BpeSpec, Tokenizer, parse_tokenizer
+
+if TYPE_CHECKING:
+    from samba_lm.model import SambaLM
+    from samba_lm.tokenizer import Tokenizer
+
+# torch, and what needs it, is imported once the options are known to be right: --help should not wait.
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,12 @@ def main(argv: list[str]) -> None:
 
 def _from_official(argv: list[str]) -> None:
     options = parse(FromOfficial, argv, prog="samba-lm convert from-official")
-    _check_replaceable(options.out)
+    from samba_lm import checkpoint
+    from samba_lm.convert.foreign import read_json_object
+    from samba_lm.convert.official import read_official_config, read_official_tensors, rename_official
+    from samba_lm.tokenizer import BpeSpec, parse_tokenizer
+
+    checkpoint.check_replaceable(options.out)  # before the work and not after it
     config = read_official_config(read_json_object(options.config))
     tokenizer = None if options.tokenizer is None else parse_tokenizer(options.tokenizer, eos=options.eos)
     if isinstance(tokenizer, BpeSpec):
@@ -99,7 +104,10 @@ def _from_official(argv: list[str]) -> None:
 
 def _from_transformers(argv: list[str]) -> None:
     options = parse(FromTransformers, argv, prog="samba-lm convert from-transformers")
-    _check_replaceable(options.out)
+    from samba_lm import checkpoint
+    from samba_lm.convert.transformers import from_transformers
+
+    checkpoint.check_replaceable(options.out)
     model, tokenizer = from_transformers(options.folder, eos=options.eos)
     checkpoint.save(model, options.out, tokenizer)
     _report(options.folder, options.out, model, tokenizer, options.json)
@@ -107,18 +115,12 @@ def _from_transformers(argv: list[str]) -> None:
 
 def _to_transformers(argv: list[str]) -> None:
     options = parse(ToTransformers, argv, prog="samba-lm convert to-transformers")
+    from samba_lm import checkpoint
+    from samba_lm.convert.transformers import to_transformers
+
     model, tokenizer = checkpoint.load(options.checkpoint)
     to_transformers(model, options.out, tokenizer)
     _report(Path(options.checkpoint), options.out, model, tokenizer, options.json)
-
-
-def _check_replaceable(out: Path) -> None:
-    """Refuse to put a checkpoint in the place of anything but another one, before the work and not after it."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        try:
-            checkpoint.read_config(out)
-        except UserError:
-            raise UserError(f"--out {out} exists and is not a checkpoint of samba-lm: choose another folder.") from None
 
 
 def _report(source: Path, out: Path, model: SambaLM, tokenizer: Tokenizer | None, json: Path | None) -> None:

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
-import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -20,24 +19,22 @@ from rich.table import Table
 from tyro.conf import Positional, UseAppendAction
 from tyro.constructors import PrimitiveConstructorSpec
 
-from samba_lm import checkpoint
+from samba_lm.cli.model import CheckpointName, Dtype, load
 from samba_lm.cli.output import write_json
 from samba_lm.cli.parse import parse
-from samba_lm.data.shards import META_FILE, TokenDataset, is_dataset, open_splits, token_dtype
+from samba_lm.data.shards import META_FILE, TokenDataset, file_sha256, is_dataset, open_splits, token_dtype
 from samba_lm.data.sources import OnError, ReadOptions, find_files, read_file
 from samba_lm.errors import UserError
-from samba_lm.eval.perplexity import LengthResult, perplexity
 from samba_lm.eval.protocols import MEANING, Protocol, Settings
-from samba_lm.model import SambaLM
-from samba_lm.tokenizer import Tokenizer
-from samba_lm.train.checkpoints import read_state
-from samba_lm.train.parallel import pick_device
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from samba_lm.eval.perplexity import LengthResult
+    from samba_lm.model import SambaLM
+    from samba_lm.tokenizer import Tokenizer
+
 PROG = "samba-lm eval perplexity"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def _lengths(words: list[str]) -> tuple[int, ...]:
@@ -61,7 +58,7 @@ Lengths = Annotated[
 
 @dataclass(frozen=True)
 class Perplexity:
-    checkpoint: Positional[str]
+    checkpoint: Positional[CheckpointName]
     """A checkpoint folder, or a training run's (its newest step)."""
     data: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FOLDER|FILE ...")]
     """One folder made by `samba-lm data prepare` (of train and val, val), or text files and folders of them."""
@@ -79,7 +76,7 @@ class Perplexity:
     """Windows read at once; by default as many as make 2,048 tokens (32,768 on a GPU). Changes no result."""
     device: str = "auto"
     """Where to run: auto (the GPU if there is one), cpu, cuda or cuda:N."""
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Dtype | None = None
     """What the matrix products are computed in; by default what the checkpoint says."""
     field: str = "text"
     """Of text files: the text's field in JSON lines, or column in Parquet."""
@@ -108,11 +105,9 @@ def main(argv: list[str]) -> None:
     """Run ``samba-lm eval perplexity`` with these arguments (the first is ``perplexity``)."""
     options = parse(Perplexity, argv[1:], prog=PROG, description=DESCRIPTION)
     settings = _settings(options)  # a mistake in them is told before anything is read
-    model, tokenizer = checkpoint.load(
-        options.checkpoint,
-        device=pick_device(options.device),
-        dtype=None if options.dtype is None else DTYPES[options.dtype],
-    )
+    from samba_lm.eval.perplexity import perplexity  # only now: --help should not wait for torch
+
+    model, tokenizer = load(options.checkpoint, options.device, options.dtype)
     data = _read(options, tokenizer)
     began = time.perf_counter()
     with _progress() as tell:
@@ -152,6 +147,8 @@ def _settings(options: Perplexity) -> Settings:
 
 def _trained_length(folder_or_name: str) -> int | None:
     """Tokens of a training row, where the checkpoint is one of our runs'."""
+    from samba_lm.train.checkpoints import read_state
+
     folder = _resolved(folder_or_name)
     if not (folder / "trainer.json").is_file():
         return None
@@ -160,6 +157,8 @@ def _trained_length(folder_or_name: str) -> int | None:
 
 def _resolved(folder_or_name: str) -> Path:
     """The folder with the weights: a run's is its newest step."""
+    from samba_lm import checkpoint
+
     folder = Path(folder_or_name)
     return checkpoint.latest_step(folder) or folder
 
@@ -187,7 +186,7 @@ def _open(folder: Path, tokenizer: Tokenizer | None) -> _Data:
         "tokens": dataset.num_tokens,
         "documents": dataset.num_documents,
         "tokenizer": dataset.tokenizer.fingerprint(),
-        "meta_sha256": hashlib.sha256((dataset.folder / META_FILE).read_bytes()).hexdigest(),
+        "meta_sha256": file_sha256(dataset.folder / META_FILE),
     }
     return _Data(dataset, facts)
 
@@ -277,10 +276,12 @@ def _record(
     results: Sequence[LengthResult],
     seconds: float,
 ) -> dict[str, object]:
-    weights = _resolved(options.checkpoint) / checkpoint.WEIGHTS
+    from samba_lm.checkpoint import WEIGHTS
+
+    weights = _resolved(options.checkpoint) / WEIGHTS
     return {
         "checkpoint": weights.parent,
-        "weights_sha256": _sha256(weights) if weights.is_file() else None,
+        "weights_sha256": file_sha256(weights) if weights.is_file() else None,
         "model": model.config.to_dict(),
         "tokenizer": None if tokenizer is None else tokenizer.fingerprint(),
         "data": data.facts,
@@ -292,11 +293,6 @@ def _record(
         "seconds": seconds,
         "results": [asdict(result) for result in results],
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

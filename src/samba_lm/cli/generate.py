@@ -4,35 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import resource
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal
 
-import torch
 import tyro
 from rich.console import Console
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 from tyro.constructors import PrimitiveConstructorSpec
 
-from samba_lm import checkpoint
+from samba_lm.cli.model import CheckpointName, Dtype, load_with_tokenizer
 from samba_lm.cli.output import write_json
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError
-from samba_lm.generation.api import stream
-from samba_lm.generation.prefill import DEFAULT_CHUNK
+from samba_lm.generation.params import DEFAULT_CHUNK, SamplingParams
 from samba_lm.generation.prompt import Prompt, encode_pieces, read_text
-from samba_lm.generation.sampling import SamplingParams
-from samba_lm.generation.stream import Timing
-from samba_lm.model import SambaLM
-from samba_lm.tokenizer import Tokenizer
-from samba_lm.train.parallel import pick_device
+from samba_lm.memory import peak_memory
 
-Dtype = Literal["float32", "bfloat16"]
-DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+if TYPE_CHECKING:
+    import torch
 
-CheckpointName = Annotated[str, tyro.conf.arg(metavar="CKPT")]
+    from samba_lm.generation.stream import Timing
+    from samba_lm.model import SambaLM
+    from samba_lm.tokenizer import Tokenizer
+
 TokenLimit = Annotated[
     int | None,
     PrimitiveConstructorSpec(
@@ -86,25 +82,13 @@ def main(argv: list[str]) -> None:
     command = parse(Generate, argv, prog="samba-lm generate")
     with contextlib.ExitStack() as stack:
         file = _open_prompt(command, stack)
-        model, tokenizer = load(command.checkpoint, command.device, command.dtype)
+        model, tokenizer = load_with_tokenizer(command.checkpoint, command.device, command.dtype)
         if file is None:
             prompt: Prompt = command.prompt or ""
         else:
             name = "The standard input" if file is sys.stdin.buffer else str(command.prompt_file)
             prompt = encode_pieces(read_text(file, name), tokenizer)
         _generate(command, model, tokenizer, prompt)
-
-
-def load(folder: str, device: str, dtype: Dtype | None) -> tuple[SambaLM, Tokenizer]:
-    """Load a checkpoint to run it; UserError when the device is not there or the checkpoint has no tokenizer."""
-    model, tokenizer = checkpoint.load(
-        folder, device=pick_device(device), dtype=None if dtype is None else DTYPES[dtype]
-    )
-    if tokenizer is None:
-        raise UserError(
-            f"{folder} has no tokenizer, so it can neither read nor write text: put its tokenizer.json there."
-        )
-    return model, tokenizer
 
 
 def _open_prompt(command: Generate, stack: contextlib.ExitStack) -> BinaryIO | None:
@@ -122,6 +106,8 @@ def _open_prompt(command: Generate, stack: contextlib.ExitStack) -> BinaryIO | N
 
 
 def _generate(command: Generate, model: SambaLM, tokenizer: Tokenizer, prompt: Prompt) -> None:
+    from samba_lm.generation.api import stream
+
     with Console(stderr=True).status("reading the prompt") as status:  # silent unless stderr is a terminal
         text = stream(
             model,
@@ -145,7 +131,7 @@ def _generate(command: Generate, model: SambaLM, tokenizer: Tokenizer, prompt: P
 
 
 def _report(command: Generate, timing: Timing, device: torch.device, interrupted: bool) -> None:
-    memory = peak_memory(device)
+    memory = _peak_memory(device)
     ending = "interrupted" if interrupted else timing.finish
     print(
         f"read {timing.prompt_tokens:,} tokens in {timing.read_seconds:.2f} s "
@@ -170,9 +156,10 @@ def _report(command: Generate, timing: Timing, device: torch.device, interrupted
         write_json(command.json, record)
 
 
-def peak_memory(device: torch.device) -> int:
-    """Return the most memory this process has held so far, in bytes: the GPU's on a GPU, else the main memory's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def _peak_memory(device: torch.device) -> int:
+    """The most memory this process has held so far, in bytes: the GPU's on a GPU, else the main memory's."""
+    if device.type != "cuda":
+        return peak_memory()
+    import torch
+
+    return torch.cuda.max_memory_allocated(device)

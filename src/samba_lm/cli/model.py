@@ -1,0 +1,40 @@
+"""A checkpoint as it is named on the command line: the options that choose it, and loading it to be run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from samba_lm.errors import UserError
+
+if TYPE_CHECKING:
+    from samba_lm.model import SambaLM
+    from samba_lm.tokenizer import Tokenizer
+
+Dtype = Literal["float32", "bfloat16"]
+CheckpointName = Annotated[str, tyro.conf.arg(metavar="CKPT")]
+
+
+def load(name: str, device: str, dtype: Dtype | None) -> tuple[SambaLM, Tokenizer | None]:
+    """Load a checkpoint (or a fresh model of the zoo) onto "auto", "cpu", "cuda" or "cuda:N".
+
+    ``dtype``: of the parameters; None keeps the checkpoint's. Raises UserError when there is no such device or no whole
+    checkpoint.
+    """
+    import torch  # only now: --help should not wait for it
+
+    from samba_lm import checkpoint
+    from samba_lm.train.parallel import pick_device
+
+    return checkpoint.load(name, device=pick_device(device), dtype=None if dtype is None else getattr(torch, dtype))
+
+
+def load_with_tokenizer(name: str, device: str, dtype: Dtype | None) -> tuple[SambaLM, Tokenizer]:
+    """:func:`load` for what reads and writes text: a checkpoint without a tokenizer is a UserError."""
+    model, tokenizer = load(name, device, dtype)
+    if tokenizer is None:
+        raise UserError(
+            f"{name} has no tokenizer, so it can neither read nor write text: put its tokenizer.json there."
+        )
+    return model, tokenizer
