@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from samba_lm.bench import language_model, memory, scan
 from samba_lm.bench.timing import Figure, ParityError, best, matvec_bandwidth, require_close
 from samba_lm.cli import bench as command
+from samba_lm.memory import peak_memory
+from samba_lm.model import SambaLM
 
 
 def test_scan_figures() -> None:
@@ -46,13 +49,26 @@ def test_language_model_against_transformers() -> None:
 def test_memory_is_measured_in_processes_of_their_own() -> None:
     ballast = torch.ones(200_000_000 // 4)  # what this process holds must not count there
     figures = memory.run_memory("samba-nano", 1_000, 9_000)
-    low, high, growth, speed = (f.value for f in figures)
-    assert memory.peak_memory() / 1e6 > 200
-    assert 50 < low < memory.peak_memory() / 1e6
+    parity, low, high, growth, speed = (f.value for f in figures)
+    assert figures[0].met
+    assert parity > 0  # chunks round otherwise; equal numbers would mean that nothing was compared
+    assert peak_memory() / 1e6 > 200
+    assert 50 < low < peak_memory() / 1e6
     assert growth == pytest.approx(high - low)
     assert growth < 50
     assert speed > 0
     assert ballast[0] == 1
+
+
+def test_no_memory_figure_without_parity(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = memory.last_logits
+
+    def forgetful(model: SambaLM, chunks: Iterable[torch.Tensor]) -> torch.Tensor:
+        return right(model, list(chunks)[-1:])  # begins anew with each chunk
+
+    monkeypatch.setattr(memory, "last_logits", forgetful)
+    with pytest.raises(ParityError, match="read in chunks: off by"):
+        memory.run_memory("samba-nano", 100, 200)
 
 
 def test_timing_parts() -> None:

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
-import sys
 import time
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
-from samba_lm.bench.timing import Figure
+import torch
+from torch import Tensor
+
+from samba_lm import checkpoint
+from samba_lm.bench.timing import Figure, require_close
+from samba_lm.generation.params import DEFAULT_CHUNK
+from samba_lm.memory import peak_memory
+from samba_lm.model import SambaLM
 
 SHORT, LONG = 10_000, 1_000_000
+PARITY_TOKENS, PARITY_BOUND = 2 * DEFAULT_CHUNK + 100, 1e-4
 
 
 def run_memory(name: str = "samba-tiny", short: int = SHORT, long: int = LONG) -> list[Figure]:
     """Read ``short`` and ``long`` random tokens with a model of the zoo; the peaks may differ by 50 MB."""
+    off = check(name)
     (low, _), (high, seconds) = (_in_process(name, tokens) for tokens in (short, long))
     return [
+        Figure("parity: worst relative difference from reading at once", off, "", PARITY_BOUND),
         Figure(f"{name} peak memory reading {short:,} tokens", low, "MB"),
         Figure(f"{name} peak memory reading {long:,} tokens", high, "MB"),
         Figure("growth", high - low, "MB", 50.0),
         Figure(f"{name} reading {long:,} tokens", long / seconds, "tokens/s"),
     ]
+
+
+def check(name: str) -> float:
+    """The last logits of a prompt read in chunks against the same read at once; the worst relative difference."""
+    model = checkpoint.create(name).eval()
+    chunks = list(random_chunks(model.config.vocab_size, PARITY_TOKENS))
+    whole = last_logits(model, [torch.cat(chunks, dim=1)])
+    return require_close(last_logits(model, chunks), whole, PARITY_BOUND, "logits of a prompt read in chunks")
 
 
 def _in_process(name: str, tokens: int) -> tuple[float, float]:
@@ -31,31 +47,24 @@ def _in_process(name: str, tokens: int) -> tuple[float, float]:
 
 def read(name: str, tokens: int) -> tuple[float, float]:
     """Peak resident memory of this process in MB after reading ``tokens`` tokens, and the seconds that took."""
-    import torch
-
-    from samba_lm import checkpoint
-    from samba_lm.generation.prefill import DEFAULT_CHUNK
-
     model = checkpoint.create(name).eval()
-    generator = torch.Generator().manual_seed(0)
-    state = model.init_state(1)
     began = time.perf_counter()
-    with torch.inference_mode():
-        for start in range(0, tokens, DEFAULT_CHUNK):
-            size = min(DEFAULT_CHUNK, tokens - start)
-            ids = torch.randint(0, model.config.vocab_size, (1, size), generator=generator)
-            hidden, state = model.features(ids, state)
-        model.head(hidden[:, -1])
+    last_logits(model, random_chunks(model.config.vocab_size, tokens))
     seconds = time.perf_counter() - began
     return peak_memory() / 1e6, seconds
 
 
-def peak_memory() -> int:
-    """Bytes of this process's largest resident memory so far."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not ru_maxrss: a new process inherits that from the one that started it.
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return 1024 * int(line.split()[1])
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB elsewhere
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def random_chunks(vocab_size: int, tokens: int) -> Iterator[Tensor]:
+    """Always the same random ids, int64 [1, chunk], the last chunk possibly shorter."""
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, tokens, DEFAULT_CHUNK):
+        yield torch.randint(0, vocab_size, (1, min(DEFAULT_CHUNK, tokens - start)), generator=generator)
+
+
+@torch.inference_mode()
+def last_logits(model: SambaLM, chunks: Iterable[Tensor]) -> Tensor:
+    """Logits [1, V] after the last token of one sequence, given in chunks of ids [1, L]."""
+    state = model.init_state(1)
+    for ids in chunks:
+        hidden, state = model.features(ids, state)
+    return model.head(hidden[:, -1])
