@@ -99,9 +99,8 @@ def test_the_installed_command_runs(python: Path) -> None:
     command = str(python.with_name("samba-lm"))
     assert _run([command, "--version"]) == f"samba-lm {samba_lm.__version__}\n"
     assert "samba-lm COMMAND" in _run([command])
-    if not (ROOT / "src/samba_lm/cli/models.py").exists():
-        pytest.skip("cli/models.py is not written yet")
     assert "samba-tiny" in _run([command, "models"])
+    assert "runs/samba-421m" in _run([command, "train", "samba-421m", "--help"])  # the recipe's own train.out
 
 
 def test_help_imports_no_torch(python: Path) -> None:

@@ -17,9 +17,12 @@ import pytest
 from safetensors.torch import load_file
 
 from samba_lm.cli.main import main
+from samba_lm.cli.train import RECIPES, find_recipe
 from samba_lm.data.shards import ShardWriter
+from samba_lm.errors import UserError
 from samba_lm.tokenizer import ByteTokenizer
 from samba_lm.train.metrics import read_metrics
+from samba_lm.train.recipe import Recipe
 
 STEPS = 30
 
@@ -237,6 +240,32 @@ def test_the_recipe_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(["missing.toml"], capsys)
     assert code == 2
     assert "No recipe at missing.toml" in err
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_recipe_that_comes_with_it_has_a_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()  # a folder of that name is no recipe, and does not stand in the way
+    code, _, err = run([name], capsys)
+    assert code == 2
+    data = Recipe.from_toml(RECIPES[name]).data.train
+    assert data in err  # read as far as its data, which are not here
+    assert "data prepare" in err
+
+
+def test_the_paths_of_recipes_and_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert set(RECIPES) == {"samba-421m", "samba-tiny"}
+    assert find_recipe("samba-tiny") == RECIPES["samba-tiny"]
+    assert find_recipe("sub/samba-tiny") == Path("sub/samba-tiny")
+    (tmp_path / "samba-tiny").write_text("")
+    assert find_recipe("samba-tiny") == Path("samba-tiny"), "one's own file comes first"
+    with pytest.raises(
+        UserError, match=r"No recipe 'samba-tinny'. Did you mean 'samba-tiny'\?.*samba-421m, samba-tiny"
+    ):
+        find_recipe("samba-tinny")
 
 
 def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""``samba-lm train RECIPE.toml``: train a model, or continue a run that was stopped."""
+"""``samba-lm train RECIPE``: train a model, or continue a run that was stopped."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from rich.console import Console
 
 from samba_lm.cli.output import write_json
 from samba_lm.cli.parse import parse
-from samba_lm.errors import UserError
+from samba_lm.errors import UserError, did_you_mean
 from samba_lm.train.recipe import Recipe
 
 PROG = "samba-lm train"
+RECIPES = {path.stem: path for path in sorted(Path(__file__).with_name("recipes").glob("*.toml"))}
+"""The recipes that come with samba-lm, by name."""
+
+DESCRIPTION = f"""Train as RECIPE says: a TOML file, or the name of one that comes with samba-lm ({", ".join(RECIPES)}).
+Options replace single values of it.
+
+A run that was stopped, however that was, continues with the same command, bit for bit."""
 
 
 @dataclass(frozen=True)
 class TrainCommand:
-    """Train as RECIPE.toml says; options replace single values of it.
-
-    A run that was stopped, however that was, continues with the same command, bit for bit.
-    """
+    """What follows the recipe's name."""
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -33,10 +37,12 @@ class TrainCommand:
 
 def main(argv: list[str]) -> None:
     """Run the command. Exits with 130 or 143 when Ctrl-C or SIGTERM ended the run early (saved, and continuable)."""
-    path, options = _recipe_path(argv)
-    default = TrainCommand(Recipe.from_toml(path) if path else Recipe())
+    name, options = _recipe_name(argv)
+    default = TrainCommand(Recipe.from_toml(find_recipe(name)) if name else Recipe())
     try:
-        command = parse(TrainCommand, options, prog=f"{PROG} {path or 'RECIPE.toml'}", default=default)
+        command = parse(
+            TrainCommand, options, prog=f"{PROG} {name or 'RECIPE'}", description=DESCRIPTION, default=default
+        )
     except UserError as error:
         # The name of our own field is no part of what the user wrote.
         raise UserError(str(error).removeprefix("recipe.")) from None
@@ -61,14 +67,29 @@ def main(argv: list[str]) -> None:
     if command.json is not None:
         write_json(command.json, {**asdict(result), "recipe": command.recipe.to_dict()})
     if result.interrupted is not None:
-        console.print(f"Stopped early. To go on: {PROG} {path} (with the same options).", soft_wrap=True, markup=False)
+        console.print(f"Stopped early. To go on: {PROG} {name} (with the same options).", soft_wrap=True, markup=False)
         raise SystemExit(128 + result.interrupted)
 
 
-def _recipe_path(argv: list[str]) -> tuple[str | None, list[str]]:
-    """The recipe's path and the options after it; no path only where help is asked for."""
+def find_recipe(name: str) -> Path:
+    """The recipe's file: ``name`` is its path, or one of :data:`RECIPES`; a file of one's own comes first.
+
+    Raises UserError for a name that is neither. (Whether a path leads to a recipe shows when it is read.)
+    """
+    path = Path(name)
+    if path.is_file() or path.suffix == ".toml" or path.name != name:
+        return path
+    if name not in RECIPES:
+        near = did_you_mean(name, RECIPES)
+        hint = near if "mean" in near else ""  # the others are listed anyway
+        raise UserError(f"No recipe {name!r}.{hint} Give a TOML file, or one of {', '.join(RECIPES)}.")
+    return RECIPES[name]
+
+
+def _recipe_name(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The recipe's path or name and the options after it; none only where help is asked for."""
     if argv and not argv[0].startswith("-"):
         return argv[0], argv[1:]
     if "-h" in argv or "--help" in argv:
         return None, ["--help"]
-    raise UserError(f"Which recipe? Give a TOML file first: {PROG} RECIPE.toml [OPTIONS].")
+    raise UserError(f"Which recipe? Give a TOML file, or one of {', '.join(RECIPES)}, first: {PROG} RECIPE [OPTIONS].")
