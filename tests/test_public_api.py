@@ -12,6 +12,7 @@ import pytest
 import samba_lm
 
 PUBLIC = {
+    "ByteTokenizer",
     "LayerSpec",
     "Mixer",
     "ModelConfig",
@@ -21,6 +22,7 @@ PUBLIC = {
     "create",
     "generate",
     "load",
+    "load_tokenizer",
     "register_architecture",
     "register_mixer",
     "save",

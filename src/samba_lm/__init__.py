@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from samba_lm.mixers.registry import register_mixer
     from samba_lm.model import SambaLM
     from samba_lm.span import Span
+    from samba_lm.tokenizer import ByteTokenizer, load_tokenizer
     from samba_lm.zoo import register_architecture
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ByteTokenizer",
     "LayerSpec",
     "Mixer",
     "ModelConfig",
@@ -31,6 +33,7 @@ __all__ = [
     "create",
     "generate",
     "load",
+    "load_tokenizer",
     "register_architecture",
     "register_mixer",
     "save",
@@ -38,6 +41,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ByteTokenizer": "samba_lm.tokenizer",
     "LayerSpec": "samba_lm.config",
     "Mixer": "samba_lm.mixers.base",
     "ModelConfig": "samba_lm.config",
@@ -47,6 +51,7 @@ _HOMES = {
     "create": "samba_lm.checkpoint",
     "generate": "samba_lm.generation.api",
     "load": "samba_lm.checkpoint",
+    "load_tokenizer": "samba_lm.tokenizer",
     "register_architecture": "samba_lm.zoo",
     "register_mixer": "samba_lm.mixers.registry",
     "save": "samba_lm.checkpoint",
