@@ -29,7 +29,6 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
 
 def test_the_command_lines_run(tmp_path: Path) -> None:
     (session,) = blocks("sh", "From the command line")
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     texts = tmp_path / "my-text"
     texts.mkdir()
     for i in range(40):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -146,3 +149,15 @@ class SambaLM(nn.Module):
 def _layer(module: nn.Module) -> Layer:
     assert isinstance(module, Layer)
     return module
+
+
+@contextlib.contextmanager
+def evaluating(model: SambaLM) -> Iterator[None]:
+    """Put a model in evaluation mode and every module's own training flag back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -17,7 +17,7 @@ from samba_lm.data.shards import TokenDataset
 from samba_lm.errors import UserError
 from samba_lm.eval.protocols import Job, Protocol, Reading, Settings, choose_windows
 from samba_lm.eval.text import Text
-from samba_lm.model import SambaLM
+from samba_lm.model import SambaLM, evaluating
 from samba_lm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -156,7 +156,8 @@ def _score(
     starts = reading.starts.reshape(-1)
     rows = batch or _rows_at_once(model, reading.length, chunk)
     batches = [starts[first : first + rows] for first in range(0, starts.size, rows)]
-    sums = torch.cat([_score_batch(model, text, each, reading.edges, chunk, meter) for each in batches])
+    with evaluating(model):
+        sums = torch.cat([_score_batch(model, text, each, reading.edges, chunk, meter) for each in batches])
     samples: NDArray[np.float64] = sums.numpy().reshape(*reading.starts.shape, -1).sum(axis=1)
     return samples
 

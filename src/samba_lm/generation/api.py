@@ -16,10 +16,9 @@ from samba_lm.generation.stream import (
     advance,
     check_request,
     draw,
-    evaluating,
     stream_pieces,
 )
-from samba_lm.model import SambaLM
+from samba_lm.model import SambaLM, evaluating
 from samba_lm.tokenizer import Tokenizer
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from samba_lm.errors import UserError
 from samba_lm.generation.params import DEFAULT_CHUNK, SamplingParams
 from samba_lm.generation.prefill import OnProgress, Reader, prefill
-from samba_lm.generation.stream import Answer, advance, check_request, draw, evaluating
-from samba_lm.model import SambaLM
+from samba_lm.generation.stream import Answer, advance, check_request, draw
+from samba_lm.model import SambaLM, evaluating
 from samba_lm.tokenizer import Tokenizer
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from samba_lm.generation.params import SamplingParams
 from samba_lm.generation.prefill import OnProgress, Reader, prefill
 from samba_lm.generation.prompt import Prompt, prompt_chunks
 from samba_lm.generation.sampling import sample
-from samba_lm.model import SambaLM
+from samba_lm.model import SambaLM, evaluating
 from samba_lm.tokenizer import Tokenizer
 
 Finish = Literal["length", "stop", "eos"]
@@ -203,15 +202,3 @@ def advance(model: SambaLM, reader: Reader, token_ids: Tensor) -> None:
     reader.lengths = [length + 1 for length in reader.lengths]
     if reader.history is not None:
         reader.history.add(token_ids)
-
-
-@contextlib.contextmanager
-def evaluating(model: SambaLM) -> Iterator[None]:
-    """Put a model in evaluation mode and every module's own training flag back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -7,7 +7,6 @@ byte, forward and backward: 1.9x the speed of MKL on an AMD EPYC (docs/log.md).
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import torch
@@ -20,6 +19,17 @@ MIN_ROWS = 16
 """Fewer rows are bound by reading the weights, not by arithmetic."""
 
 
+def _onednn_is_faster() -> bool:
+    """Whether this is an AMD processor with AVX-512, on a PyTorch that has oneDNN."""
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and "AuthenticAMD" in cpuinfo.read_text()
+
+
+ONEDNN_IS_FASTER = _onednn_is_faster()
+
+
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, backend: Backend = "auto"
 ) -> torch.Tensor:
@@ -30,7 +40,7 @@ def linear(
     """
     rows = x.numel() // x.shape[-1]
     if backend == "auto":
-        fast = x.device.type == "cpu" and x.dtype == torch.float32 and rows >= MIN_ROWS and onednn_is_faster()
+        fast = x.device.type == "cpu" and x.dtype == torch.float32 and rows >= MIN_ROWS and ONEDNN_IS_FASTER
     else:
         fast = choose(backend, BACKENDS, "linear") == "cpu"
     if not fast:
@@ -38,12 +48,3 @@ def linear(
     image = x.reshape(1, rows, 1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, n_in, rows, 1], channels last in memory
     y = F.conv2d(image, weight[:, :, None, None], bias)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
-
-
-@functools.cache
-def onednn_is_faster() -> bool:
-    """Whether this is an AMD processor with AVX-512, on a PyTorch that has oneDNN."""
-    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.is_file() and "AuthenticAMD" in cpuinfo.read_text()
