@@ -142,6 +142,8 @@ def _page(result: DemoResult, provenance: dict[str, object], figures: dict[str, 
         scored=f"{result.scored_tokens:,}",
         steps=f"{result.steps:,}",
         length=LENGTH,
+        longest=LENGTH * MULTIPLES[-1],
+        descriptions="".join(_description(twin) for twin in result.twins),
         heads=heads,
         rows=rows,
         loss=images["loss.png"],
@@ -156,12 +158,19 @@ def _page(result: DemoResult, provenance: dict[str, object], figures: dict[str, 
 def _row(twin: Twin) -> str:
     cells = "".join(f"<td>{r.perplexity:.2f}</td>" for r in twin.results)
     change = 100 * (change_in_perplexity(twin) - 1)
-    state = f"{twin.state_bytes / 1e6:.2f} MB" + ("" if twin.constant_state else " and growing")
+    return f"<tr><td>{_name(twin)}</td>{cells}<td>{change:+.1f}%</td></tr>"
+
+
+def _description(twin: Twin) -> str:
+    state = f"{twin.state_bytes / 1e6:.2f} MB" + ("" if twin.constant_state else ", growing")
     return (
-        f'<tr><td><b style="color:{COLOURS[twin.name]}">{twin.name}</b><br><small>{KINDS[twin.name]}, '
-        f"{twin.parameters / 1e6:.2f}M parameters, {twin.train_tokens_per_s:,.0f} tokens/s trained, state at "
-        f"{LENGTH * MULTIPLES[-1]}: {state}</small></td>{cells}<td>{change:+.1f}%</td></tr>"
+        f"<tr><td>{_name(twin)}</td><td>{KINDS[twin.name]}</td><td>{twin.parameters / 1e6:.2f}M</td>"
+        f"<td>{twin.train_tokens_per_s:,.0f}</td><td>{state}</td></tr>"
     )
+
+
+def _name(twin: Twin) -> str:
+    return f'<b style="color:{COLOURS[twin.name]}">{twin.name}</b>'
 
 
 _PAGE = """<!doctype html>
@@ -189,6 +198,8 @@ predictions count. Lower is better.</p>
 <div class="scroll"><table><tr><th>model</th>{heads}<th>change</th></tr>{rows}</table></div>
 {perplexity}
 <h2>Training</h2>
+<div class="scroll"><table><tr><th>model</th><th>layers</th><th>parameters</th><th>tokens/s</th>
+<th>state at {longest}</th></tr>{descriptions}</table></div>
 <p>{source}: {train} bytes to learn from, {heldout} held out, whole files on either side. One token is one byte.</p>
 {loss}
 <h2>What samba-tiny writes</h2>
