@@ -205,3 +205,9 @@ def test_a_bpe_model_streams_text_too(make_model: Callable, bpe) -> None:
     text = "".join(stream(model, bpe, "User: is the sea salt?", max_tokens=50, stop_at_eos=False))
     read = model.tokens(bpe.encode("User: is the sea salt?").size + 49)  # all but the last one made
     assert text.startswith(bpe.decode(read[-49:])[:-3])
+
+
+@pytest.mark.parametrize("prompt", [5, None, [1, 2]])
+def test_a_prompt_of_another_kind_is_told(model, tokenizer, prompt) -> None:
+    with pytest.raises(UserError, match=r"A prompt may not be a \w+ \((5|None|1)\): give a text or a numpy array"):
+        generate(model, tokenizer, prompt)

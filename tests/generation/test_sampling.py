@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,13 @@ def test_a_tiny_temperature_is_greedy_without_overflow() -> None:
     assert torch.equal(sample(logits, SamplingParams(temperature=1e-30), range(50)), logits.argmax(-1))
 
 
+@pytest.mark.parametrize("options", [{"temperature": 1e-50}, {"temperature": 1e-300}, {"top_p": 1e-50}])
+@pytest.mark.parametrize("vocab_size", [5, 2 * sampling.NUCLEUS_GUESS])
+def test_values_too_small_for_fp32_leave_the_likeliest(options: dict[str, float], vocab_size: int) -> None:
+    logits = torch.linspace(0, 3, vocab_size)[None]
+    assert sample(logits, SamplingParams(**options), [0]).tolist() == [vocab_size - 1]
+
+
 def test_padded_columns_are_never_drawn() -> None:
     logits = torch.zeros(2000, 12)
     logits[:, 8:] = 50.0
@@ -168,6 +176,15 @@ def test_values_out_of_range_are_named(options: dict[str, float]) -> None:
         SamplingParams(**options)  # type: ignore[arg-type]
     assert str(error.value).startswith(f"{name}={value!r}")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_k": True}, {"temperature": True}, {"temperature": 10**400}, {"seed": 10**6000}, {"stop": None}],
+)
+def test_values_of_another_kind_are_named(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"^{next(iter(options))}=.*"):
+        SamplingParams(**options)
 
 
 def test_an_unknown_option_gets_the_nearest_name() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,9 +50,9 @@ class SamplingParams:
     """End at the tokenizer's end-of-text token; False: go on with the next document."""
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop, "strings")
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
+        object.__setattr__(self, "stop_ids", _tuple("stop_ids", self.stop_ids, "token ids"))
         _check("temperature", self.temperature, float, lambda t: t >= 0, "0 (greedy) or more")
         _check("top_p", self.top_p, float, lambda p: 0 < p <= 1, "more than 0 and at most 1 (1 turns it off)")
         _check("min_p", self.min_p, float, lambda p: 0 <= p <= 1, "from 0 (off) to 1")
@@ -76,6 +77,14 @@ class SamplingParams:
 
 
 def _check(name: str, value: float, kind: type, ok: Callable[[Any], bool], allowed: str) -> None:
-    kinds = int if kind is int else (int, float)
-    if not (isinstance(value, kinds) and math.isfinite(value) and ok(value)):
-        raise UserError(f"{name}={value!r} is out of range: it must be {allowed}.")
+    # True and False are ints to Python; an int beyond the largest float is out of range wherever a float is wanted.
+    right_kind = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if not (right_kind and (kind is int or abs(value) <= sys.float_info.max) and ok(value)):
+        shown = "a very large integer" if isinstance(value, int) and value.bit_length() > 1024 else repr(value)
+        raise UserError(f"{name}={shown} is out of range: it must be {allowed}.")
+
+
+def _tuple(name: str, values: Iterable[Any], of: str) -> tuple[Any, ...]:
+    if not isinstance(values, Iterable):
+        raise UserError(f"{name}={values!r} is not a list: give a list of {of}, an empty one for none.")
+    return tuple(values)

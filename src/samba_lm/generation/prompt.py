@@ -52,6 +52,11 @@ def _chunks(prompt: Prompt, tokenizer: Tokenizer) -> Iterator[TokenIds]:
         yield tokenizer.encode(prompt)
     elif isinstance(prompt, np.ndarray):
         yield prompt
+    elif not isinstance(prompt, Iterable):
+        raise UserError(
+            f"A prompt may not be a {type(prompt).__name__} ({prompt!r}): give a text or a numpy array of token ids (a "
+            "list is several prompts)."
+        )
     else:
         for chunk in prompt:
             if not isinstance(chunk, np.ndarray):

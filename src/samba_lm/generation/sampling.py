@@ -19,6 +19,8 @@ from samba_lm.generation.params import SamplingParams
 
 # How many of the likeliest tokens are sorted first for top-p; the whole vocabulary only if they hold too little mass.
 NUCLEUS_GUESS = 256
+# Below this temperature no two fp32 logits are close enough for the second to be drawn, and 1 / temperature overflows.
+GREEDY_BELOW = 1e-30
 
 
 @dataclass
@@ -83,7 +85,7 @@ def sample(
     # One comparison catches NaN and both infinities: such logits come from weights that diverged.
     if not bool(torch.isfinite(best).all()):
         raise UserError("The model's outputs are not finite numbers: its weights are damaged or diverged in training.")
-    if params.temperature == 0:
+    if params.temperature < GREEDY_BELOW:
         return best_ids
     # The likeliest logit becomes 0 first, so that a tiny temperature cannot overflow.
     probs = torch.softmax((logits - best.unsqueeze(-1)) / params.temperature, dim=-1)
@@ -132,7 +134,8 @@ def candidates(probs: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | 
     peak = probs.amax(dim=-1, keepdim=True)
     if params.top_p < 1:
         likelier = probs.cumsum(dim=-1) - probs
-        probs = probs.masked_fill(likelier >= params.top_p, 0.0)
+        # The likeliest always stays: as an fp32 number, a tiny top-p is 0.
+        probs = probs.masked_fill((likelier >= params.top_p) & (likelier > 0), 0.0)
     if params.min_p > 0:
         probs = probs.masked_fill(probs < params.min_p * peak, 0.0)
     return probs, ids
