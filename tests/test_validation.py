@@ -96,6 +96,14 @@ def test_missing() -> None:
     assert explain(_error({}, Needs), Needs) == "a is missing: give it a value."
 
 
+def test_an_alias_is_the_name_people_know() -> None:
+    class Foreign(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+        norm_class: str = Field("x", alias="_norm_class")
+
+    assert explain(_error({"norm_clas": 1}, Foreign), Foreign).endswith("Did you mean '_norm_class'?")
+
+
 def test_a_long_value_is_cut() -> None:
     said = explain(_error({"width": "9x" * 500}), Config)
     assert len(said) < 160

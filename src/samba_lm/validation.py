@@ -6,6 +6,7 @@ import typing
 from collections.abc import Iterator
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from samba_lm.errors import did_you_mean
@@ -55,16 +56,22 @@ def _resolve(location: Location, model: type[BaseModel] | None) -> tuple[Locatio
     models = [model]
     known: list[str] = []
     for part in location:
-        known = [name for each in models for name in each.model_fields]
-        owners = [each for each in models if part in each.model_fields]
+        known = [name for each in models for name in _fields(each)]
+        owners = [each for each in models if part in _fields(each)]
         tagged = [each for each in models if isinstance(part, str) and _is_tag(part, each)]
         if isinstance(part, str) and owners:
-            models = [inner for each in owners for inner in _models_in(each.model_fields[part].annotation)]
+            models = [inner for each in owners for inner in _models_in(_fields(each)[part].annotation)]
         elif tagged:
             models = tagged
             continue
         cleaned.append(part)
     return tuple(cleaned), known
+
+
+def _fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields by the names that stand in the input: an alias where a field has one."""
+    named = ((field.validation_alias, name, field) for name, field in model.model_fields.items())
+    return {alias if isinstance(alias, str) else name: field for alias, name, field in named}
 
 
 def _is_tag(part: str, model: type[BaseModel]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -121,6 +122,8 @@ def test_a_command_gets_what_follows_its_first_word(
         (FileNotFoundError(errno.ENOENT, "no", "a/b.txt"), "No such file or folder: a/b.txt"),
         (PermissionError(errno.EACCES, "no", "/root/x"), "No permission for /root/x"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "d"), "Is a directory: d"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "n" * 300), f"File name too long: {'n' * 120}.... Give"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "d.tmp-x", None, "d"), "Is a directory: d. Give"),
         (OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
         (MemoryError(), "Out of memory (no details). Lower the batch size"),
         (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB"), "Tried to allocate 9 GiB). Lower"),
@@ -177,6 +180,44 @@ def test_a_closed_pipe_is_quiet() -> None:
     process.stdout.close()
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (141, b"")
+
+
+def test_a_closed_pipe_is_quiet_where_rich_writes() -> None:
+    command = [sys.executable, "-m", "samba_lm", "models"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (141, b"")
+
+
+@pytest.mark.parametrize(
+    ("shell_line", "code"),
+    [
+        ("--help >&-", 0),
+        ("tran 2>&-", 2),
+        ("models samba-nano >/dev/full", 2),
+        ("generate samba-nano - <&-", 2),
+        ("chat samba-nano <&-", 2),
+    ],
+)
+def test_closed_and_full_streams(shell_line: str, code: int) -> None:
+    script = f"{sys.executable} -m samba_lm {shell_line}"
+    ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert ran.returncode == code, ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert ran.stderr.count("samba-lm: error:") == (0 if "2>&-" in shell_line else code // 2)
+
+
+def test_a_narrow_encoding_shows_what_it_can() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "samba_lm", "models", "samba-nano"],
+        capture_output=True,
+        check=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert b"embedding" in ran.stdout
+    assert ran.stdout.isascii()
 
 
 def test_ctrl_c_of_a_real_process(tmp_path: Path) -> None:

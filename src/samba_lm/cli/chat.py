@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from samba_lm.cli.generate import SamplingOptions
+from samba_lm.cli.generate import SamplingOptions, open_stdin
 from samba_lm.cli.model import CheckpointName, Dtype, load_with_tokenizer
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError, did_you_mean
@@ -56,9 +55,10 @@ def main(argv: list[str]) -> None:
     command = parse(Chat, argv, prog="samba-lm chat")
     from samba_lm.generation.chat import ChatSession  # only now: --help should not wait for torch
 
+    stdin = open_stdin()
     model, tokenizer = load_with_tokenizer(command.checkpoint, command.device, command.dtype)
     session = ChatSession(model, tokenizer, command.system, params=command.sampling, chunk=command.chunk)
-    interactive = sys.stdin.isatty()
+    interactive = stdin.isatty()
     if interactive:
         import readline  # noqa: F401 - gives input() line editing and a history
 

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal
+from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal, TextIO
 
 import tyro
 from rich.console import Console
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
         if file is None:
             prompt: Prompt = command.prompt or ""
         else:
-            name = "The standard input" if file is sys.stdin.buffer else str(command.prompt_file)
+            name = str(command.prompt_file) if command.prompt_file not in (None, Path("-")) else "The standard input"
             prompt = encode_pieces(read_text(file, name), tokenizer)
         _generate(command, model, tokenizer, prompt)
 
@@ -101,8 +101,15 @@ def _open_prompt(command: Generate, stack: contextlib.ExitStack) -> BinaryIO | N
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} were both given: say once where the prompt comes from.")
     if command.stdin or command.prompt_file == Path("-"):
-        return sys.stdin.buffer
+        return open_stdin().buffer
     return None if command.prompt_file is None else stack.enter_context(command.prompt_file.open("rb"))
+
+
+def open_stdin() -> TextIO:
+    """The standard input. Raises UserError where this process was started without one."""
+    if sys.stdin is None:
+        raise UserError("The standard input is closed: start samba-lm with one, or from a terminal.")
+    return sys.stdin
 
 
 def _generate(command: Generate, model: SambaLM, tokenizer: Tokenizer, prompt: Prompt) -> None:

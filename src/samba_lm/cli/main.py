@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
 import shutil
 import sys
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 1: a defect of samba-lm (with a traceback). 2: something to correct, told in one line on stderr; with
     ``SAMBA_LM_TRACEBACK=1`` the traceback comes before it. 130: interrupted. 141: the reader of our output went away.
     """
+    _prepare_streams()
     try:
         _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # a closed pipe must show here, not after the handlers are gone
@@ -60,9 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("samba-lm: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The interpreter flushes stdout once more on its way out; give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 141
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # what rich makes of it, with an exit code of its own
+            return 141
+        raise
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         message = _for_people(error)
         if message is None:
@@ -72,7 +77,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             traceback.print_exc()
         print(f"samba-lm: error: {one_line(message)}", file=sys.stderr)
+        if isinstance(error, OSError) and error.filename is None:
+            _drop_stdout()  # it may be what could not be written
         return 2
+
+
+def _prepare_streams() -> None:
+    """Make stdout and stderr safe to write to: where they are closed, and where their encoding lacks a character."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open until the process ends
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_stdout() -> None:
+    """Send what is left for stdout nowhere: the interpreter flushes it once more on its way out."""
+    if sys.__stdout__ is not None and sys.stdout is sys.__stdout__:  # a caller's own stream is the caller's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(argv: list[str]) -> None:
@@ -137,16 +160,23 @@ def _for_people(error: BaseException) -> str | None:
             "or the prefill chunk, or choose a smaller model."
         )
     if isinstance(error, OSError):
-        where = f" {error.filename}" if error.filename is not None else ""
+        # Of a rename, the second name is the one that was asked for; the first may be a temporary file of ours.
+        path = error.filename if error.filename2 is None else error.filename2
+        where = "" if path is None else f" {_shortened(path)}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"The disk is full: could not write{where}. Free some space and run the same command again."
         if isinstance(error, FileNotFoundError) and where:
             return f"No such file or folder:{where}. Check the path."
         if isinstance(error, PermissionError) and where:
             return f"No permission for{where}. Choose a path you may use, or change its permissions."
-        if isinstance(error, (IsADirectoryError, NotADirectoryError, FileExistsError)) and where:
+        if where:
             return f"{error.strerror}:{where}. Give another path."
     return None
+
+
+def _shortened(path: object, limit: int = 120) -> str:
+    text = os.fsdecode(path) if isinstance(path, bytes) else str(path)
+    return text if len(text) <= limit else text[:limit] + "..."
 
 
 def _out_of_memory(error: BaseException) -> bool:
