@@ -64,13 +64,39 @@ def test_state_by_name_goes_on_exactly() -> None:
         assert torch.equal(a, b)
 
 
-def test_another_models_state_is_refused() -> None:
+BAD = [
+    (None, "exp_avg.bias is missing"),
+    (torch.zeros(()), "does not fit"),
+    (torch.zeros(4), "does not fit"),
+    (torch.zeros(5, dtype=torch.float64), "does not fit"),
+    (torch.full((5,), torch.nan), "not finite"),
+]
+
+
+@pytest.mark.parametrize(("value", "words"), BAD)
+def test_a_damaged_state_is_refused_and_changes_nothing(value: torch.Tensor | None, words: str) -> None:
     model = nn.Linear(3, 5)
     optimizer = build_optimizer(model, weight_decay=0.1, **SETTINGS)
-    with pytest.raises(ValueError, match="does not fit"):
-        load_optimizer_tensors(model, optimizer, {"exp_avg.weight": torch.zeros(5, 4)})
-    with pytest.raises(ValueError, match="does not fit"):
-        load_optimizer_tensors(model, optimizer, {"exp_avg.other": torch.zeros(5, 3)})
+    linear_run(model, optimizer, range(2))
+    good = optimizer_tensors(model, optimizer)
+    bad = {name: tensor for name, tensor in good.items() if name != "exp_avg.bias"}
+    with pytest.raises(ValueError, match=words):
+        load_optimizer_tensors(model, optimizer, bad if value is None else {**bad, "exp_avg.bias": value})
+    assert optimizer_tensors(model, optimizer) == good
+    with pytest.raises(ValueError, match=r"step.other does not fit"):
+        load_optimizer_tensors(model, optimizer, {**good, "step.other": torch.zeros(())})
+    with pytest.raises(ValueError, match="is missing"):
+        load_optimizer_tensors(model, optimizer, {})
+
+
+def test_a_parameter_without_a_gradient_has_the_state_adamw_begins_with() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(3, 5), "idle": nn.Linear(3, 5)})
+    optimizer = build_optimizer(model, weight_decay=0.1, **SETTINGS)
+    linear_run(model["used"], optimizer, range(2))
+    saved = optimizer_tensors(model, optimizer)
+    assert saved["step.idle.weight"] == 0
+    load_optimizer_tensors(model, optimizer, saved)
+    assert {*optimizer_tensors(model, optimizer)} == {*saved}
 
 
 def test_set_learning_rate_reaches_both_groups() -> None:

@@ -136,6 +136,26 @@ def test_fresh_moves_the_old_run_aside(recipe: MakeRecipe, whole: Path, tmp_path
     assert sha256(result.folder) != old
 
 
+@pytest.mark.parametrize("entry", ["letters/", ".profile"])
+def test_fresh_moves_nothing_but_a_run(recipe: MakeRecipe, tmp_path: Path, entry: str) -> None:
+    mine = tmp_path / "home" / entry
+    mine.parent.mkdir(parents=True)
+    (tmp_path / "home" / "metrics.jsonl").touch()
+    mine.mkdir() if entry.endswith("/") else mine.write_text("mine")
+    with pytest.raises(UserError, match=f"holds '{mine.name}'"):
+        train(recipe("home"), fresh=True)
+    assert mine.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_fresh_does_not_move_the_current_folder(
+    recipe: MakeRecipe, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(whole.parent)
+    with pytest.raises(UserError, match="holds the current folder"):
+        train(replaced(recipe(), train={"out": "."}), fresh=True)
+
+
 def test_micro_batches_are_a_matter_of_memory(recipe: MakeRecipe, whole: Path) -> None:
     result = train(recipe(micro_batch=1))
     got, want = checkpoint.load(result.folder)[0], checkpoint.load(whole)[0]
@@ -255,6 +275,16 @@ def test_a_bad_loss_names_the_step_and_the_last_good_checkpoint(recipe: MakeReci
         train(recipe("early"), model=model, observer=Poison(model, 1))
 
 
+def test_weights_that_are_not_finite_are_never_saved(recipe: MakeRecipe, tmp_path: Path) -> None:
+    model = checkpoint.create(zoo.get("samba-nano").with_overrides(vocab_size=320))
+    with pytest.raises(UserError, match=r"Step 6: .* not saved.* Last good checkpoint: .*step-00000004\.$"):
+        train(recipe(save_every=4), model=model, observer=Poison(model, 6))
+    for lr in (1e300, 1e30):
+        with pytest.raises(UserError, match=r"Step 1: .* Last good checkpoint: none yet\.$"):
+            train(recipe("one", steps=1, lr=lr))
+        assert list_checkpoints(tmp_path / "one") == []
+
+
 class LimitFileSize(Observer):
     """After the first checkpoint no file may grow past 64 KiB: writing the next one fails half-way."""
 
@@ -326,6 +356,43 @@ def test_a_damaged_checkpoint_is_named(recipe: MakeRecipe, whole: Path, name: st
     assert name in str(error.value)
     assert str(whole) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("recipe", {}),
+        ("recipe", {"model": None}),
+        ("step", -1),
+        ("step", 5),
+        ("rng", {}),
+        ("rng", {"0": {"cpu": "AA"}}),
+    ],
+)
+def test_a_wrong_trainer_json_is_told(recipe: MakeRecipe, whole: Path, key: str, value: object) -> None:
+    path = whole / "trainer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=key):
+        train(recipe("whole", steps=7))
+
+
+def test_deep_json_is_told(recipe: MakeRecipe, whole: Path) -> None:
+    (whole / "trainer.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"trainer.json"):
+        train(recipe("whole", steps=7))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", ".lock"])
+def test_a_folder_in_a_files_place_is_told(recipe: MakeRecipe, tmp_path: Path, name: str) -> None:
+    (tmp_path / "run" / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=f"{name} is a folder"):
+        train(recipe())
+
+
+def test_a_file_with_a_checkpoints_name_is_none(recipe: MakeRecipe, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "step-00000099").touch()
+    assert train(recipe(keep=1)).steps == 6
 
 
 def test_two_processes_may_not_train_into_one_folder(recipe: MakeRecipe, tmp_path: Path) -> None:

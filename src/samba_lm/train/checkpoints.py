@@ -14,11 +14,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -29,11 +29,18 @@ from samba_lm.files import TMP_MARK, atomic_folder, write_text
 from samba_lm.model import SambaLM
 from samba_lm.tokenizer import Tokenizer
 from samba_lm.train.optim import load_optimizer_tensors, optimizer_tensors
+from samba_lm.train.recipe import Recipe
 from samba_lm.validation import explain
 
 FORMAT = "samba-lm trainer"
 VERSION = 1
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+def _has_sections(recipe: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    if set(recipe) != set(Recipe.model_fields):
+        raise ValueError(f"a recipe has the sections {', '.join(Recipe.model_fields)}")
+    return recipe
 
 
 class TrainerState(BaseModel):
@@ -43,18 +50,18 @@ class TrainerState(BaseModel):
 
     format: str = FORMAT
     version: int = VERSION
-    step: int
+    step: NonNegativeInt
     """Optimizer steps done."""
-    tokens: int
+    tokens: NonNegativeInt
     """Tokens read."""
-    seconds: float
+    seconds: FiniteFloat
     """Time spent in steps, over all resumed parts of the run."""
     loss: float
     """Loss of the last step."""
     val_loss: float | None
     """Last validation loss."""
     best_val_loss: float | None
-    recipe: dict[str, Any]
+    recipe: Annotated[dict[str, dict[str, Any]], AfterValidator(_has_sections)]
     config: str
     """Fingerprint of the model's config."""
     tokenizer: str
@@ -76,7 +83,9 @@ def list_checkpoints(out: Path) -> list[Path]:
     """The run's checkpoints, oldest first. What an interrupted write left behind is not among them."""
     if not out.is_dir():
         return []
-    found = [(int(match[1]), path) for path in out.iterdir() if (match := STEP_FOLDER.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path) for path in out.iterdir() if (match := STEP_FOLDER.fullmatch(path.name)) and path.is_dir()
+    ]
     return [path for _, path in sorted(found)]
 
 
@@ -126,10 +135,13 @@ def read_state(folder: Path) -> TrainerState:
         ) from None
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error, TrainerState)}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is damaged: delete {folder} to continue from the checkpoint before it.") from None
     if state.format != FORMAT or state.version != VERSION:
         raise UserError(f"{path} is {state.format} {state.version}; this version reads {FORMAT} {VERSION}.")
+    name = STEP_FOLDER.fullmatch(folder.name)
+    if name is not None and int(name[1]) != state.step:
+        raise UserError(f"{path} is of step {state.step}: delete {folder} to continue from the checkpoint before it.")
     return state
 
 
@@ -152,14 +164,45 @@ def rng_state(device: torch.device) -> dict[str, str]:
     return {kind: base64.b64encode(state.numpy().tobytes()).decode("ascii") for kind, state in states.items()}
 
 
-def restore_rng(states: dict[str, str], device: torch.device) -> None:
-    """Put back what :func:`rng_state` gave; a generator that was not saved (another device) is left as it is."""
-    for kind, text in states.items():
-        state = torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy())
-        if kind == "cpu":
-            torch.set_rng_state(state)
-        elif device.type == "cuda":
-            torch.cuda.set_rng_state(state, device)
+def restore_rng(folder: Path, states: dict[str, str], device: torch.device) -> None:
+    """Put back what :func:`rng_state` gave; a GPU's generator that was not saved (another device) is left as it is.
+
+    Raises UserError, naming ``folder``, when they are no generators' states.
+    """
+    try:
+        for kind, text in {"cpu": "", **states}.items():
+            state = torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy())
+            if kind == "cpu":
+                torch.set_rng_state(state)
+            elif device.type == "cuda":
+                torch.cuda.set_rng_state(state, device)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"{folder / 'trainer.json'} is damaged at 'rng' ({kind}): delete {folder} to continue from the one before."
+        ) from error
+
+
+def check_is_run(out: Path) -> None:
+    """Raise UserError unless ``out`` is a run's folder (or empty) and may be moved aside.
+
+    People keep logs and results beside a run's files; a folder or a hidden file that no run wrote means that this is
+    some other place, such as a home.
+    """
+    if not out.is_dir():
+        return  # run_folder tells
+    if Path.cwd().resolve().is_relative_to(out.resolve()):
+        raise UserError(f"--fresh cannot move {out} aside: it holds the current folder; go elsewhere, or rename it.")
+    entries = sorted(out.iterdir())
+    ours = [entry for entry in entries if _is_ours(entry)]
+    foreign = [entry for entry in entries if entry not in ours and (entry.is_dir() or entry.name.startswith("."))]
+    if foreign or (entries and not ours):
+        what = (foreign or entries)[0].name
+        raise UserError(f"--fresh moves only a run's folder aside, and {out} holds {what!r}: choose another train.out.")
+
+
+def _is_ours(entry: Path) -> bool:
+    name = entry.name.partition(TMP_MARK)[0]
+    return name in (".lock", "metrics.jsonl", "tensorboard") or STEP_FOLDER.fullmatch(name) is not None
 
 
 @contextmanager
@@ -173,6 +216,8 @@ def run_folder(out: Path) -> Iterator[None]:
         lock = (out / ".lock").open("w")
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"train.out = {str(out)!r} is a file: name a folder.") from None
+    except IsADirectoryError:
+        raise UserError(f"{out / '.lock'} is a folder: remove it, or choose another train.out.") from None
     except PermissionError:
         raise UserError(f"No permission to write {out}: set train.out to a folder you own.") from None
     with lock:

@@ -16,7 +16,7 @@ from samba_lm.loss import IGNORE_INDEX, chunk_tokens, token_loss_sum
 from samba_lm.model import SambaLM
 from samba_lm.train.metrics import device_peak, mfu
 from samba_lm.train.observer import Observer, Plan, StepRecord
-from samba_lm.train.optim import build_optimizer, set_learning_rate
+from samba_lm.train.optim import build_optimizer, optimizer_tensors, set_learning_rate
 from samba_lm.train.parallel import Parallel, connect
 from samba_lm.train.recipe import TrainSection
 from samba_lm.train.schedule import learning_rate
@@ -39,7 +39,7 @@ class Progress:
 
 
 class NonFiniteError(UserError):
-    """The loss or the gradient is NaN or infinite; the step's update has not been applied."""
+    """The loss, the gradient or the weights are NaN or infinite; nothing that is not finite has been saved."""
 
 
 def prepare_model(model: SambaLM, settings: TrainSection, parallel: Parallel) -> SambaLM:
@@ -85,7 +85,8 @@ def fit(
     each checkpoint due. ``stop`` is asked after every step; when it says so the loop saves and returns early.
 
     Nothing but the model, the optimizer and ``start.step`` decides what follows: step n always reads batch n.
-    Raises NonFiniteError before an update that would spoil the weights.
+    Raises NonFiniteError before an update from a loss or gradient that is not finite, and before a save of weights or
+    optimizer state that are not.
     """
     parallel = parallel or connect(settings.device)
     progress = start or Progress()
@@ -134,6 +135,8 @@ def fit(
             val_loss = None
             if val is not None and (last or _due(progress.step, settings.eval_every)):
                 val_loss = evaluate(model, val, parallel)
+                if not math.isfinite(val_loss):
+                    raise NonFiniteError(_spoiled(progress.step, f"the validation loss is {val_loss}"))
                 best = val_loss if progress.best_val_loss is None else min(val_loss, progress.best_val_loss)
                 progress = replace(progress, val_loss=val_loss, best_val_loss=best)
             rate = tokens / elapsed
@@ -150,8 +153,10 @@ def fit(
                 )
             )
             stopping = stop()
-            if save is not None and (last or stopping or _due(progress.step, settings.save_every)):
-                save(progress)
+            if last or stopping or _due(progress.step, settings.save_every):
+                check_finite(model, optimizer, progress.step)
+                if save is not None:
+                    save(progress)
             if stopping:
                 break
     finally:
@@ -193,6 +198,16 @@ def train_step(
 
 
 @torch.no_grad()
+def check_finite(model: SambaLM, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Raise NonFiniteError, naming the first bad tensor, unless all weights and optimizer state are finite."""
+    tensors = dict(model.named_parameters()) | optimizer_tensors(model, optimizer)
+    finite = torch.stack([tensor.isfinite().all().to("cpu") for tensor in tensors.values()])
+    if not finite.all():
+        bad = list(tensors)[int(finite.int().argmin())]
+        raise NonFiniteError(_spoiled(step, f"the update left {bad} not finite"))
+
+
+@torch.no_grad()
 def evaluate(model: SambaLM, batches: Iterable[Batch], parallel: Parallel) -> float:
     """Mean loss over all valid tokens of ``batches``, nats."""
     was_training = model.training
@@ -224,6 +239,10 @@ def micro_batches(batch: Batch, size: int) -> Iterable[Batch]:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _spoiled(step: int, what: str) -> str:
+    return f"Step {step}: {what}, so this step is not saved; lower train.lr or check the data."
 
 
 def _non_finite(model: SambaLM, step: int, loss: float, grad_norm: float) -> str:

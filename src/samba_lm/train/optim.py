@@ -42,21 +42,51 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name: ``exp_avg.NAME``, ``exp_avg_sq.NAME``, ``step.NAME``."""
-    return {
-        f"{key}.{name}": value
-        for name, p in model.named_parameters()
-        for key, value in optimizer.state.get(p, {}).items()
-    }
+    """AdamW's state by parameter name: ``exp_avg.NAME``, ``exp_avg_sq.NAME``, ``step.NAME``, for all it updates.
+
+    A parameter that has had no gradient yet is given the state that AdamW would begin with, so that a name that is
+    missing from a file always means damage.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in _optimized(model, optimizer).items():
+        state = optimizer.state.get(parameter) or _first_state(parameter)
+        tensors |= {f"{key}.{name}": value for key, value in state.items()}
+    return tensors
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what :func:`optimizer_tensors` gave. Raises ValueError when a name or shape does not fit the model."""
-    parameters = dict(model.named_parameters())
+    """Put back what :func:`optimizer_tensors` gave.
+
+    Raises ValueError, leaving ``optimizer`` as it was, when a name is missing or unknown, a shape or dtype does not fit
+    the model, or a value is not finite.
+    """
+    parameters = _optimized(model, optimizer)
+    wanted = {name: _first_state(parameter) for name, parameter in parameters.items()}
+    names = {f"{key}.{name}" for name, state in wanted.items() for key in state}
+    if names != tensors.keys():
+        name = min(names ^ tensors.keys())
+        raise ValueError(f"{name} is missing" if name in names else f"{name} does not fit the model")
+    for name, state in wanted.items():
+        for key, expected in state.items():
+            value = tensors[f"{key}.{name}"]
+            if (value.shape, value.dtype) != (expected.shape, expected.dtype):
+                raise ValueError(f"{key}.{name} {list(value.shape)} {value.dtype} does not fit the model")
+            if not value.isfinite().all():
+                raise ValueError(f"{key}.{name} is not finite")
+            state[key] = value.to(expected.device)
     optimizer.state.clear()
-    for full_name, value in tensors.items():
-        key, _, name = full_name.partition(".")
-        if name not in parameters or (value.ndim and value.shape != parameters[name].shape):
-            raise ValueError(f"{full_name} {list(value.shape)} does not fit the model")
-        parameter = parameters[name]
-        optimizer.state[parameter][key] = value.to(parameter.device)
+    for name, parameter in parameters.items():
+        optimizer.state[parameter] = wanted[name]
+
+
+def _optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    updated = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    return {name: parameter for name, parameter in model.named_parameters() if parameter in updated}
+
+
+def _first_state(parameter: Tensor) -> dict[str, Tensor]:
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+        "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+    }

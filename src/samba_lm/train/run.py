@@ -105,7 +105,7 @@ def train(
         progress = Progress()
         if latest is not None and state is not None:
             checkpoints.restore_optimizer(latest, model, optimizer)
-            checkpoints.restore_rng(state.rng.get(str(parallel.rank), {}), parallel.device)
+            checkpoints.restore_rng(latest, state.rng.get(str(parallel.rank), {}), parallel.device)
             progress = _progress(state)
 
         watchers = Observers([*_metrics(out, recipe), observer])
@@ -190,7 +190,7 @@ def _saved_model(folder: Path, state: TrainerState, recipe: Recipe, data: Data, 
         )
     if state.data != data.fingerprint:
         raise UserError(
-            f"{folder} was trained on data {state.data[:12]} ({state.recipe['data']['train']!r}), but data.train = "
+            f"{folder} was trained on data {state.data[:12]} ({state.recipe['data'].get('train')!r}), but data.train = "
             f"{recipe.data.train!r} is {data.fingerprint[:12]}; {remedy}, or fine-tune with model.init_from."
         )
     changes = recipe.differences(state.recipe)
@@ -277,6 +277,7 @@ def _difference(saved: ModelConfig, wanted: ModelConfig) -> str:
 
 def _move_aside(out: Path, observer: Observer) -> None:
     if out.exists():
+        checkpoints.check_is_run(out)
         with checkpoints.run_folder(out):
             aside = out.with_name(f"{out.name}.before-{datetime.now():%Y%m%d-%H%M%S}")
             out.rename(aside)
