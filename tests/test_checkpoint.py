@@ -72,6 +72,24 @@ def test_saving_replaces_a_checkpoint_and_nothing_else(saved: Path, tmp_path: Pa
     assert (tmp_path / "work" / "config.json").exists()
 
 
+def test_saving_onto_a_link_replaces_what_it_points_to(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(saved)
+    save(create("mamba-nano"), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert load(saved)[0].config.name == "mamba-nano"
+
+
+def test_notes_beside_a_checkpoint_are_not_lost(saved: Path) -> None:
+    (saved / "notes.txt").write_text("precious")
+    with pytest.raises(UserError, match=r"also holds 'notes\.txt'"):
+        save(create("mamba-nano"), saved)
+    assert (saved / "notes.txt").read_text() == "precious"
+
+
+def test_files_are_readable_like_their_neighbours(saved: Path) -> None:
+    assert {oct(file.stat().st_mode & 0o777) for file in saved.iterdir()} == {"0o644"}
+
+
 @pytest.mark.parametrize("crash", ["between the renames", "after the second rename"])
 def test_a_crash_while_replacing_loses_nothing(saved: Path, crash: str) -> None:
     old = saved.with_name("m.tmp-old")
@@ -107,6 +125,12 @@ def wrong_shape(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def int_weights(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["norm.weight"] = tensors["norm.weight"].int()
+    save_file(tensors, folder / "model.safetensors")
+
+
 def other_tokenizer(folder: Path) -> None:
     train_bpe(["some words to learn from " * 50], 300).save(folder)
 
@@ -134,6 +158,10 @@ def edit_config(**fields: object) -> object:
         (edit_config(version=99), "format version 99"),
         (edit_config(format="other"), "was not written by samba-lm"),
         (edit_config(model={"name": "x"}), "d_model is missing"),
+        (edit_config(model=5), "is damaged"),
+        (edit_config(tokenizer=5), "is damaged"),
+        (lambda f: (f / "config.json").write_text("[" * 100_000), "nested too deeply"),
+        (int_weights, "'norm.weight' is torch.int32"),
     ],
 )
 def test_damage_is_named_in_one_line(saved: Path, damage, message: str) -> None:  # type: ignore[no-untyped-def]
@@ -144,8 +172,11 @@ def test_damage_is_named_in_one_line(saved: Path, damage, message: str) -> None:
 
 
 def test_what_is_not_there_is_named() -> None:
-    with pytest.raises(UserError, match="There is no checkpoint at 'runs/nothing'"):
+    with pytest.raises(UserError, match="There is no folder 'runs/nothing'"):
         load("runs/nothing")
+    for empty in ("", "/"):
+        with pytest.raises(UserError):
+            load(empty)
     with pytest.raises(UserError, match="Did you mean 'samba-tiny'"):
         load("samba-tny")
 

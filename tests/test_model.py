@@ -187,8 +187,9 @@ def test_ten_million_tokens_in() -> None:
     [
         (torch.tensor([[3, 50]]), "token id 50 is outside the vocabulary of 50"),
         (torch.tensor([[-1, 2]]), "token id -1 is outside"),
-        (torch.zeros(1, 0, dtype=torch.int64), r"int64 \[batch, length >= 1\]"),
-        (torch.zeros(4, dtype=torch.int64), r"int64 \[batch, length >= 1\]"),
+        (torch.zeros(1, 0, dtype=torch.int64), r"int64 \[batch >= 1, length >= 1\]"),
+        (torch.zeros(0, 3, dtype=torch.int64), r"int64 \[batch >= 1, length >= 1\]"),
+        (torch.zeros(4, dtype=torch.int64), r"int64 \[batch >= 1, length >= 1\]"),
         (torch.zeros(1, 2), "not torch.float32"),
     ],
 )
@@ -216,6 +217,11 @@ def test_a_state_of_another_batch_is_refused() -> None:
         ({"layers": [{"kind": "mamba", "dt_rank": 0}]}, "dt_rank=0 must be at least 1"),
         ({"layers": [{"kind": "attention", "heads": 4, "rope_base": -1}]}, "rope_base=-1.0 must be above 0"),
         ({"norm_eps": 0}, "norm_eps=0.0 must be above 0"),
+        ({"layers": 5}, "layers must be a list"),
+        ({"norm_eps": float("nan")}, "norm_eps"),
+        ({"vocab_size": 2**62}, "more than any machine holds"),
+        ({"layers": [{"kind": "gla", "heads": 2, "expand_k": 1e-30}]}, "heads=2 does not divide the key width 0"),
+        ({"layers": [{"kind": "self_extend", "heads": 4, "group": 10**30}]}, "more than any model can use"),
         ({"d_model": 0}, "d_model=0 must be at least 1"),
         ({"d_modl": 32}, "Did you mean 'd_model'"),
         ({"vocab_size": "many"}, "vocab_size"),

@@ -6,7 +6,6 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,15 +13,18 @@ from safetensors.torch import save_file
 
 from samba_lm import zoo
 from samba_lm.config import ModelConfig
-from samba_lm.errors import UserError
-from samba_lm.files import atomic_folder, recover_folder
+from samba_lm.errors import UserError, did_you_mean
+from samba_lm.files import atomic_folder, read_json, recover_folder
 from samba_lm.mixers.mamba import Selection
 from samba_lm.model import SambaLM
+from samba_lm.tokenizer import CONFIG_FILE as TOKENIZER_CONFIG
+from samba_lm.tokenizer import TOKENIZER_FILE as TOKENIZER
 from samba_lm.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 FORMAT = "samba-lm"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VERSION = 1
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def create(
@@ -51,13 +53,16 @@ def save(model: SambaLM, folder: str | os.PathLike[str], tokenizer: Tokenizer | 
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise UserError unless ``folder`` is absent, empty, or a checkpoint of this package."""
+    """Raise UserError unless ``folder`` is absent, empty, or holds a checkpoint of this package and nothing else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:
         read_config(folder)
     except UserError:
         raise UserError(f"{folder} exists and is not a samba-lm checkpoint: choose another folder.") from None
+    others = sorted({p.name for p in folder.iterdir()} - {CONFIG, WEIGHTS, TOKENIZER, TOKENIZER_CONFIG})
+    if others:
+        raise UserError(f"{folder} also holds {others[0]!r}, which would be lost: choose another folder.")
 
 
 def write(model: SambaLM, folder: Path, tokenizer: Tokenizer | None = None) -> None:
@@ -74,7 +79,19 @@ def write(model: SambaLM, folder: Path, tokenizer: Tokenizer | None = None) -> N
     (folder / CONFIG).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
     tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
     # One key only: safetensors writes several in an order that differs from run to run.
-    save_file(tensors, folder / WEIGHTS, metadata={"samba_lm_config": model.config.fingerprint()})
+    write_tensors(tensors, folder / WEIGHTS, {"samba_lm_config": model.config.fingerprint()})
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """safetensors' ``save_file``, its errors of the disk as OSError and its file readable like its neighbours."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    path.chmod(0o644)  # it is made for its owner alone
 
 
 def load(
@@ -90,6 +107,8 @@ def load(
     ``dtype``: of the parameters; None keeps the file's. ``max_context``: replaces the config's, for full attention.
     Raises UserError for a missing, truncated, foreign or mismatched checkpoint.
     """
+    if not os.fspath(folder_or_name):
+        raise UserError("An empty name is no checkpoint: give a folder, or a model of the zoo.")
     folder = Path(folder_or_name)
     recover_folder(folder)
     if not folder.exists():
@@ -114,10 +133,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, str | None]:
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"{folder} is not a checkpoint: it has no {CONFIG}.")
-    try:
-        header: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): the checkpoint is damaged, use another one.") from None
+    header = read_json(path)
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise UserError(
             f"{path} was not written by samba-lm. Convert it first: `samba-lm convert --help` shows from what."
@@ -126,7 +142,10 @@ def read_config(folder: Path) -> tuple[ModelConfig, str | None]:
         raise UserError(
             f"{path} has format version {header.get('version')!r}, this samba-lm reads {VERSION}: upgrade samba-lm."
         )
-    return ModelConfig.from_dict(header.get("model", {})), header.get("tokenizer")
+    model, tokenizer = header.get("model"), header.get("tokenizer")
+    if not isinstance(model, dict) or not isinstance(tokenizer, str | None):
+        raise UserError(f"{path} is damaged (its model or tokenizer is not what we write): use another checkpoint.")
+    return ModelConfig.from_dict(model), tokenizer
 
 
 def read_weights(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
@@ -183,6 +202,10 @@ def build(config: ModelConfig, tensors: dict[str, torch.Tensor] | None = None) -
     for name, shape in expected.items():
         if name not in tensors:
             raise UserError(f"the weights have no tensor {name!r}: they belong to another model than {config.name!r}")
+        if tensors[name].dtype not in DTYPES:
+            raise UserError(
+                f"tensor {name!r} is {tensors[name].dtype}: weights are float32, bfloat16, float16 or float64"
+            )
         if tuple(tensors[name].shape) != shape:
             found = list(tensors[name].shape)
             raise UserError(f"tensor {name!r} has shape {found}, but model {config.name!r} needs {list(shape)}")
@@ -210,9 +233,8 @@ def _read_tokenizer(folder: Path, config: ModelConfig, expected: str | None) -> 
 
 def _from_name(name: str, device: str | torch.device, dtype: torch.dtype | None) -> tuple[SambaLM, Tokenizer | None]:
     if name not in zoo.ZOO:
-        if "/" in name or "." in name:
-            raise UserError(f"There is no checkpoint at {name!r}, and no model of that name in the zoo.")
-        zoo.get(name)  # raises, naming the nearest
+        near = "" if "/" in name or "." in name else did_you_mean(name, zoo.ZOO)
+        raise UserError(f"There is no folder {name!r}, and no model of that name in the zoo.{near}")
     model = create(name, device=device, dtype=dtype).eval()
     byte = ByteTokenizer()
     return model, byte if byte.vocab_size <= model.config.vocab_size <= 2 * byte.vocab_size else None

@@ -17,12 +17,14 @@ from samba_lm.errors import UserError, did_you_mean
 from samba_lm.validation import explain
 
 SPECS: dict[str, type[LayerSpec]] = {}
+MAX_PARAMETERS = 10**14
+MAX_POSITION = 2**62  # positions are int64
 
 
 class LayerSpec(BaseModel):
     """One residual layer as data. Subclass it (with a ``kind``) for a mixer of your own; see ``register_mixer``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: str
     pre_norm: ClassVar[bool] = True
@@ -201,7 +203,7 @@ class LinearAttentionSpec(LayerSpec):
     def check(self, d_model: int) -> None:
         _positive(self, "heads", "expand_k", "expand_v")
         key, value = self.key_dim(d_model), self.value_dim(d_model)
-        if key % self.heads or value % self.heads:
+        if key < 1 or value < 1 or key % self.heads or value % self.heads:
             raise ValueError(f"heads={self.heads} does not divide the key width {key} and the value width {value}")
 
     def key_dim(self, d_model: int) -> int:
@@ -302,7 +304,7 @@ class MegaS6(LayerSpec):
 class ModelConfig(BaseModel):
     """A language model: embedding, ``layers`` (each ``x + f(norm(x))``), final norm, head. Frozen and validated."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
     d_model: int
@@ -318,6 +320,8 @@ class ModelConfig(BaseModel):
     @field_validator("layers", mode="before")
     @classmethod
     def _read_layers(cls, value: Any) -> tuple[LayerSpec, ...]:
+        if not isinstance(value, list | tuple):
+            raise ValueError("layers must be a list of layer specs")
         return tuple(_read_spec(i, entry) for i, entry in enumerate(value))
 
     @model_validator(mode="after")
@@ -334,6 +338,8 @@ class ModelConfig(BaseModel):
                 spec.check(self.d_model)
             except ValueError as error:
                 raise ValueError(f"layers[{i}] ({spec.kind}): {error}") from None
+        if self.parameters() > MAX_PARAMETERS:
+            raise ValueError(f"this makes {self.parameters():.2g} parameters, more than any machine holds")
         return self
 
     @classmethod
@@ -402,6 +408,8 @@ def _read_spec(index: int, entry: Any) -> LayerSpec:
 def _positive(spec: LayerSpec, *fields: str) -> None:
     for field in fields:
         value = getattr(spec, field)
+        if value is not None and value > MAX_POSITION:
+            raise ValueError(f"{field}={value:.2g} is more than any model can use")
         if value is not None and value <= 0:
             raise ValueError(f"{field}={value} must be {'at least 1' if isinstance(value, int) else 'above 0'}")
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from samba_lm.errors import UserError
 
@@ -69,7 +71,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     An existing folder at ``path`` stays complete until the new one is wholly on the disk. Two renames swap them; a
     crash between the two leaves the old one as ``path`` + ``.tmp-old``, which :func:`recover_folder` puts back.
     """
-    path = Path(path)
+    path = _named(path)
     with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         recover_folder(path)
@@ -94,9 +96,22 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def recover_folder(path: Path) -> None:
     """Put back a folder whose replacement was cut off between the two renames of :func:`atomic_folder`."""
+    path = Path(os.path.realpath(path))
+    if not path.name:  # the root was never one of ours
+        return
     old = _old(path)
     if old.is_dir() and not path.exists():
         os.replace(old, path)
+
+
+def _named(path: str | os.PathLike[str]) -> Path:
+    """The path without links, so that a link stays one and what it points to is replaced."""
+    if not os.fspath(path):
+        raise UserError("An empty path names no folder: give one.")
+    real = Path(os.path.realpath(path))
+    if not real.name:
+        raise UserError(f"{path} cannot be replaced: name a folder in it.")
+    return real
 
 
 def _old(path: Path) -> Path:
@@ -107,3 +122,17 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file atomically, as UTF-8."""
     with atomic_file(path) as tmp:
         tmp.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file. Raises UserError when it is missing, not UTF-8, not JSON, or nested too deeply."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"There is no file {path}.") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, not a JSON file.") from None
+    except RecursionError:
+        raise UserError(f"{path} is not valid: it is nested too deeply to be one of ours.") from None
+    except ValueError as error:  # not UTF-8, not JSON, a number too long
+        raise UserError(f"{path} is not valid JSON ({error}): it is damaged, use another one.") from None

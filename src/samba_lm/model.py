@@ -133,9 +133,11 @@ class SambaLM(nn.Module):
         return self.norm(x).to(self.dtype), State(span.end, layers)
 
     def _check(self, input_ids: torch.Tensor, state: State | None) -> None:
-        if input_ids.dim() != 2 or input_ids.shape[1] < 1 or input_ids.dtype != torch.int64:
+        if not isinstance(input_ids, torch.Tensor):
+            raise UserError(f"input_ids must be an int64 tensor [batch, length], not {type(input_ids).__name__}")
+        if input_ids.dim() != 2 or 0 in input_ids.shape or input_ids.dtype != torch.int64:
             raise UserError(
-                f"input_ids must be int64 [batch, length >= 1], not {input_ids.dtype} {list(input_ids.shape)}"
+                f"input_ids must be int64 [batch >= 1, length >= 1], not {input_ids.dtype} {list(input_ids.shape)}"
             )
         if input_ids.device.type == "cpu" and input_ids.numel():  # on a GPU the look-up itself asserts
             low, high = int(input_ids.min()), int(input_ids.max())
@@ -144,6 +146,8 @@ class SambaLM(nn.Module):
                 raise UserError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size} (0 .. size - 1)")
         if state is not None and state.batch != input_ids.shape[0]:
             raise UserError(f"the state holds {state.batch} sequences but input_ids has {input_ids.shape[0]} rows")
+        if state is not None and len(state.layers) != len(self.layers):
+            raise UserError(f"the state is of a model with {len(state.layers)} layers, this one has {len(self.layers)}")
 
 
 def _layer(module: nn.Module) -> Layer:

@@ -162,6 +162,8 @@ def _agree(position: torch.Tensor) -> bool:
 
 
 def _checked(segments: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    if not isinstance(segments, torch.Tensor):
+        raise UserError(f"segments must be an int64 tensor [{batch}, {length}], not {type(segments).__name__}")
     if segments.shape != (batch, length) or segments.dtype != torch.int64:
         raise UserError(
             f"segments must be int64 of shape [{batch}, {length}] like the tokens, "

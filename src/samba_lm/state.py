@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from samba_lm.errors import UserError
 from samba_lm.span import Cursor
 
 Tensors = dict[str, torch.Tensor]
@@ -29,7 +30,9 @@ class State:
 
     def select(self, rows: torch.Tensor | list[int]) -> State:
         """A copy with the given rows, in that order; a row may come twice (fork one prompt into many)."""
-        index = torch.as_tensor(rows, dtype=torch.int64, device=self.cursor.position.device)
+        index = torch.as_tensor(rows, device=self.cursor.position.device)
+        if index.dtype != torch.int64 or index.dim() != 1:
+            raise UserError(f"rows must be a list of row numbers (int64 [n]), not {index.dtype} {list(index.shape)}")
         cursor = Cursor(self.cursor.segment[index], self.cursor.position[index])
         return State(cursor, [{name: t[index] for name, t in layer.items()} for layer in self.layers])
 

@@ -25,6 +25,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (run, report):
         monkeypatch.setattr(module, "LENGTH", 16)
     monkeypatch.setattr(run, "BATCH", 2)
+    monkeypatch.setattr(run, "PATIENCE", 1000.0)  # a busy test machine must not end a story early
 
 
 def texts(folder: Path) -> list[Path]:
@@ -44,7 +45,7 @@ def test_the_whole_story(small: None, tmp_path: Path, capsys: pytest.CaptureFixt
     assert [f"{i}/7" for i in range(1, 8)] == re.findall(r"^(\d/7)", told, re.MULTILINE)
     html = page.read_text()
     for twin in result.twins:
-        assert len(twin.losses) == result.steps >= 20
+        assert len(twin.losses) == result.steps
         assert [r.length for r in twin.results] == [16, 32, 64, 128, 256]
         assert len({r.windows * r.length for r in twin.results}) == 1, "the same text at every length"
         for r in twin.results:
@@ -79,20 +80,36 @@ def twin(name: str, first: float, last: float) -> Twin:
 
 
 @pytest.mark.parametrize(
-    ("samba", "llama", "words"),
+    ("samba", "llama", "steps", "words"),
     [
-        ((4.0, 3.9), (4.0, 9.0), "the claim holds in this run"),
-        ((4.0, 4.5), (4.0, 9.0), "only full attention's half of it holds in this run"),
-        ((4.0, 3.9), (4.0, 4.0), "only Samba's half of it holds in this run"),
-        ((4.0, 4.5), (4.0, 3.0), "it does not hold in this run"),
+        ((4.0, 3.9), (4.0, 9.0), 500, "the claim holds in this run"),
+        ((4.0, 4.5), (4.0, 9.0), 500, "only full attention's half of it holds in this run"),
+        ((4.0, 3.9), (4.0, 4.0), 500, "only Samba's half of it holds in this run"),
+        ((4.0, 4.5), (4.0, 3.0), 500, "it does not hold in this run"),
+        ((4.0, 4.0), (4.0, 4.03), 20, "20 steps are too few to tell"),
     ],
 )
 def test_the_verdict_can_turn_out_either_way(
-    samba: tuple[float, float], llama: tuple[float, float], words: str
+    samba: tuple[float, float], llama: tuple[float, float], steps: int, words: str
 ) -> None:
-    told = verdict([twin("samba-tiny", *samba), twin("llama-tiny", *llama)])
+    told = verdict([twin("samba-tiny", *samba), twin("llama-tiny", *llama), twin("mamba-tiny", 3.0, 2.0)], steps)
     assert words in told
     assert f"{100 * (samba[1] / samba[0] - 1):+.1f}%" in told
+    assert "mamba-tiny by -33.3%" in told
+    assert "The lowest at 4096 is mamba-tiny's 2.00" in told
+
+
+def test_a_machine_that_gets_busy_stops_all_at_one_step(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calibrate = run._calibrate
+    # Promise a speed that no machine has: patience ends in the first model already.
+    monkeypatch.setattr(run, "_calibrate", lambda *args: replace(calibrate(*args), step_seconds=1e-5))
+    monkeypatch.setattr(run, "PATIENCE", 1.25)
+    result = run.run(DemoSettings(tmp_path / "out", texts(tmp_path / "texts"), seconds=1.0), Console(width=100))
+    assert "the machine got busy: stopped at step" in capsys.readouterr().out
+    assert result.steps == min(len(twin.losses) for twin in result.twins)
+    assert all(twin.results[-1].windows > 0 for twin in result.twins)
 
 
 def test_too_little_text_is_named(tmp_path: Path) -> None:

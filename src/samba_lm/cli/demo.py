@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,8 +41,8 @@ def main(argv: list[str]) -> None:
     """Run the command."""
     args = parse(Demo, argv, prog="samba-lm demo")
     seconds = 60 * args.minutes if args.minutes is not None else QUICK_SECONDS if args.quick else FULL_SECONDS
-    if not seconds >= 30:
-        raise UserError(f"--minutes {args.minutes} is too short for four models: give at least 0.5.")
+    if not 30 <= seconds <= 86_400:
+        raise UserError(f"--minutes {args.minutes} must be from 0.5 (four models need that) to 1440.")
     from samba_lm.demo.report import record, write_report
     from samba_lm.demo.run import DemoSettings, clean, run, verdict
 
@@ -51,10 +55,14 @@ def main(argv: list[str]) -> None:
         if path is not None:
             write_json(path, record(result))
     console.print(f"    [bold]{report}[/bold]", highlight=False)
-    console.print(f"\n{verdict(result.twins)}", highlight=False)
-    console.print(
-        f"\nGo on with: samba-lm chat {args.out / 'samba-tiny'}, or samba-lm generate {args.out / 'samba-tiny'} "
-        "--prompt 'def '",
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.print(f"\n{verdict(result.twins, result.steps)}", highlight=False)
+    checkpoint = shlex.quote(str(args.out / "samba-tiny"))
+    console.print(f"\nGo on with, for example:\n  {_program()} generate {checkpoint} --prompt 'def '", highlight=False)
+
+
+def _program() -> str:
+    """How to call samba-lm from here: by its name, or by its path where the environment is not active."""
+    beside = Path(sys.executable).with_name("samba-lm")
+    if shutil.which("samba-lm") is not None or not beside.exists():
+        return "samba-lm"
+    return shlex.quote(os.path.relpath(beside))

@@ -44,7 +44,7 @@ def record(result: DemoResult) -> dict[str, object]:
         "scored_tokens": result.scored_tokens,
         "seconds": result.seconds,
         "stages": result.stages,
-        "verdict": verdict(result.twins),
+        "verdict": verdict(result.twins, result.steps),
         "decode_tokens_per_s": result.decode_tokens_per_s,
         "twins": [
             {
@@ -135,7 +135,7 @@ def _page(result: DemoResult, provenance: dict[str, object], figures: dict[str, 
     }  # fmt: skip
     listed = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in facts.items())
     return _PAGE.format(
-        verdict=html.escape(verdict(result.twins)),
+        verdict=html.escape(verdict(result.twins, result.steps)),
         source=html.escape(result.source),
         train=f"{result.train_tokens:,}",
         heldout=f"{result.heldout_tokens:,}",

@@ -54,7 +54,19 @@ def causal_conv1d(
     else:
         index = lengths[:, None] + torch.arange(k - 1, device=x.device)
         final = padded.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+    if positions is not None:
+        final = final.masked_fill(_before_document(positions, lengths, k)[..., None], 0.0)
     return y.to(x.dtype), final
+
+
+def _before_document(positions: torch.Tensor, lengths: torch.Tensor | None, k: int) -> torch.Tensor:
+    """bool [B, k-1]: inputs of the final state that came before the last document, which it must not remember."""
+    distance = torch.arange(k - 1, 0, -1, device=positions.device)  # how long before the next token each was read
+    if lengths is None:
+        return positions[:, -1:] + 1 < distance
+    last = positions.gather(1, (lengths - 1).clamp(min=0)[:, None])
+    # A row that read nothing keeps its state, which is clean already.
+    return (last + 1 < distance) & (lengths > 0)[:, None]
 
 
 def causal_conv1d_step(
