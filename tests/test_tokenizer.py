@@ -271,3 +271,43 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_lone_surrogates_are_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match=r"character 3 .*U\+D800"):
         tokenizer.encode("abc\ud800")
+
+
+def without_unknown() -> str:
+    runner = tokenizers.Tokenizer(models.WordLevel({"a": 0, EOS: 1}))
+    runner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return runner.to_str()
+
+
+def test_text_without_a_token_is_told() -> None:
+    with pytest.raises(UserError, match="cannot encode this text"):
+        FileTokenizer(without_unknown()).encode("a b")
+
+
+def test_a_panic_of_the_library_is_told() -> None:
+    document = json.loads(without_unknown())
+    document["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    with pytest.raises(UserError, match=r"is not a tokenizer\.json"):
+        FileTokenizer(json.dumps(document))
+
+
+@pytest.mark.parametrize("eos", [5, [1], {"content": 5}])
+def test_a_separator_that_is_no_name(tmp_path: Path, eos: object) -> None:
+    ByteTokenizer().save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    with pytest.raises(UserError, match=r"eos_token is .* not a token's name"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["[" * 100_000, "9" * 5000], ids=["deep", "long"])
+def test_json_that_python_refuses(tmp_path: Path, name: str, content: str) -> None:
+    ByteTokenizer().save(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name} is not a tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_an_empty_name_is_not_the_current_folder() -> None:
+    with pytest.raises(UserError, match="empty name"):
+        parse_tokenizer("")

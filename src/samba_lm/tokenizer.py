@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from samba_lm.errors import UserError, did_you_mean
+from samba_lm.errors import UserError, did_you_mean, one_line
 from samba_lm.files import write_text
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"  # the Hugging Face name; we write and read its "eos_token"
 EOS = "<|endoftext|>"
 USUAL_EOS = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]")
+_PANIC = "PanicException"  # of Rust code; the library exports no name for it
 MIN_BPE_VOCAB = 257  # 256 bytes and the separator
 MAX_BPE_VOCAB = 1_000_000
 
@@ -140,8 +141,10 @@ class FileTokenizer(Tokenizer):
 
         try:
             runner = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # the library raises the bare class, nothing narrower
-            raise UserError(f"{source} is not a tokenizer.json: {error}.") from error
+        except BaseException as error:  # the library raises the bare Exception, and panics, which are not even that
+            if type(error) is not Exception and type(error).__name__ != _PANIC:
+                raise
+            raise UserError(f"{source} is not a tokenizer.json: {one_line(str(error))}.") from error
         self._content = content
         self._source = source
         vocabulary: dict[str, int] = runner.get_vocab(with_added_tokens=True)
@@ -158,7 +161,15 @@ class FileTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         for text in texts:
             _utf8(text)
-        encodings = self._runner.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self._runner.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:
+            if type(error) is not Exception:  # the library raises the bare class for text it has no token for
+                raise
+            raise UserError(
+                f"{self._source} cannot encode this text ({one_line(str(error))}): use a tokenizer that knows every "
+                "character, or one with a token for unknown ones."
+            ) from error
         return [self._checked(np.array(encoding.ids, dtype=np.int64)) for encoding in encodings]
 
     def decode(self, ids: Iterable[int] | Ids) -> str:
@@ -239,6 +250,8 @@ def tokenizer_from_json(content: str, eos: str | None = None, source: str = TOKE
         document = json.loads(content)
     except json.JSONDecodeError as error:
         raise UserError(f"{source} is not a tokenizer.json: not valid JSON ({error}).") from error
+    except (ValueError, RecursionError) as error:  # a number too long; brackets without end
+        raise UserError(f"{source} is not a tokenizer.json: nested too deeply, or a number too long.") from error
     if eos in (None, EOS) and _is_byte_tokenizer(document):
         return ByteTokenizer()
     return FileTokenizer(content, eos=eos, source=source)
@@ -266,6 +279,8 @@ def parse_tokenizer(spec: str, eos: str | None = None) -> Tokenizer | BpeSpec:
     Raises:
         UserError: ``spec`` is none of these, or the file is no tokenizer.
     """
+    if not spec:
+        raise UserError("The tokenizer is an empty name: write byte, bpe:SIZE, or the path of a tokenizer.json.")
     if spec == "byte":
         return ByteTokenizer()
     name, colon, size = spec.partition(":")
@@ -369,9 +384,14 @@ def _configured_eos(file: Path) -> str | None:
         return None
     try:
         eos = json.loads(_read_text(file)).get("eos_token")
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (ValueError, RecursionError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{file} is not a tokenizer_config.json ({error}): mend or remove it.") from error
-    return eos.get("content") if isinstance(eos, dict) else eos
+    name = eos.get("content") if isinstance(eos, dict) else eos
+    if not isinstance(name, str | None):
+        raise UserError(f"{file}: eos_token is {json.dumps(eos)[:40]}, not a token's name: mend or remove it.")
+    return name
 
 
 def _read_text(file: Path) -> str:

@@ -188,6 +188,24 @@ def test_out_is_not_overwritten_by_mistake(corpus: Path, tmp_path: Path) -> None
         prepare([corpus], corpus / "a.txt", ByteTokenizer())
 
 
+@pytest.mark.parametrize("name", ["notes.md", "train/notes.md", "photos/"])
+def test_overwrite_removes_nothing_that_prepare_did_not_write(corpus: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    prepare([corpus], out, ByteTokenizer(), val_fraction=0.3)
+    mine = out / name
+    mine.mkdir() if name.endswith("/") else mine.write_text("mine")
+    with pytest.raises(UserError, match=f"{mine} is no prepared data"):
+        prepare([corpus], out, ByteTokenizer(), overwrite=True)
+    assert mine.exists()
+
+
+def test_an_empty_name_is_not_the_current_folder(corpus: Path) -> None:
+    with pytest.raises(UserError, match="name of an input is empty"):
+        prepare([""], corpus / "out", ByteTokenizer())
+    with pytest.raises(UserError, match="output folder's name is empty"):
+        prepare([corpus], "", ByteTokenizer())
+
+
 def test_bad_arguments(corpus: Path, tmp_path: Path) -> None:
     def run(**options: object) -> Prepared:
         return prepare([corpus], tmp_path / "out", ByteTokenizer(), **options)  # type: ignore[arg-type]

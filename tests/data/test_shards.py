@@ -10,6 +10,7 @@ import pytest
 
 from samba_lm.data.shards import Meta, ShardWriter, TokenDataset, open_splits, token_dtype
 from samba_lm.errors import UserError
+from samba_lm.files import TMP_MARK
 from samba_lm.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 
 TEXTS = ["hello", "naïve 🙂", "x", "a longer document, longer than a shard", "end"]
@@ -218,3 +219,42 @@ def test_splits(tmp_path: Path, folder: Path) -> None:
     shutil.rmtree(tmp_path / "both")
     with pytest.raises(UserError, match=r"is not a folder.*samba-lm data prepare"):
         open_splits(tmp_path / "both")
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_a_replacement_cut_off_between_its_renames_is_undone(tmp_path: Path, splits: bool) -> None:
+    whole = tmp_path / "kp"
+    for name in ("train", "val") if splits else ("",):
+        write(whole / name)
+    whole.rename(tmp_path / f"kp{TMP_MARK}old")
+    assert TokenDataset.open(whole / "train" if splits else whole).num_documents == len(TEXTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["kp"]
+
+
+def set_array(name: str, at: int, value: int) -> Callable[[Path], None]:
+    def harm(folder: Path) -> None:
+        array = np.load(folder / name)
+        array[at] = value
+        np.save(folder / name, array)
+
+    return harm
+
+
+def test_ids_and_offsets_are_checked_where_they_are_read(folder: Path) -> None:
+    set_array("tokens-00000.npy", 3, 60_000)(folder)
+    with pytest.raises(UserError, match=r"token id 60000 .*samba-lm data verify"):
+        TokenDataset.open(folder).tokens(0, 5)
+    set_array("offsets-00000.npy", 1, 2**40)(folder)
+    dataset = TokenDataset.open(folder)
+    for index in (0, 1):
+        with pytest.raises(UserError, match=f"document {index} has the bounds"):
+            dataset.document(index)
+    set_array("offsets-00000.npy", 1, 3)(folder)
+    with pytest.raises(UserError, match="a document does not end where it says"):
+        TokenDataset.open(folder).document_ends(0, 12)
+
+
+def test_deep_meta_is_told(folder: Path) -> None:
+    (folder / "meta.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"meta\.json"):
+        TokenDataset.open(folder)

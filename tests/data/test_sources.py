@@ -133,6 +133,8 @@ def test_jsonl(tmp_path: Path) -> None:
         (b'{"text": "\xff"}', r"byte 24 \(line 2\) is 0xff"),
         (b'{"text": "\\ud800"}', r"line 2.*U\+D800"),
         (b"[" * 200_000, "line 2 is nested too deeply"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "line 2 has a number that is too long"),
+        (b"{}", "line 2 has no field 'text': name the text's field. Use --field"),
     ],
 )
 def test_bad_json_lines(tmp_path: Path, line: bytes, words: str) -> None:

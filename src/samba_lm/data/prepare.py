@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from samba_lm.data.encode import encode_in_order
-from samba_lm.data.shards import DEFAULT_SHARD_TOKENS, Meta, ShardWriter, TokenDataset, is_dataset
+from samba_lm.data.shards import DEFAULT_SHARD_TOKENS, Meta, ShardWriter, TokenDataset, foreign_file, is_dataset
 from samba_lm.data.sources import OnError, Piece, ReadOptions, SourceFile, find_files, read_file
 from samba_lm.errors import UserError
-from samba_lm.files import atomic_folder
+from samba_lm.files import atomic_folder, recover_folder
 from samba_lm.tokenizer import BpeSpec, ByteTokenizer, Tokenizer, train_bpe
 
 OnProgress = Callable[[str, int, int], None]
@@ -83,7 +83,10 @@ def prepare(
     Raises:
         UserError: bad input (see :mod:`samba_lm.data.sources`), no text, or ``out`` may not be written.
     """
+    if not os.fspath(out):
+        raise UserError("The output folder's name is empty: name a folder to make.")
     out = Path(out)
+    recover_folder(out)
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction is {val_fraction}: it must be at least 0 and less than 1.")
     if processes < 1:
@@ -115,11 +118,16 @@ def _check_out(out: Path, files: Iterable[SourceFile], overwrite: bool) -> None:
         raise UserError(f"{out} already exists: choose another folder, or add --overwrite to replace it.")
     if not is_dataset(out):
         raise UserError(f"{out} is not prepared data, so --overwrite will not remove it: choose another folder.")
+    if Path.cwd().resolve().is_relative_to(out.resolve()):
+        raise UserError(f"{out} holds the current folder, which --overwrite would remove: go elsewhere first.")
     for file in files:
         if file.path.resolve().is_relative_to(out.resolve()):
             raise UserError(
                 f"{out} holds the input {file.path}, which --overwrite would remove: choose another folder."
             )
+    foreign = foreign_file(out)
+    if foreign is not None:
+        raise UserError(f"{foreign} is no prepared data, and --overwrite would remove it: move it away first.")
 
 
 def _train(

@@ -14,8 +14,8 @@ in order. Nothing in the folder depends on the time, the machine or the number o
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
 from samba_lm.errors import UserError
-from samba_lm.tokenizer import Tokenizer, load_tokenizer
+from samba_lm.files import read_json, recover_folder
+from samba_lm.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,6 +35,9 @@ FORMAT = "samba-lm tokens"
 VERSION = 1
 META_FILE = "meta.json"
 DEFAULT_SHARD_TOKENS = 2**26
+_OUR_FILES = re.compile(
+    "|".join([*map(re.escape, (META_FILE, TOKENIZER_FILE, CONFIG_FILE)), r"(tokens|offsets)-\d{5,}\.npy"])
+)
 _VERIFY_BLOCK = 2**24
 _AGAIN = "make the data again with `samba-lm data prepare`, or copy it again"
 
@@ -205,6 +209,7 @@ class TokenDataset:
             UserError: a file is missing, foreign, cut short, or of another size or version.
         """
         folder = Path(folder)
+        _recover(folder)
         meta = _read_meta(folder)
         tokenizer = load_tokenizer(folder)
         if tokenizer.fingerprint() != meta.tokenizer:
@@ -243,6 +248,7 @@ class TokenDataset:
 
         Raises:
             IndexError: not ``0 <= start <= stop <= num_tokens``.
+            UserError: an id is outside the vocabulary, in damaged data.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start}..{stop} are not within 0..{self.num_tokens}")
@@ -255,6 +261,8 @@ class TokenDataset:
             out[done : done + part.size] = part
             done += part.size
             shard += 1
+        if out.size and out.max() >= self.meta.vocab_size:
+            raise self._damaged(f"the token id {out.max()} is outside the vocabulary of {self.meta.vocab_size}")
         return out
 
     def document_bounds(self, index: int) -> tuple[int, int]:
@@ -262,20 +270,28 @@ class TokenDataset:
 
         Raises:
             IndexError: not ``0 <= index < num_documents``.
+            UserError: the data are damaged.
         """
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} is not within 0..{self.num_documents - 1}")
         shard = int(np.searchsorted(self._document_base, index, side="right")) - 1
         at = index - int(self._document_base[shard])
         base = int(self._token_base[shard])
-        return base + int(self._offsets[shard][at]), base + int(self._offsets[shard][at + 1])
+        start, stop = (int(offset) for offset in self._offsets[shard][at : at + 2])
+        if not 0 <= start < stop <= self.meta.shards[shard].tokens:
+            raise self._damaged(f"document {index} has the bounds {start}..{stop}")
+        return base + start, base + stop
 
     def document(self, index: int) -> NDArray[np.int64]:
         """Return the tokens of document ``index``, int64, its separator last."""
         return self.tokens(*self.document_bounds(index))
 
     def document_ends(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Return, int64 and rising, the stream positions within ``start .. stop - 1`` that end a document."""
+        """Return, int64 and rising, the stream positions within ``start .. stop - 1`` that end a document.
+
+        Raises:
+            UserError: the data are damaged.
+        """
         found = []
         first = int(np.searchsorted(self._token_base, start, side="right")) - 1
         for shard in range(first, len(self._offsets)):
@@ -285,8 +301,17 @@ class TokenDataset:
             ends = self._offsets[shard][1:]
             # The last token of a document stands one before the next one's start.
             low, high = np.searchsorted(ends, [start - base + 1, stop - base + 1])
-            found.append(np.asarray(ends[low:high]) + (base - 1))
+            last = np.asarray(ends[low:high]) - 1
+            within = (last >= max(start - base, 0)) & (last < min(stop - base, self.meta.shards[shard].tokens))
+            if not within.all() or (self._tokens[shard][last] != self.meta.eos_id).any():
+                raise self._damaged("a document does not end where it says")
+            found.append(last + base)
         return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(
+            f"{self.folder} is damaged ({what}): `samba-lm data verify {self.folder}` names the file; {_AGAIN}."
+        )
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read everything: hashes, ids within the vocabulary, documents that end with the separator.
@@ -333,6 +358,7 @@ def open_splits(folder: str | os.PathLike[str]) -> tuple[TokenDataset, TokenData
         UserError: see :meth:`TokenDataset.open`.
     """
     folder = Path(folder)
+    _recover(folder)
     if not _has_splits(folder):
         return TokenDataset.open(folder), None
     return TokenDataset.open(folder / "train"), TokenDataset.open(folder / "val")
@@ -341,6 +367,17 @@ def open_splits(folder: str | os.PathLike[str]) -> tuple[TokenDataset, TokenData
 def is_dataset(folder: Path) -> bool:
     """Whether ``folder`` is a data set or a pair of splits (whole or damaged): something ``prepare`` wrote."""
     return (folder / META_FILE).is_file() or _has_splits(folder)
+
+
+def foreign_file(folder: Path) -> Path | None:
+    """The first file or folder in a data set, or in a pair of splits, that ``prepare`` does not write."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and path.name in ("train", "val") and not path.is_symlink():
+            if (foreign := foreign_file(path)) is not None:
+                return foreign
+        elif path.is_dir() or not _OUR_FILES.fullmatch(path.name):
+            return path
+    return None
 
 
 def file_sha256(path: Path) -> str:
@@ -364,6 +401,13 @@ def offsets_file(number: int) -> str:
     return f"offsets-{number:05d}.npy"
 
 
+def _recover(folder: Path) -> None:
+    # Splits are replaced together, by their parent's name.
+    recover_folder(folder)
+    if folder.name in ("train", "val"):
+        recover_folder(folder.parent)
+
+
 def _has_splits(folder: Path) -> bool:
     return (folder / "train" / META_FILE).is_file() and (folder / "val").is_dir()
 
@@ -375,10 +419,7 @@ def _read_meta(folder: Path) -> Meta:
             raise UserError(f"{folder} holds two data sets: name {folder / 'train'} or {folder / 'val'}.")
         what = "has no meta.json, so it is not prepared data" if folder.is_dir() else "is not a folder"
         raise UserError(f"{folder} {what}: make it with `samba-lm data prepare TEXT... --out {folder}`.")
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error}): {_AGAIN}.") from error
+    content = read_json(file)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{file} is not of the format {FORMAT!r}: give a folder made by `samba-lm data prepare`.")
     if content.get("version") != VERSION:

@@ -16,7 +16,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -93,6 +93,8 @@ def find_files(inputs: Sequence[str | os.PathLike[str]], suffixes: Iterable[str]
     known = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, PARQUET_SUFFIX, *(_with_dot(suffix) for suffix in suffixes))
     found: dict[Path, SourceFile] = {}
     for given in inputs:
+        if not os.fspath(given):
+            raise UserError("The name of an input is empty: name a file or a folder (. is the current one).")
         path = Path(given)
         if path.is_dir():
             names = list(_walk(path))
@@ -197,6 +199,8 @@ def _text_of(line: str, where: str, options: ReadOptions) -> str:
         raise UserError(f"{where} is not valid JSON ({error.msg} at column {error.colno}): mend the line.") from error
     except RecursionError as error:
         raise UserError(f"{where} is nested too deeply: remove the line.") from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise UserError(f"{where} has a number that is too long: remove the line.") from error
     if not isinstance(record, dict):
         raise UserError(f"{where} is not a JSON object: each line must be one, with the text in {options.field!r}.")
     if options.field not in record:
@@ -321,8 +325,8 @@ def _looks_like_text(path: Path) -> bool:
     return b"\0" not in start
 
 
-def _known(field: str, names: Iterable[str]) -> str:
-    return did_you_mean(field, names) + " Use --field NAME."
+def _known(field: str, names: Collection[str]) -> str:
+    return (did_you_mean(field, names) if names else "") + " Use --field NAME."
 
 
 def _not_utf8(file: SourceFile, error: UnicodeDecodeError, offset: int, within: str = "") -> UserError:
