@@ -91,7 +91,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Missing --config" in _told(capsys, "from-official", weights, "--out", out)
     assert "There is no file" in told(weights=tmp_path / "none.pth")
     assert "There is no file" in told(config=tmp_path / "none.json")
-    assert "is not JSON" in told(config=weights)
+    assert "is not valid JSON" in told(config=weights)
     (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:5000])
     assert "is truncated" in told(weights=tmp_path / "cut.safetensors")
     assert "n_layers = 4: unknown key. Did you mean 'n_layer'?" in told(
@@ -138,7 +138,7 @@ def test_from_transformers_replaces_checkpoints_only(tmp_path: Path, capsys: pyt
 def test_to_transformers_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = _told(capsys, "to-transformers", "samba-nano", "--out", tmp_path / "out")
     assert "'samba-nano' has no counterpart in transformers" in told
-    assert "There is no checkpoint" in _told(capsys, "to-transformers", tmp_path / "x", "--out", tmp_path / "out")
+    assert "There is no folder" in _told(capsys, "to-transformers", tmp_path / "x", "--out", tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").touch()
     assert "choose another folder" in _told(capsys, "to-transformers", "swa-nano", "--out", tmp_path / "full")

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import samba_lm
+from samba_lm.cli.generate import file_share
 from samba_lm.cli.main import main
 from samba_lm.config import Attention, Mamba, ModelConfig, SwiGLU
 from samba_lm.tokenizer import ByteTokenizer, train_bpe
@@ -188,3 +189,18 @@ def test_chat_answers_and_obeys_its_commands(checkpoint: Path, capsys, stdin, tm
     assert "/save needs a file" in out
     assert "/sav is not a command. Did you mean '/save'?" in out
     assert "/reset " in out
+
+
+def test_an_untrained_model_is_announced(checkpoint: Path, capsys) -> None:
+    assert main(["generate", "samba-nano", "--max-tokens", "1"]) == 0
+    assert "samba-nano is untrained: its weights are random" in capsys.readouterr().err
+    assert main(["generate", str(checkpoint), "--max-tokens", "1"]) == 0
+    assert "untrained" not in capsys.readouterr().err
+
+
+def test_the_progress_tells_how_much_of_a_file_was_read(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_bytes(b"a" * 2_000_000)
+    with (tmp_path / "long.txt").open("rb") as file:
+        file.read(500_000)
+        assert file_share(file) == ", 25% of 2.00MB"
+    assert file_share(None) == ""

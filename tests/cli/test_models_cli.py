@@ -9,6 +9,7 @@ import pytest
 
 from samba_lm import zoo
 from samba_lm.cli import models
+from samba_lm.cli.main import main
 from samba_lm.errors import UserError
 
 
@@ -56,3 +57,20 @@ def test_an_unknown_name_and_a_bad_context() -> None:
         models.main(["samba-421"])
     with pytest.raises(UserError, match="context"):
         models.main(["--context", "0"])
+
+
+@pytest.mark.parametrize("context", ["0", "-1", "1" + 400 * "0"])
+def test_a_context_out_of_range_is_told(context: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--context", context]) == 2
+    assert "must be from 1 to 1000000000000 tokens" in capsys.readouterr().err
+
+
+def test_a_number_of_too_many_digits_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--context", 5000 * "1"]) == 2
+    assert "--context: a number of 5000 digits is too large. See" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "100000"])
+def test_threads_of_bench_out_of_range_are_told(threads: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "scan", "--threads", threads]) == 2
+    assert f"--threads {threads} must be from 1 to 1024" in capsys.readouterr().err

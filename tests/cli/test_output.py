@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import samba_lm
+from samba_lm.cli.main import main
 from samba_lm.cli.output import source_commit, write_json
+from samba_lm.errors import UserError
 
 
 def _strict(path: Path) -> dict[str, object]:
@@ -67,3 +69,23 @@ def test_the_commit_of_a_checkout() -> None:
     else:
         assert commit is not None
         assert len(commit.removesuffix("-dirty")) == 40
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("", "--json is empty"),
+        (".", "--json . is a folder"),
+        ("/", "--json / is a folder"),
+        ("no/..", "--json no/.. is"),
+    ],
+)
+def test_what_cannot_be_a_file_is_told_before_the_work(
+    path: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=f"^{told}"):
+        write_json(path, {})
+    assert main(["models", "samba-nano", "--json", path]) == 2
+    said = capsys.readouterr()
+    assert told in said.err
+    assert (said.out, said.err.count("\n")) == ("", 1)

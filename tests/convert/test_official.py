@@ -60,6 +60,11 @@ def test_size_overrides() -> None:
     [
         ({"n_hed": 4}, "n_hed = 4: unknown key. Did you mean 'n_head'?"),
         ({"n_layer": 0}, "n_layer = 0"),
+        ({"n_layer": 10**30}, "n_layer = 1000"),
+        ({"padded_vocab_size": 10**30}, "padded_vocab_size = 1000"),
+        ({"intermediate_size": 2**62}, "intermediate_size = 46"),
+        ({"_norm_clas": "RMSNorm"}, "Did you mean '_norm_class'?"),
+        ({"attn_layer_pos": 100_000 * "["}, "must be a list of block numbers"),
         ({"n_embd": "wide"}, "n_embd = 'wide'"),
         ({"full_per_layer": 0}, "full_per_layer = 0"),
         ({"n_head": 3}, "heads=3 does not divide d_model=32"),

@@ -184,6 +184,10 @@ MAMBA = {**SIZES, "model_type": "mamba"}
     [
         ({**LLAMA, "model_type": "gpt2"}, "model_type = 'gpt2' is not supported: llama, mistral, mamba"),
         ({}, "model_type = None"),
+        ({**LLAMA, "model_type": []}, "model_type = []"),
+        ({**LLAMA, "num_hidden_layers": 2**62}, "num_hidden_layers"),
+        ({**LLAMA, "hidden_size": 10**30}, "hidden_size"),
+        ({**MAMBA, "expand": 2**40}, "expand"),
         ({**LLAMA, "architectures": ["LlamaForSequenceClassification"]}, "it must be ['LlamaForCausalLM']"),
         ({**LLAMA, "hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({**LLAMA, "attention_bias": True}, "attention_bias = True"),
@@ -264,7 +268,7 @@ def test_damaged_folders(tmp_path: Path) -> None:
     folder.mkdir()
     assert "has no config.json" in told()
     (folder / "config.json").write_bytes(b'{"model_type": "\xff"}')
-    assert "is not JSON" in told()
+    assert "is not valid JSON" in told()
     (folder / "config.json").write_text("[1]")
     assert "must hold a JSON object ({...}), not a list" in told()
     (folder / "config.json").write_text(json.dumps({**LLAMA, "mlp_bias": True}))

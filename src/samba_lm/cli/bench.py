@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from samba_lm.cli.output import write_json
+from samba_lm.cli.output import JsonFile, write_json
 from samba_lm.cli.parse import parse
+from samba_lm.errors import UserError
 
 if TYPE_CHECKING:
     from samba_lm.bench.timing import Figure
+
+MAX_THREADS = 1024
 
 What = Literal["scan", "model", "memory"]
 
@@ -29,13 +31,15 @@ class Bench:
     """Which ones; all without it."""
     threads: int | None = None
     """CPU threads; by default as many as torch takes."""
-    json: Path | None = None
+    json: JsonFile = None
     """Also write the figures to this file."""
 
 
 def main(argv: list[str]) -> None:
     """Run the command."""
     args = parse(Bench, argv, prog="samba-lm bench")
+    if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
+        raise UserError(f"--threads {args.threads} must be from 1 to {MAX_THREADS}.")
     import torch
 
     if args.threads is not None:

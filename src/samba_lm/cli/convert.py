@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from tyro.conf import Positional
 
-from samba_lm.cli.output import write_json
+from samba_lm.cli.model import CheckpointName
+from samba_lm.cli.output import JsonFile, write_json
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError
 
@@ -29,7 +30,7 @@ class FromOfficial:
     those are read.
     """
 
-    weights: Positional[Path]
+    weights: Positional[Annotated[Path, tyro.conf.arg(metavar="FILE")]]
     """The state dict, as .safetensors or .pth."""
     config: Path
     """The Config's fields, plus `size_overrides` (gla_num_heads, mega_zdim, mega_chunk) where these are not usual."""
@@ -39,7 +40,7 @@ class FromOfficial:
     """The tokenizer to put into the checkpoint: byte, or a tokenizer.json or its folder."""
     eos: str | None = None
     """The token of the tokenizer's file that separates documents, where it has no usual name."""
-    json: Path | None = None
+    json: JsonFile = None
     """Write what was converted to this file too."""
 
 
@@ -50,13 +51,13 @@ class FromTransformers:
     The weights keep their dtype. Note that samba-lm adds no token to a text, such as the <s> of a Llama before it.
     """
 
-    folder: Positional[Path]
+    folder: Positional[Annotated[Path, tyro.conf.arg(metavar="FOLDER")]]
     """The folder that `save_pretrained` wrote, or a downloaded one."""
     out: Path
     """The checkpoint folder to make."""
     eos: str | None = None
     """The token of its tokenizer that separates documents, where the folder does not name one."""
-    json: Path | None = None
+    json: JsonFile = None
     """Write what was converted to this file too."""
 
 
@@ -67,11 +68,11 @@ class ToTransformers:
     Only models that one of these three computes too: all layers Mamba, or attention and SwiGLU in turn.
     """
 
-    checkpoint: Positional[str]
+    checkpoint: Positional[CheckpointName]
     """A checkpoint folder."""
     out: Path
     """The folder to make; it must not exist, or be empty."""
-    json: Path | None = None
+    json: JsonFile = None
     """Write what was converted to this file too."""
 
 

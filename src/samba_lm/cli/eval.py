@@ -20,7 +20,7 @@ from tyro.conf import Positional, UseAppendAction
 from tyro.constructors import PrimitiveConstructorSpec
 
 from samba_lm.cli.model import CheckpointName, Dtype, load
-from samba_lm.cli.output import write_json
+from samba_lm.cli.output import JsonFile, write_json
 from samba_lm.cli.parse import parse
 from samba_lm.data.shards import META_FILE, TokenDataset, file_sha256, is_dataset, open_splits, token_dtype
 from samba_lm.data.sources import OnError, ReadOptions, find_files, read_file
@@ -84,7 +84,7 @@ class Perplexity:
     """Of text files: take this ending too from folders, as plain text, such as .py; may be given several times."""
     errors: OnError = "strict"
     """Of text files, on bytes that are not UTF-8: stop and say where, or put the replacement character there."""
-    json: Path | None = None
+    json: JsonFile = None
     """Write the figures, and all that is needed to measure them again, to this file."""
 
 

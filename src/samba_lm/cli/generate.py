@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +16,13 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 from tyro.constructors import PrimitiveConstructorSpec
 
 from samba_lm.cli.model import CheckpointName, Dtype, load_with_tokenizer
-from samba_lm.cli.output import write_json
+from samba_lm.cli.output import JsonFile, write_json
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError
 from samba_lm.generation.params import DEFAULT_CHUNK, SamplingParams
 from samba_lm.generation.prompt import Prompt, encode_pieces, read_text
 from samba_lm.memory import peak_memory
+from samba_lm.train.progress import count
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +75,7 @@ class Generate:
     """Where to run: auto (the GPU if there is one), cpu, cuda or cuda:N."""
     dtype: Dtype | None = None
     """Turn the weights into this type; by default they stay as the checkpoint has them."""
-    json: Path | None = None
+    json: JsonFile = None
     """Write the figures of the last line to this file too."""
 
 
@@ -81,14 +83,14 @@ def main(argv: list[str]) -> None:
     """Run ``samba-lm generate`` with these arguments."""
     command = parse(Generate, argv, prog="samba-lm generate")
     with contextlib.ExitStack() as stack:
+        path = None if command.prompt_file == Path("-") else command.prompt_file
         file = _open_prompt(command, stack)
         model, tokenizer = load_with_tokenizer(command.checkpoint, command.device, command.dtype)
         if file is None:
             prompt: Prompt = command.prompt or ""
         else:
-            name = str(command.prompt_file) if command.prompt_file not in (None, Path("-")) else "The standard input"
-            prompt = encode_pieces(read_text(file, name), tokenizer)
-        _generate(command, model, tokenizer, prompt)
+            prompt = encode_pieces(read_text(file, str(path or "The standard input")), tokenizer)
+        _generate(command, model, tokenizer, prompt, None if path is None else file)
 
 
 def _open_prompt(command: Generate, stack: contextlib.ExitStack) -> BinaryIO | None:
@@ -112,7 +114,7 @@ def open_stdin() -> TextIO:
     return sys.stdin
 
 
-def _generate(command: Generate, model: SambaLM, tokenizer: Tokenizer, prompt: Prompt) -> None:
+def _generate(command: Generate, model: SambaLM, tokenizer: Tokenizer, prompt: Prompt, file: BinaryIO | None) -> None:
     from samba_lm.generation.api import stream
 
     with Console(stderr=True).status("reading the prompt") as status:  # silent unless stderr is a terminal
@@ -122,7 +124,7 @@ def _generate(command: Generate, model: SambaLM, tokenizer: Tokenizer, prompt: P
             prompt,
             command.sampling,
             chunk=command.chunk,
-            on_progress=lambda tokens: status.update(f"reading the prompt: {tokens:,} tokens"),
+            on_progress=lambda tokens: status.update(f"reading the prompt: {tokens:,} tokens{file_share(file)}"),
         )
         try:
             for piece in text:
@@ -135,6 +137,14 @@ def _generate(command: Generate, model: SambaLM, tokenizer: Tokenizer, prompt: P
     _report(command, text.timing, model.device, interrupted)
     if interrupted:
         raise KeyboardInterrupt
+
+
+def file_share(file: BinaryIO | None) -> str:
+    """How much of the prompt's file was read, such as ``", 41% of 12.3 MB"``; "" where no file tells its size."""
+    if file is None or not file.seekable():
+        return ""
+    place, size = file.tell(), os.fstat(file.fileno()).st_size
+    return f", {100 * min(place, size) // size}% of {count(size)}B" if size else ""
 
 
 def _report(command: Generate, timing: Timing, device: torch.device, interrupted: bool) -> None:

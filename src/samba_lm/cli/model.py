@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -19,15 +21,19 @@ CheckpointName = Annotated[str, tyro.conf.arg(metavar="CKPT")]
 def load(name: str, device: str, dtype: Dtype | None) -> tuple[SambaLM, Tokenizer | None]:
     """Load a checkpoint (or a fresh model of the zoo) onto "auto", "cpu", "cuda" or "cuda:N".
 
-    ``dtype``: of the parameters; None keeps the checkpoint's. Raises UserError when there is no such device or no whole
-    checkpoint.
+    A fresh model is announced on stderr. ``dtype``: of the parameters; None keeps the checkpoint's. Raises UserError
+    when there is no such device or no whole checkpoint.
     """
     import torch  # only now: --help should not wait for it
 
     from samba_lm import checkpoint
     from samba_lm.train.parallel import pick_device
 
-    return checkpoint.load(name, device=pick_device(device), dtype=None if dtype is None else getattr(torch, dtype))
+    untrained = not Path(name).exists()  # then it is a name of the zoo, or an error
+    loaded = checkpoint.load(name, device=pick_device(device), dtype=None if dtype is None else getattr(torch, dtype))
+    if untrained:
+        print(f"samba-lm: {name} is untrained: its weights are random. Give a checkpoint's folder.", file=sys.stderr)
+    return loaded
 
 
 def load_with_tokenizer(name: str, device: str, dtype: Dtype | None) -> tuple[SambaLM, Tokenizer]:

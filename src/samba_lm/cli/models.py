@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -11,11 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from samba_lm import zoo
-from samba_lm.cli.output import write_json
+from samba_lm.cli.output import JsonFile, write_json
 from samba_lm.cli.parse import parse
 from samba_lm.config import LayerSpec, ModelConfig
 from samba_lm.errors import UserError
 from samba_lm.train.progress import count
+
+MAX_CONTEXT = 10**12
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Models:
     """The model to draw; all are listed without it."""
     context: int = 4096
     """Sequence length in tokens for the FLOPs a token and for the state of models with full attention."""
-    json: Path | None = None
+    json: JsonFile = None
     """Also write the figures to this file."""
 
 
@@ -34,8 +35,9 @@ def main(argv: list[str]) -> None:
     """Run the command."""
     args = parse(Models, argv, prog="samba-lm models")
     names = zoo.names() if args.name is None else [args.name]
-    if args.context < 1:
-        raise UserError(f"--context {args.context} must be at least 1 token.")
+    if not 1 <= args.context <= MAX_CONTEXT:
+        shown = args.context if abs(args.context) < 10**30 else "with so many digits"
+        raise UserError(f"--context {shown} must be from 1 to {MAX_CONTEXT} tokens.")
     configs = [zoo.get(name) for name in names]
     console = Console()
     if args.name is None:

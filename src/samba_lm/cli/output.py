@@ -11,9 +11,36 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
+
+from tyro.constructors import PrimitiveConstructorSpec
 
 from samba_lm import __version__
+from samba_lm.errors import UserError
 from samba_lm.files import write_text
+
+
+def json_file(path: str | os.PathLike[str]) -> Path:
+    """Return ``path`` as a Path. Raises UserError where no file can be written: nothing, a folder, too long a name."""
+    text, path = os.fspath(path), Path(path)
+    if not text:
+        raise UserError("--json is empty: give the file to write.")
+    if path.is_dir() or path.name == "..":  # raises OSError for a name that is too long
+        raise UserError(f"--json {text} is a folder: give a file in it, such as figures.json.")
+    return path
+
+
+JsonFile = Annotated[
+    Path | None,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FILE",
+        instance_from_str=lambda words: json_file(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, Path),
+        str_from_instance=lambda value: ["none" if value is None else str(value)],
+    ),
+]
+"""The option ``--json FILE`` of a command: a mistake in it is told before the work and not after it."""
 
 
 def write_json(path: str | os.PathLike[str], record: Mapping[str, object]) -> None:
@@ -21,7 +48,9 @@ def write_json(path: str | os.PathLike[str], record: Mapping[str, object]) -> No
 
     A key of ``record`` replaces the same key of the provenance (a command that ran on a GPU gives its ``"device"``).
     Values are numbers, strings, booleans, None, paths, and lists and dicts of these; anything else is a TypeError.
+    Raises UserError as :func:`json_file` does.
     """
+    path = json_file(path)
     text = json.dumps(_plain({**provenance(), **record}), indent=2, allow_nan=False, ensure_ascii=False)
     write_text(path, text + "\n")
 

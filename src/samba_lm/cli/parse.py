@@ -32,6 +32,10 @@ _WORDS = (
     (r"^Error parsing (.+?): invalid literal for int\(\) with base 10: (.+)$", r"\1 = \2: expected a whole number."),
     (r"^Error parsing (.+?): could not convert string to float: (.+)$", r"\1 = \2: expected a number."),
     (
+        r"^Error parsing (.+?): Exceeds the limit .* value has (\d+) digits;.*$",
+        r"\1: a number of \2 digits is too large.",
+    ),
+    (
         r"^Error parsing (.+?): no type matching (.+) could be instantiated from \[(.+?)\]\..*$",
         r"\1 = \3: expected \2.",
     ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import struct
@@ -10,15 +9,21 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from samba_lm.errors import UserError
+from samba_lm.files import read_json
 
 Tensors = dict[str, torch.Tensor]
+
+# No model comes near these; beyond them a product of sizes would not fit into 64 bits.
+Layers = Annotated[int, Field(ge=1, le=10_000)]
+Size = Annotated[int, Field(ge=1, le=1 << 24)]
 
 # What torch's reader raises for damaged bytes, depending on which ones.
 DAMAGED = (
@@ -104,10 +109,7 @@ def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError if the file is missing or holds something else."""
     path = Path(path)
     _check_file(path)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise UserError(f"{path} is not JSON ({error}).") from None
+    data = read_json(path)
     if not isinstance(data, dict):
         raise UserError(f"{path} must hold a JSON object ({{...}}), not a {type(data).__name__}.")
     return data

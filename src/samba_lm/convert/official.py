@@ -21,7 +21,7 @@ from samba_lm.config import (
     Retention,
     SwiGLU,
 )
-from samba_lm.convert.foreign import Tensors, Weights, read_safetensors, read_torch
+from samba_lm.convert.foreign import Layers, Size, Tensors, Weights, read_safetensors, read_torch
 from samba_lm.errors import UserError
 from samba_lm.validation import explain
 
@@ -31,10 +31,10 @@ class SizeOverrides(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    gla_num_heads: int | None = None
+    gla_num_heads: Size | None = None
     """None: n_embd / 384."""
-    mega_zdim: int = 128
-    mega_chunk: int = 2048
+    mega_zdim: Size = 128
+    mega_chunk: Size = 2048
 
 
 class OfficialConfig(BaseModel):
@@ -42,16 +42,16 @@ class OfficialConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    n_layer: int = Field(16, ge=1)
-    n_head: int = Field(32, ge=1)
-    n_embd: int = Field(4096, ge=1)
-    n_query_groups: int | None = None
+    n_layer: Layers = 16
+    n_head: Size = 32
+    n_embd: Size = 4096
+    n_query_groups: Size | None = None
     """None: as many as heads."""
-    intermediate_size: int | None = None
+    intermediate_size: Size | None = None
     """None: 4 n_embd."""
-    vocab_size: int = Field(50254, ge=1)
-    padding_multiple: int = Field(512, ge=1)
-    padded_vocab_size: int | None = None
+    vocab_size: Size = 50254
+    padding_multiple: Size = 512
+    padded_vocab_size: Size | None = None
     """None: vocab_size rounded up to padding_multiple."""
     norm_eps: float = 1e-5
 
@@ -177,10 +177,11 @@ def _positions(given: str | list[int]) -> list[int]:
     """The reference evaluates this string as Python; a list of whole numbers is all it may hold."""
     try:
         value = json.loads(given) if isinstance(given, str) else given
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, list) or not all(isinstance(i, int) for i in value):
-        raise UserError(f"Reference config: attn_layer_pos = {given!r} must be a list of block numbers such as [1, 5].")
+        shown = repr(given)[:60]
+        raise UserError(f"Reference config: attn_layer_pos = {shown} must be a list of block numbers such as [1, 5].")
     return value
 
 

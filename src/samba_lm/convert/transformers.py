@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from samba_lm.checkpoint import build, check_tokenizer
 from samba_lm.config import Attention, LayerSpec, Mamba, ModelConfig, SwiGLU
-from samba_lm.convert.foreign import Tensors, Weights, read_json_object, read_safetensors
+from samba_lm.convert.foreign import Layers, Size, Tensors, Weights, read_json_object, read_safetensors
 from samba_lm.errors import UserError
 from samba_lm.files import atomic_folder
 from samba_lm.model import SambaLM
@@ -41,9 +41,9 @@ class TheirConfig(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int = Field(ge=1)
+    vocab_size: Size
+    hidden_size: Size
+    num_hidden_layers: Layers
     hidden_act: Literal["silu", "swish"] = "silu"
     quantization_config: None = None
 
@@ -51,9 +51,9 @@ class TheirConfig(BaseModel):
 class LlamaConfig(TheirConfig):
     """LlamaForCausalLM."""
 
-    intermediate_size: int
-    num_attention_heads: int = Field(ge=1)
-    num_key_value_heads: int | None = None
+    intermediate_size: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size | None = None
     head_dim: int | None = None
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
@@ -89,7 +89,7 @@ class LlamaConfig(TheirConfig):
 class MistralConfig(LlamaConfig):
     """MistralForCausalLM: ``sliding_window`` counts keys as our ``window`` does, the query's own included."""
 
-    num_key_value_heads: int | None = 8
+    num_key_value_heads: Size | None = 8
     sliding_window: int | None = 4096
 
     @property
@@ -100,10 +100,10 @@ class MistralConfig(LlamaConfig):
 class MambaConfig(TheirConfig):
     """MambaForCausalLM."""
 
-    state_size: int = 16
-    expand: int = 2
-    conv_kernel: int = 4
-    time_step_rank: int | Literal["auto"] = "auto"
+    state_size: Size = 16
+    expand: int = Field(2, ge=1, le=1024)
+    conv_kernel: Size = 4
+    time_step_rank: Size | Literal["auto"] = "auto"
     layer_norm_epsilon: float = 1e-5
     tie_word_embeddings: bool = True
     use_bias: Literal[False] = False
@@ -145,7 +145,7 @@ def read_transformers_config(data: Mapping[str, Any]) -> ModelConfig:
     Raises UserError for other models, and for settings that our layers cannot express.
     """
     family = data.get("model_type")
-    if family not in ARCHITECTURES:
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         raise UserError(f"model_type = {family!r} is not supported: {', '.join(ARCHITECTURES)} can be converted.")
     architectures = data.get("architectures")
     if architectures not in (None, [ARCHITECTURES[family]]):
