@@ -154,7 +154,8 @@ def test_killed_again_and_again(recipe: Path, whole: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGHUP, 129)],
 )
 def test_ctrl_c_saves_and_says_how_to_go_on(
     recipe: Path, whole: Path, tmp_path: Path, number: int, code: int, capsys: pytest.CaptureFixture[str]
@@ -174,6 +175,17 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert f"Continuing from {saved}" in capsys.readouterr().out
     assert weights_sha256(out) == weights_sha256(whole)
     assert curve(out) == curve(whole)
+
+
+def test_a_reader_that_goes_away_ends_the_run_with_a_checkpoint(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start(recipe, out)
+    assert process.stdout is not None
+    assert "Training" in process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
+    saved = max(out.glob("step-*"))
+    assert json.loads((saved / "trainer.json").read_text())["step"] < STEPS
 
 
 def run(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:

@@ -115,3 +115,28 @@ def test_unknown_model_and_field() -> None:
         Recipe.from_dict({"model": {"name": "samba-tinny"}}).model.config(100)
     with pytest.raises(UserError, match="d_modle"):
         Recipe.from_dict({"model": {"overrides": {"d_modle": 3}}}).model.config(100)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text("[train]\nsteps = 3\n", encoding="utf-8-sig")
+    assert Recipe.from_toml(path).train.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a = " + "[" * 100_000, "nested too deeply"),
+        ("[train]\nsteps = " + "9" * 5000, "is not valid TOML"),
+        ('[train]\nout = "a\\u0000"', "names no folder"),
+        ('[train]\nout = ""', "names no folder"),
+        (f'[train]\nout = "runs/{"a" * 300}"', "longer than 255 bytes"),
+    ],
+    ids=["deep", "digits", "nul", "empty", "long"],
+)
+def test_what_no_recipe_holds(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words) as caught:
+        Recipe.from_toml(path)
+    assert "\n" not in str(caught.value)

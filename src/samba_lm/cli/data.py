@@ -100,7 +100,6 @@ def main(argv: list[str]) -> None:
 
 def _prepare(argv: list[str]) -> None:
     options = parse(Prepare, argv, prog="samba-lm data prepare")
-    console = Console()
     began = time.perf_counter()
     with _progress() as tell:
         prepared = prepare(
@@ -118,11 +117,11 @@ def _prepare(argv: list[str]) -> None:
         )
     seconds = time.perf_counter() - began
     for name, meta in prepared.splits.items():
-        _say(console, f"{prepared.folder / name}: {_counts(meta)}")
+        print(f"{prepared.folder / name}: {_counts(meta)}")
     skipped = f"; skipped {prepared.empty_documents:,} empty document(s)" if prepared.empty_documents else ""
-    _say(console, f"Read {prepared.files:,} file(s) in {seconds:.1f} s{skipped}.")
+    print(f"Read {prepared.files:,} file(s) in {seconds:.1f} s{skipped}.")
     for note in prepared.notes:
-        _say(console, f"Note: {note}")
+        print(f"Note: {note}")
     if options.json:
         write_json(
             options.json,
@@ -140,7 +139,6 @@ def _prepare(argv: list[str]) -> None:
 
 def _show(argv: list[str]) -> None:
     options = parse(Show, argv, prog="samba-lm data show")
-    console = Console()
     datasets = _open(options.folder)
     first = datasets[0]
     if not 0 <= options.document < first.num_documents:
@@ -148,11 +146,10 @@ def _show(argv: list[str]) -> None:
     if options.tokens < 1:
         raise UserError(f"--tokens {options.tokens}: an excerpt has at least 1 token.")
     for dataset in datasets:
-        _say(console, f"{dataset.folder}: {_counts(dataset.meta)}")
+        print(f"{dataset.folder}: {_counts(dataset.meta)}")
     start, stop = first.document_bounds(options.document)
     excerpt = first.tokenizer.decode(first.tokens(start, min(stop, start + options.tokens)))
-    _say(
-        console,
+    print(
         f"Document {options.document} of {first.folder}, {stop - start:,} tokens, begins:\n\n{_visible(excerpt)}",
     )
     if options.json:
@@ -162,12 +159,11 @@ def _show(argv: list[str]) -> None:
 
 def _verify(argv: list[str]) -> None:
     options = parse(Verify, argv, prog="samba-lm data verify")
-    console = Console()
     datasets = _open(options.folder)
     for dataset in datasets:
         with _progress() as tell:
             dataset.verify(lambda done, total: tell("verifying", done, total))
-        _say(console, f"{dataset.folder}: whole. {_counts(dataset.meta)}")
+        print(f"{dataset.folder}: whole. {_counts(dataset.meta)}")
     if options.json:
         record = {str(dataset.folder): _record(dataset.meta) for dataset in datasets}
         write_json(options.json, {"datasets": record, "whole": True})
@@ -187,11 +183,6 @@ def _counts(meta: Meta) -> str:
 
 def _record(meta: Meta) -> dict[str, object]:
     return meta.model_dump(exclude={"shards"}) | {"shards": len(meta.shards)}
-
-
-def _say(console: Console, text: str) -> None:
-    # Text of people's own, not rich's markup: "[/b]" in an excerpt is what it is.
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _visible(text: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +14,7 @@ from rich.console import Console
 from samba_lm.cli.output import write_json
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError, did_you_mean
-from samba_lm.train.recipe import Recipe
+from samba_lm.train.recipe import MAX_NAME_BYTES, Recipe
 
 PROG = "samba-lm train"
 RECIPES = {path.stem: path for path in sorted(Path(__file__).with_name("recipes").glob("*.toml"))}
@@ -22,6 +24,15 @@ DESCRIPTION = f"""Train as RECIPE says: a TOML file, or the name of one that com
 Options replace single values of it.
 
 A run that was stopped, however that was, continues with the same command, bit for bit."""
+
+
+class PipeConsole(Console):
+    """A console that remembers that the reader of its output went away, instead of ending the process there."""
+
+    reader_gone = False
+
+    def on_broken_pipe(self) -> None:
+        self.reader_gone = True
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,11 @@ class TrainCommand:
 
 
 def main(argv: list[str]) -> None:
-    """Run the command. Exits with 130 or 143 when Ctrl-C or SIGTERM ended the run early (saved, and continuable)."""
+    """Run the command.
+
+    Exits with 128 + the signal when Ctrl-C, SIGTERM or SIGHUP ended the run early (saved, and continuable), and raises
+    BrokenPipeError, after saving too, when the reader of the output went away.
+    """
     name, options = _recipe_name(argv)
     default = TrainCommand(Recipe.from_toml(find_recipe(name)) if name else Recipe())
     try:
@@ -50,9 +65,12 @@ def main(argv: list[str]) -> None:
     from samba_lm.train.progress import duration, progress_observer
     from samba_lm.train.run import train
 
-    console = Console()
+    console = PipeConsole()
     result = train(
-        command.recipe, observer=progress_observer(console, command.recipe.train.log_every), fresh=command.fresh
+        command.recipe,
+        observer=progress_observer(console, command.recipe.train.log_every),
+        fresh=command.fresh,
+        stop=lambda: console.reader_gone,
     )
     losses = f"loss {result.final_loss:.4f}" + (
         f", validation {result.val_loss:.4f}" if result.val_loss is not None else ""
@@ -67,8 +85,12 @@ def main(argv: list[str]) -> None:
     if command.json is not None:
         write_json(command.json, {**asdict(result), "recipe": command.recipe.to_dict()})
     if result.interrupted is not None:
-        console.print(f"Stopped early. To go on: {PROG} {name} (with the same options).", soft_wrap=True, markup=False)
+        # Not --fresh: it would start over.
+        again = shlex.join([*PROG.split(), *(word for word in argv if word != "--fresh")])
+        console.print(f"Stopped early. To go on: {again}", soft_wrap=True, highlight=False, markup=False)
         raise SystemExit(128 + result.interrupted)
+    if console.reader_gone:
+        raise BrokenPipeError
 
 
 def find_recipe(name: str) -> Path:
@@ -77,6 +99,8 @@ def find_recipe(name: str) -> Path:
     Raises UserError for a name that is neither. (Whether a path leads to a recipe shows when it is read.)
     """
     path = Path(name)
+    if not name or any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in path.parts):
+        raise UserError(f"A recipe cannot be named {name[:40]!r}: the name is {'too long' if name else 'empty'}.")
     if path.is_file() or path.suffix == ".toml" or path.name != name:
         return path
     if name not in RECIPES:

@@ -1,9 +1,11 @@
-"""Ctrl-C and SIGTERM as a request to stop after the step that is running."""
+"""Ctrl-C, SIGTERM and a closed terminal as a request to stop after the step that is running."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,15 +24,18 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Catch the first SIGINT or SIGTERM; the handlers of before then stand again, so a second one stops at once.
+    """Catch the first SIGINT, SIGTERM or SIGHUP; the handlers of before then stand again: a second one stops at once.
 
+    SIGHUP stays ignored where it was (nohup).
     Outside the main thread, where Python allows no handlers, the request stays unset.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]
 
     def restore() -> None:
         for number, handler in before.items():
@@ -39,6 +44,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
     def stop(number: int, frame: FrameType | None) -> None:
         request.signal = number
         restore()
+        if number == signal.SIGHUP:
+            _leave_terminal()
         # Not print: the signal may have come in the middle of one.
         os.write(2, b"\nStopping after this step; once more stops at once.\n")
 
@@ -48,3 +55,12 @@ def stop_on_signals() -> Iterator[StopRequest]:
         yield request
     finally:
         restore()
+
+
+def _leave_terminal() -> None:
+    """Point stdout and stderr to nowhere if they are a terminal: it is gone, and writing to it would be an error."""
+    with open(os.devnull, "wb") as nowhere:
+        for fd in (1, 2):
+            with contextlib.suppress(OSError):  # closed
+                if stat.S_ISCHR(os.fstat(fd).st_mode):
+                    os.dup2(nowhere.fileno(), fd)

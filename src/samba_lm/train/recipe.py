@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from samba_lm import zoo
 from samba_lm.config import ModelConfig
@@ -16,11 +17,26 @@ from samba_lm.validation import explain
 VOCAB_MULTIPLE = 64
 """An "auto" vocabulary is rounded up to this: matrix units like it, and the unused rows cost next to nothing."""
 
+MAX_NAME_BYTES = 255
+"""Of one file's or folder's name, on all common file systems."""
+
 
 class Section(BaseModel):
     """Frozen, no unknown keys, no silent conversion between types."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+def _path(text: str) -> str:
+    if not text or "\0" in text:
+        raise ValueError(f"{text!r} names no folder")
+    if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in Path(text).parts):
+        raise ValueError(f"a name in it is longer than {MAX_NAME_BYTES} bytes")
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_path)]
+"""A path that a file system can hold."""
 
 
 class ModelSection(Section):
@@ -32,7 +48,7 @@ class ModelSection(Section):
     """Rows of the embedding; auto: the data's vocabulary, rounded up to a multiple of 64."""
     overrides: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Other fields of the model config to replace, such as norm_eps or tie_embeddings."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Checkpoint folder to fine-tune: architecture and weights come from it, name and vocab_size are not used."""
 
     def config(self, data_vocab: int) -> ModelConfig:
@@ -47,9 +63,9 @@ class ModelSection(Section):
 class DataSection(Section):
     """What it is trained on."""
 
-    train: str = "data/train"
+    train: PathText = "data/train"
     """Folder of token shards, as written by `samba-lm data prepare`."""
-    val: str | None = None
+    val: PathText | None = None
     """Folder of token shards to measure the validation loss on; none: no validation."""
     documents: bool = False
     """Reset attention and state at document boundaries instead of reading over them (the paper reads over them)."""
@@ -58,7 +74,7 @@ class DataSection(Section):
 class TrainSection(Section):
     """How it is trained."""
 
-    out: str = "runs/samba"
+    out: PathText = "runs/samba"
     """Folder for checkpoints and metrics. A run found there is continued."""
     steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps; give this or tokens."""
@@ -161,17 +177,22 @@ class Recipe(Section):
     def from_toml(cls, path: str | Path) -> Recipe:
         """Read a recipe file. Raises UserError for a missing, unreadable or wrong one."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8-sig")
         except FileNotFoundError:
             raise UserError(f"No recipe at {path}: give the path of a TOML file.") from None
         except IsADirectoryError:
             raise UserError(f"{path} is a folder: give the path of a recipe's TOML file.") from None
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 at byte {error.start}: a recipe is a TOML text file.") from None
+        except OSError as error:
+            raise UserError(f"Cannot read the recipe {path}: {error.strerror}.") from None
         try:
-            return cls.from_dict(tomllib.loads(text), source=str(path))
-        except tomllib.TOMLDecodeError as error:
+            data = tomllib.loads(text)
+        except RecursionError:
+            raise UserError(f"{path} is not a recipe: it is nested too deeply.") from None
+        except ValueError as error:  # TOMLDecodeError, and a number of thousands of digits
             raise UserError(f"{path} is not valid TOML: {error}") from None
+        return cls.from_dict(data, source=str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -68,14 +69,19 @@ class Data:
 
 
 def train(
-    recipe: Recipe, *, model: SambaLM | None = None, observer: Observer | None = None, fresh: bool = False
+    recipe: Recipe,
+    *,
+    model: SambaLM | None = None,
+    observer: Observer | None = None,
+    fresh: bool = False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
     """Train as ``recipe`` says, into its ``train.out``; a run found there is continued bit for bit.
 
     ``model`` (its config decides, its weights are trained in place) stands in for the one that the recipe would make.
-    ``fresh`` moves an earlier run aside and starts over. Ctrl-C and SIGTERM end the run after the current step, with a
-    checkpoint. Raises UserError for whatever the user can put right: settings, data, a checkpoint of another model,
-    tokenizer or data, a full disk, a loss that is not finite.
+    ``fresh`` moves an earlier run aside and starts over. Ctrl-C, SIGTERM, SIGHUP and a true ``stop()`` end the run
+    after the current step, with a checkpoint. Raises UserError for whatever the user can put right: settings, data, a
+    checkpoint of another model, tokenizer or data, a full disk, a loss that is not finite.
     """
     settings = recipe.train
     steps = settings.total_steps
@@ -129,7 +135,7 @@ def train(
                     start=progress,
                     observer=watchers,
                     save=save,
-                    stop=lambda: bool(request),
+                    stop=lambda: bool(request) or stop(),
                 )
             except NonFiniteError as error:
                 raise UserError(f"{error} Last good checkpoint: {latest or 'none yet'}.") from None
