@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import save_file
 
-from samba_lm.checkpoint import build, check_tokenizer
+from samba_lm.checkpoint import build, check_tokenizer, write_tensors
 from samba_lm.config import Attention, LayerSpec, Mamba, ModelConfig, SwiGLU
 from samba_lm.convert.foreign import Layers, Size, Tensors, Weights, read_json_object, read_safetensors
 from samba_lm.errors import UserError
@@ -309,8 +308,9 @@ def from_transformers(folder: str | os.PathLike[str], eos: str | None = None) ->
         raise UserError(f"There is no folder {folder}: give one that `save_pretrained` of transformers has written.")
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is no transformers model: it has no {CONFIG}.")
+    data = read_json_object(folder / CONFIG)
     try:
-        config = read_transformers_config(read_json_object(folder / CONFIG))
+        config = read_transformers_config(data)
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
     config = config.with_overrides(name=folder.resolve().name)
@@ -335,7 +335,7 @@ def to_transformers(model: SambaLM, folder: str | os.PathLike[str], tokenizer: T
     # Rows cut from one of our tensors share its memory, which the format does not allow.
     tensors = {name: t.clone().cpu() for name, t in to_transformers_names(model.state_dict(), model.config).items()}
     with atomic_folder(folder) as tmp:
-        save_file(tensors, tmp / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(tensors, tmp / WEIGHTS, {"format": "pt"})
         (tmp / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
             (tmp / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")

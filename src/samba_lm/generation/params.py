@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -56,9 +55,15 @@ class SamplingParams:
         _check("temperature", self.temperature, float, lambda t: t >= 0, "0 (greedy) or more")
         _check("top_p", self.top_p, float, lambda p: 0 < p <= 1, "more than 0 and at most 1 (1 turns it off)")
         _check("min_p", self.min_p, float, lambda p: 0 <= p <= 1, "from 0 (off) to 1")
-        _check("repetition_penalty", self.repetition_penalty, float, lambda p: p > 0, "more than 0 (1 turns it off)")
-        _check("presence_penalty", self.presence_penalty, float, math.isfinite, "a finite number (0 turns it off)")
-        _check("frequency_penalty", self.frequency_penalty, float, math.isfinite, "a finite number (0 turns it off)")
+        _check(
+            "repetition_penalty",
+            self.repetition_penalty,
+            float,
+            lambda p: 1e-3 <= p <= 1e3,
+            "from 0.001 to 1000 (1 is off)",
+        )
+        _check("presence_penalty", self.presence_penalty, float, _is_penalty, "from -1e6 to 1e6 (0 turns it off)")
+        _check("frequency_penalty", self.frequency_penalty, float, _is_penalty, "from -1e6 to 1e6 (0 turns it off)")
         _check("seed", self.seed, int, lambda n: 0 <= n < 2**64, "a whole number from 0 to 2**64 - 1")
         if self.top_k is not None:
             _check("top_k", self.top_k, int, lambda k: k >= 1, "a whole number of at least 1, or None (all)")
@@ -74,6 +79,10 @@ class SamplingParams:
             if name not in names:
                 raise UserError(f"{name!r} is not a sampling option.{did_you_mean(name, names)}")
         return dataclasses.replace(self, **changes)
+
+
+def _is_penalty(value: float) -> bool:
+    return abs(value) <= 1e6  # times a count, it stays well inside fp32
 
 
 def _check(name: str, value: float, kind: type, ok: Callable[[Any], bool], allowed: str) -> None:
