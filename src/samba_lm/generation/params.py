@@ -59,8 +59,8 @@ class SamplingParams:
             "repetition_penalty",
             self.repetition_penalty,
             float,
-            lambda p: 1e-3 <= p <= 1e3,
-            "from 0.001 to 1000 (1 is off)",
+            lambda p: 1e-6 <= p <= 1e6,
+            "from 1e-6 to 1e6 (1 turns it off)",
         )
         _check("presence_penalty", self.presence_penalty, float, _is_penalty, "from -1e6 to 1e6 (0 turns it off)")
         _check("frequency_penalty", self.frequency_penalty, float, _is_penalty, "from -1e6 to 1e6 (0 turns it off)")
