@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from samba_lm import checkpoint as model_folder
@@ -107,12 +107,10 @@ def save_checkpoint(
     if folder.exists():
         raise UserError(f"{folder} is there already: another run writes to {out}, or move that folder away.")
     try:
-        with atomic_folder(folder) as tmp, _safetensor_errors():
+        with atomic_folder(folder) as tmp:
             model_folder.write(model, tmp, tokenizer)
-            save_file(
-                {name: tensor.detach().cpu() for name, tensor in optimizer_tensors(model, optimizer).items()},
-                tmp / "optimizer.safetensors",
-            )
+            tensors = {name: tensor.detach().cpu() for name, tensor in optimizer_tensors(model, optimizer).items()}
+            model_folder.write_tensors(tensors, tmp / "optimizer.safetensors")
             write_text(tmp / "trainer.json", state.model_dump_json(indent=2) + "\n")
     except OSError as error:
         raise UserError(
@@ -237,15 +235,3 @@ def _remove(folder: Path) -> None:
     doomed = folder.with_name(folder.name + TMP_MARK + "deleted")
     folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-@contextmanager
-def _safetensor_errors() -> Iterator[None]:
-    """safetensors reports a full disk as its own error type; give it back its number."""
-    try:
-        yield
-    except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), re.sub(r".*: (.*) \(os error.*", r"\1", str(error))) from error
