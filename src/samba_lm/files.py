@@ -133,6 +133,6 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, not a JSON file.") from None
     except RecursionError:
-        raise UserError(f"{path} is not valid: it is nested too deeply to be one of ours.") from None
+        raise UserError(f"{path} is not valid: it is nested too deeply.") from None
     except ValueError as error:  # not UTF-8, not JSON, a number too long
         raise UserError(f"{path} is not valid JSON ({error}): it is damaged, use another one.") from None

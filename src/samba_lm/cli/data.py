@@ -23,7 +23,7 @@ from rich.progress import (
 )
 from tyro.conf import Positional, UseAppendAction
 
-from samba_lm.cli.output import write_json
+from samba_lm.cli.output import JsonFile, write_json
 from samba_lm.cli.parse import parse
 from samba_lm.data.prepare import prepare
 from samba_lm.data.shards import DEFAULT_SHARD_TOKENS, Meta, TokenDataset, open_splits
@@ -64,7 +64,7 @@ class Prepare:
     """A shard ends with the document that reaches this many tokens."""
     overwrite: bool = False
     """Replace prepared data that is already at OUT."""
-    json: Path | None = None
+    json: JsonFile = None
     """Write the counts to this file too."""
 
 
@@ -78,7 +78,7 @@ class Show:
     """The document the excerpt is from."""
     tokens: int = 100
     """Length of the excerpt in tokens."""
-    json: Path | None = None
+    json: JsonFile = None
     """Write the counts to this file too."""
 
 
@@ -88,7 +88,7 @@ class Verify:
 
     folder: Positional[Path]
     """A folder made by `samba-lm data prepare`."""
-    json: Path | None = None
+    json: JsonFile = None
     """Write the counts to this file too."""
 
 

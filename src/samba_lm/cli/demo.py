@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from samba_lm.cli.output import provenance, write_json
+from samba_lm.cli.output import JsonFile, provenance, write_json
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError
 
@@ -33,7 +33,7 @@ class Demo:
     """Take this long instead."""
     seed: int = 0
     """Of the weights and of the order of the batches."""
-    json: Path | None = None
+    json: JsonFile = None
     """Also write the figures to this file (OUT/report.json always holds them)."""
 
 

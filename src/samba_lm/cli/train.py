@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from samba_lm.cli.output import write_json
+from samba_lm.cli.output import JsonFile, write_json
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError, did_you_mean
 from samba_lm.train.recipe import MAX_NAME_BYTES, Recipe
@@ -42,7 +42,7 @@ class TrainCommand:
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Start over: a run found in train.out is moved aside first."""
-    json: Path | None = None
+    json: JsonFile = None
     """Write the result to this file."""
 
 
