@@ -49,6 +49,7 @@ class Span:
     in_place: bool = False
     """Caches may be written in place: the caller gives the old state away."""
     _angles: dict[tuple[int, float], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _chunks: dict[int, Span] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -62,13 +63,12 @@ class Span:
     ) -> Span:
         """Read ``segments`` (int64 [B, L] document ids or None) from where ``start`` stands (None: a fresh cursor)."""
         steps = torch.arange(length, device=device)
+        begin = Cursor.fresh(batch, device) if start is None else start
         if segments is None:
             uniform = start is None or batch == 1 or _agree(start.position)
-            begin = Cursor.fresh(batch, device) if start is None else start
             positions = steps[None] + (begin.position[:1, None] if uniform else begin.position[:, None])
             end = Cursor(begin.segment, begin.position + length)
             return cls(length, begin, end, positions, longest_past=_longest(start), in_place=in_place)
-        begin = Cursor.fresh(batch, device) if start is None else start
         return cls._packed(begin, _checked(segments, batch, length), steps, _longest(start), in_place)
 
     @classmethod
@@ -127,7 +127,15 @@ class Span:
         return torch.empty_like(x).scatter(1, _like(self.order, x), x)
 
     def in_chunks(self, size: int) -> Span:
-        """The same tokens with every ``size`` positions of a document made a document of their own (Mega's chunks)."""
+        """The same tokens with every ``size`` positions of a document made a document of their own (Mega's chunks).
+
+        Computed once a call, as the angles are.
+        """
+        if size not in self._chunks:
+            self._chunks[size] = self._in_chunks(size)
+        return self._chunks[size]
+
+    def _in_chunks(self, size: int) -> Span:
         batch = self.start.position.shape[0]
         positions = self.positions.expand(batch, -1)
         documents = torch.zeros_like(positions) if self.documents is None else self.documents

@@ -120,7 +120,7 @@ def test_a_command_gets_what_follows_its_first_word(
     [
         (UserError("lr = -1:\n  must be positive.\r\n Give more."), "lr = -1: must be positive. Give more.\n"),
         (FileNotFoundError(errno.ENOENT, "no", "a/b.txt"), "No such file or folder: a/b.txt"),
-        (PermissionError(errno.EACCES, "no", "/root/x"), "No permission for /root/x"),
+        (PermissionError(errno.EACCES, "no", "/opt/x"), "No permission for /opt/x"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "d"), "Is a directory: d"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "n" * 300), f"File name too long: {'n' * 120}.... Give"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "d.tmp-x", None, "d"), "Is a directory: d. Give"),

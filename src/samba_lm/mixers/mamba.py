@@ -104,6 +104,7 @@ class S6(nn.Module):
         }
 
     def reset_parameters(self, init: Init) -> None:
+        init.linear(self.x_proj.weight)
         init.conv(self.conv.weight, self.conv.bias)
         init.uniform(self.dt_proj.weight, self.rank**-0.5)
         self.selection.reset_parameters(init)
@@ -130,6 +131,5 @@ class MambaMixer(Mixer):
 
     def reset_parameters(self, init: Init) -> None:
         init.linear(self.in_proj.weight)
-        init.linear(self.s6.x_proj.weight)
         self.s6.reset_parameters(init)
         init.output(self.out_proj.weight)

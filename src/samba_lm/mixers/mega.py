@@ -66,7 +66,6 @@ class MegaS6Mixer(Mixer):
 
     def reset_parameters(self, init: Init) -> None:
         nn.init.ones_(self.norm.weight)
-        init.linear(self.s6.x_proj.weight)
         self.s6.reset_parameters(init)
         for projection in (self.v_proj, self.mx_proj, self.h_proj):
             init.normal(projection.weight, 0.02)
