@@ -44,6 +44,8 @@ EXTRAS = {
     "mamba_ssm": (),
     "causal_conv1d": (),
 }
+# The GPU kernels: the public file triton.py of an operation, and what it is made of (triton_forward.py, ...).
+KERNELS = ("ops/*/triton*.py", "ops/triton_math.py")
 PARSERS = {"argparse", "optparse", "getopt", "click", "typer", "tyro", "sys.argv"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # Names are computed here, from tables of our own modules or from what the user asks for.
@@ -154,9 +156,10 @@ def _packages(path: str, imports: list[Import]) -> Iterator[tuple[int, str]]:
             yield each.line, f"{room} imports no torch"
         elif room in STANDARD_LIBRARY_ONLY and top != "samba_lm" and top not in sys.stdlib_module_names:
             yield each.line, f"{room} imports no third-party package, and {top} is one"
-        if top == "triton" and not fnmatch(path, "ops/*/triton.py"):
-            yield each.line, "only ops/*/triton.py imports triton"
-        if re.match(r"samba_lm\.ops\.\w+\.(triton|external)\b", each.name) and not each.lazy:
+        if top == "triton" and not any(fnmatch(path, kernels) for kernels in KERNELS):
+            yield each.line, "only ops/*/triton*.py imports triton"
+        kernel = re.match(r"samba_lm\.ops(\.\w+)?\.(triton\w*|external)\b", each.name)
+        if kernel and not each.lazy and not any(fnmatch(path, kernels) for kernels in KERNELS):
             yield each.line, f"{each.name} is imported inside the function that needs it: not every machine can"
         for extra, owners in EXTRAS.items():
             if each.within(extra):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import Literal
 
 import torch
@@ -10,16 +12,44 @@ from samba_lm.errors import UserError
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
 """``reference``: the plain definition. ``cpu``: vectorised PyTorch, no compiler needed, runs on any device.
-``triton``: GPU kernels. ``auto``: the fastest that this operation has for the tensor's device."""
+``triton``: GPU kernels. ``auto``: the fastest that this operation has for the tensor's device and dtype."""
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""Triton comes with PyTorch's CUDA builds for Linux, not with its CPU builds."""
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""Kernels run in Triton's interpreter, on CPU tensors: how the tests check them without a GPU."""
 
 
-def choose(backend: Backend, available: tuple[str, ...], operation: str) -> str:
-    """The implementation to run; ``auto`` takes the last (fastest) of ``available``. UserError for one it lacks."""
+def choose(backend: Backend, available: tuple[str, ...], operation: str, x: torch.Tensor) -> str:
+    """The implementation to run on tensors like ``x``. ``available`` lists the operation's own, fastest last.
+
+    ``auto`` takes the kernels for CUDA tensors of 32 bits or fewer, and otherwise the fastest in PyTorch. Raises
+    UserError for a backend that the operation lacks or that cannot run here.
+    """
     if backend == "auto":
-        return available[-1]
+        plain = [name for name in available if name != "triton"]
+        fits = HAS_TRITON and not INTERPRETED and x.is_cuda and x.dtype != torch.float64
+        return available[-1] if fits else plain[-1]
     if backend not in available:
         raise UserError(f"{operation} has no backend {backend!r}; choose one of: auto, {', '.join(available)}")
+    if backend == "triton":
+        _require_triton(operation, x)
     return backend
+
+
+def _require_triton(operation: str, x: torch.Tensor) -> None:
+    if not HAS_TRITON:
+        raise UserError(
+            f"{operation}: the triton backend needs Triton, which comes with PyTorch's CUDA builds for Linux"
+        )
+    if not (x.is_cuda or INTERPRETED):
+        raise UserError(
+            f"{operation}: the triton backend needs tensors on a CUDA GPU, these are on {x.device} "
+            "(to debug kernels on the CPU, start Python with TRITON_INTERPRET=1)"
+        )
+    if x.dtype == torch.float64:
+        raise UserError(f"{operation}: the triton backend computes in fp32; for fp64 use backend='cpu' or 'reference'")
 
 
 def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:

@@ -43,6 +43,6 @@ def gated_linear_attention(
             documents = torch.where(padding, last, documents)
     if state is None:
         state = q_.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-    run = {"reference": gla_reference, "cpu": gla_cpu}[choose(backend, BACKENDS, "gated_linear_attention")]
+    run = {"reference": gla_reference, "cpu": gla_cpu}[choose(backend, BACKENDS, "gated_linear_attention", q)]
     out, final = run(q_, k_, v_, g_, state.to(dtype), documents)
     return out.to(v.dtype), final

@@ -42,7 +42,7 @@ def linear(
     if backend == "auto":
         fast = x.device.type == "cpu" and x.dtype == torch.float32 and rows >= MIN_ROWS and ONEDNN_IS_FASTER
     else:
-        fast = choose(backend, BACKENDS, "linear") == "cpu"
+        fast = choose(backend, BACKENDS, "linear", x) == "cpu"
     if not fast:
         return F.linear(x, weight, bias)
     image = x.reshape(1, rows, 1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, n_in, rows, 1], channels last in memory

@@ -50,7 +50,7 @@ def selective_scan(
         resets = None if resets is None else resets & ~padding
     if state is None:
         state = torch.zeros(u.shape[0], u.shape[2], A.shape[1], device=u.device)
-    run = {"reference": scan_reference, "cpu": scan_cpu}[choose(backend, BACKENDS, "selective_scan")]
+    run = {"reference": scan_reference, "cpu": scan_cpu}[choose(backend, BACKENDS, "selective_scan", u)]
     D, delta_bias = (None if t is None else t.to(dtype) for t in (D, delta_bias))
     y, final = run(u, delta, A.to(dtype), B, C, D, z, delta_bias, state.to(dtype), resets, padding)
     return y.to(u.dtype), final

@@ -37,7 +37,7 @@ def sliding_attention(
         [B, L, H, Kv] in q's dtype; scores and softmax in fp32 at least.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if choose(backend, BACKENDS, "sliding_attention") == "reference":
+    if choose(backend, BACKENDS, "sliding_attention", q) == "reference":
         dtype = compute_dtype(q)
         q_, k_, v_ = (t.to(dtype) for t in (q, k, v))
         return attention_reference(q_, k_, v_, window, q_documents, k_documents, scale).to(q.dtype)
