@@ -3,6 +3,7 @@
 ``INLINE`` chooses between inline assembly and the plain twin that the interpreter can run.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-calls
 from __future__ import annotations
 
 import triton
