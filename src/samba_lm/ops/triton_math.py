@@ -46,7 +46,7 @@ def reciprocal(x):
 @triton.jit
 def sigmoid(x):
     """1 / (1 + e^-x), fp32; exact 0 and 1 far out."""
-    return reciprocal(1.0 + exp2(-LOG2_E * x))
+    return reciprocal(1.0 + exp2(x * -LOG2_E))  # constant second: the interpreter multiplies constexpr * tensor wrongly
 
 
 @triton.jit
