@@ -1,0 +1,273 @@
+"""The short convolution's two kernels: programs that walk along time with the last taps in registers.
+
+A program owns a block of channels and a segment of time. Lanes are channels, so that nothing crosses lanes, each input
+is read from memory once (but for the k - 1 rows around a segment, which neighbours have put in the L2 cache) and the
+weights once a segment. UNROLL rows are loaded before the first is used: that many loads are in flight.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from samba_lm.ops.triton_math import sigmoid
+
+
+@triton.jit
+def _weights(weight, bias, channels, inside, K: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """The K columns of weight [E, K] and the bias, for a block of channels."""
+    columns = ()
+    for i in tl.static_range(K):
+        columns = columns + (tl.load(weight + channels * K + i, mask=inside, other=0.0).to(tl.float32),)
+    if HAS_BIAS:
+        offset = tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)
+    else:
+        offset = tl.zeros(channels.shape, tl.float32)
+    return columns, offset
+
+
+@triton.jit
+def _input(x, x_step, state, E, t, channels, inside, K: tl.constexpr, HAS_STATE: tl.constexpr):
+    """Row t of the input; rows before 0 are the state's, or zero."""
+    row = tl.load(x + t * x_step + channels, mask=inside & (t >= 0), other=0.0).to(tl.float32)
+    if HAS_STATE:
+        row += tl.load(state + (t + K - 1) * E + channels, mask=inside & (t < 0), other=0.0).to(tl.float32)
+    return row
+
+
+@triton.jit
+def _history(x, x_step, state, E, t, channels, inside, K: tl.constexpr, HAS_STATE: tl.constexpr):
+    """The K - 1 inputs before row t, oldest first."""
+    taps = ()
+    for i in tl.static_range(K - 1):
+        taps = taps + (_input(x, x_step, state, E, t - (K - 1) + i, channels, inside, K, HAS_STATE),)
+    return taps
+
+
+@triton.jit
+def _within_document(window, position, K: tl.constexpr):
+    """``window`` (K rows, oldest first) with those before position 0 zeroed."""
+    masked = ()
+    for i in tl.static_range(K):
+        masked = masked + (tl.where(position >= K - 1 - i, window[i], 0.0),)
+    return masked
+
+
+@triton.jit
+def _kept(positions, length, L, slot, K: tl.constexpr, HAS_POSITIONS: tl.constexpr):
+    """Whether ``slot`` of the final state belongs to the last document; a row that read nothing keeps its state."""
+    kept = length >= 0
+    if HAS_POSITIONS:
+        last = tl.load(positions + tl.maximum(length - 1, 0))
+        kept = (length == 0) | (last + 1 >= K - 1 - slot)
+    return kept
+
+
+@triton.jit(do_not_specialize=["L", "rows"])
+def forward_kernel(
+    x,  # [B, L, E] with the strides x_batch, x_step, 1
+    weight,
+    bias,
+    state,
+    positions,
+    lengths,
+    y,
+    final,
+    L,
+    E,
+    rows,  # of a segment, a multiple of UNROLL
+    x_batch,
+    x_step,
+    position_batch,
+    K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    b = tl.program_id(2).to(tl.int64)
+    channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = channels < E
+    start = tl.program_id(1).to(tl.int64) * rows
+    x += b * x_batch
+    y += b * L * E
+    state += b * (K - 1) * E
+    positions += b * position_batch
+    columns, offset = _weights(weight, bias, channels, inside, K, HAS_BIAS)
+    taps = _history(x, x_step, state, E, start, channels, inside, K, HAS_STATE)
+    for t in tl.range(start, tl.minimum(start + rows, L), UNROLL):
+        loaded = ()
+        for r in tl.static_range(UNROLL):
+            loaded = loaded + (tl.load(x + (t + r) * x_step + channels, mask=inside & (t + r < L), other=0.0),)
+        for r in tl.static_range(UNROLL):
+            window = taps + (loaded[r].to(tl.float32),)
+            if HAS_POSITIONS:
+                position = tl.load(positions + t + r, mask=t + r < L, other=0)
+                seen = _within_document(window, position, K)
+            else:
+                seen = window
+            total = offset
+            for i in tl.static_range(K):
+                total += seen[i] * columns[i]
+            total *= sigmoid(total)
+            tl.store(y + (t + r) * E + channels, total.to(y.dtype.element_ty), mask=inside & (t + r < L))
+            taps = window[1:]
+    if tl.program_id(1) == tl.num_programs(1) - 1:
+        length = L.to(tl.int64)
+        if HAS_LENGTHS:
+            length = tl.load(lengths + b)
+        for i in tl.static_range(K - 1):
+            row = _input(x, x_step, state, E, length - (K - 1) + i, channels, inside, K, HAS_STATE)
+            row = tl.where(_kept(positions, length, L, i, K, HAS_POSITIONS), row, 0.0)
+            tl.store(final + (b * (K - 1) + i) * E + channels, row.to(final.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_row(
+    row,
+    dy,
+    t,
+    taps,  # inputs t-K+1 .. t-1
+    pending,  # what rows t-K+1 .. t-1 of dx have so far
+    dcolumns,
+    doffset,
+    columns,
+    offset,
+    positions,
+    dfinal,
+    dx,
+    dstate,
+    L,
+    E,
+    start,
+    length,
+    channels,
+    inside,
+    K: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    HAS_DFINAL: tl.constexpr,
+    HAS_DSTATE: tl.constexpr,
+    OWN: tl.constexpr,  # the row is of this segment: it counts for the weights
+):
+    """One step of the walk: spreads row t's gradient over its taps and stores the row of dx that is then complete."""
+    window = taps + (row.to(tl.float32),)
+    if HAS_POSITIONS:
+        position = tl.load(positions + t, mask=t < L, other=0)
+        seen = _within_document(window, position, K)
+        reach = _within_document(columns, position, K)
+    else:
+        seen = window
+        reach = columns
+    total = offset
+    for i in tl.static_range(K):
+        total += seen[i] * columns[i]
+    gate = sigmoid(total)
+    dtotal = dy.to(tl.float32) * (gate + gate * total * (1.0 - gate))  # zero from row L on, where dy is
+    if OWN:
+        added = ()
+        for i in tl.static_range(K):
+            added = added + (dcolumns[i] + dtotal * seen[i],)
+        dcolumns = added
+        doffset += dtotal
+    spread = ()
+    for i in tl.static_range(K):
+        if i < K - 1:
+            spread = spread + (pending[i] + dtotal * reach[i],)
+        else:
+            spread = spread + (dtotal * reach[i],)
+    done = spread[0]
+    s = t - (K - 1)
+    if HAS_DFINAL:
+        slot = s - length + (K - 1)
+        if (slot >= 0) & (slot < K - 1):
+            more = tl.load(dfinal + slot * E + channels, mask=inside, other=0.0).to(tl.float32)
+            done += tl.where(_kept(positions, length, L, slot, K, HAS_POSITIONS), more, 0.0)
+    tl.store(dx + s * E + channels, done.to(dx.dtype.element_ty), mask=inside & (s >= start) & (s < L))
+    if HAS_DSTATE:
+        tl.store(dstate + t * E + channels, done.to(dstate.dtype.element_ty), mask=inside & (s < 0))
+    return window[1:], spread[1:], dcolumns, doffset
+
+
+@triton.jit(do_not_specialize=["L", "rows"])
+def backward_kernel(
+    dy,  # [B, L, E] with the strides dy_batch, dy_step, 1
+    dfinal,
+    x,  # [B, L, E] with the strides x_batch, x_step, 1
+    weight,
+    bias,
+    state,
+    positions,
+    lengths,
+    dx,
+    dstate,
+    partial,  # fp32 [B, segments, K+1, E]: each program's sums for weight and bias
+    L,
+    E,
+    rows,  # of a segment, a multiple of UNROLL
+    dy_batch,
+    dy_step,
+    x_batch,
+    x_step,
+    position_batch,
+    K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    HAS_DFINAL: tl.constexpr,
+    HAS_DSTATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    b = tl.program_id(2).to(tl.int64)
+    channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = channels < E
+    start = tl.program_id(1).to(tl.int64) * rows
+    stop = tl.minimum(start + rows, L)
+    dy += b * dy_batch
+    x += b * x_batch
+    dx += b * L * E
+    state += b * (K - 1) * E
+    dstate += b * (K - 1) * E
+    dfinal += b * (K - 1) * E
+    positions += b * position_batch
+    length = L.to(tl.int64)
+    if HAS_LENGTHS:
+        length = tl.load(lengths + b)
+    columns, offset = _weights(weight, bias, channels, inside, K, HAS_BIAS)
+    taps = _history(x, x_step, state, E, start, channels, inside, K, HAS_STATE)
+    pending = ()
+    dcolumns = (tl.zeros([BLOCK], tl.float32),)
+    for _ in tl.static_range(K - 1):
+        pending = pending + (tl.zeros([BLOCK], tl.float32),)
+        dcolumns = dcolumns + (tl.zeros([BLOCK], tl.float32),)
+    doffset = tl.zeros([BLOCK], tl.float32)
+    for t in tl.range(start, stop, UNROLL):
+        loaded = ()
+        dloaded = ()
+        for r in tl.static_range(UNROLL):
+            mask = inside & (t + r < L)
+            loaded = loaded + (tl.load(x + (t + r) * x_step + channels, mask=mask, other=0.0),)
+            dloaded = dloaded + (tl.load(dy + (t + r) * dy_step + channels, mask=mask, other=0.0),)
+        for r in tl.static_range(UNROLL):
+            taps, pending, dcolumns, doffset = _backward_row(
+                loaded[r], dloaded[r], t + r, taps, pending, dcolumns, doffset, columns, offset, positions, dfinal, dx,
+                dstate, L, E, start, length, channels, inside, K, HAS_POSITIONS, HAS_DFINAL, HAS_DSTATE, True,
+            )  # fmt: skip
+    # The K - 1 rows after the segment, which reach back into it.
+    after = start + tl.cdiv(stop - start, UNROLL) * UNROLL
+    for r in tl.static_range(K - 1):
+        mask = inside & (after + r < L)
+        row = tl.load(x + (after + r) * x_step + channels, mask=mask, other=0.0)
+        drow = tl.load(dy + (after + r) * dy_step + channels, mask=mask, other=0.0)
+        taps, pending, dcolumns, doffset = _backward_row(
+            row, drow, after + r, taps, pending, dcolumns, doffset, columns, offset, positions, dfinal, dx,
+            dstate, L, E, start, length, channels, inside, K, HAS_POSITIONS, HAS_DFINAL, HAS_DSTATE, False,
+        )  # fmt: skip
+    partial += (b * tl.num_programs(1) + tl.program_id(1)) * (K + 1) * E
+    for i in tl.static_range(K):
+        tl.store(partial + i * E + channels, dcolumns[i], mask=inside)
+    tl.store(partial + K * E + channels, doffset, mask=inside)
