@@ -1,11 +1,39 @@
-"""The gate of the SwiGLU MLP."""
+"""The gate of the SwiGLU MLP, alone or with the projection that follows it."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+
+from samba_lm.ops.backend import Backend, choose
+from samba_lm.ops.linear import linear
+from samba_lm.ops.swiglu.reference import swiglu_reference
+
+BACKENDS = ("reference", "triton")
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """SiLU(gate) * up, elementwise."""
-    return F.silu(gate) * up
+def swiglu(gate: torch.Tensor, up: torch.Tensor, *, backend: Backend = "auto") -> torch.Tensor:
+    """SiLU(gate) * up, elementwise: two tensors [..., F] of one dtype, which it returns. Differentiable in both."""
+    if choose(backend, BACKENDS, "swiglu", gate) == "reference":
+        return swiglu_reference(gate, up)
+    from samba_lm.ops.swiglu.triton import swiglu_triton
+
+    return swiglu_triton(gate, up)
+
+
+def swiglu_linear(gate_up: torch.Tensor, weight: torch.Tensor, *, backend: Backend = "auto") -> torch.Tensor:
+    """(SiLU(gate) * up) W^T.
+
+    Args:
+        gate_up: [..., 2 F], the gate first. weight: [D, F], of the same dtype.
+        backend: see ``samba_lm.ops.backend``.
+
+    Returns:
+        [..., D] in the same dtype. Differentiable in both. On the GPU only the two arguments are kept for backward,
+        which computes SiLU(gate) * up again in the pass over memory that gives their gradient.
+    """
+    if choose(backend, BACKENDS, "swiglu_linear", gate_up) == "reference":
+        gate, up = gate_up.chunk(2, dim=-1)
+        return linear(swiglu_reference(gate, up), weight)
+    from samba_lm.ops.swiglu.triton import swiglu_linear_triton
+
+    return swiglu_linear_triton(gate_up, weight)
