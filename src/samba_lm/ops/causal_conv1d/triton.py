@@ -14,12 +14,19 @@ MAX_SEGMENTS = 65535  # of a grid's second axis
 
 
 class Config(NamedTuple):
-    """How a kernel is cut: channels a program, warps, rows a segment, rows loaded at once."""
+    """How a kernel is cut."""
 
     block: int
+    """Channels a program."""
     warps: int
     rows: int
+    """Of a segment, a multiple of ``unroll``."""
     unroll: int
+    """Rows loaded at once."""
+    ahead: bool = True
+    """Load the next rows before the last ones are worked on."""
+    registers: int = 255
+    """At most so many a thread."""
 
 
 def forward_config(L: int, E: int) -> Config:
@@ -29,7 +36,7 @@ def forward_config(L: int, E: int) -> Config:
 
 def backward_config(L: int, E: int) -> Config:
     """4 channels a lane: with 8, the sums for the weights would leave too few warps to hide the memory's latency."""
-    return _fit(Config(block=128, warps=1, rows=128, unroll=4), L, E)
+    return _fit(Config(block=128, warps=1, rows=128, unroll=2), L, E)
 
 
 def _fit(config: Config, L: int, E: int) -> Config:
@@ -112,7 +119,9 @@ def launch_forward(
         HAS_LENGTHS=lengths is not None,
         BLOCK=config.block,
         UNROLL=config.unroll,
+        AHEAD=config.ahead,
         num_warps=config.warps,
+        maxnreg=config.registers,
         num_stages=1,
     )
     return y, final
@@ -193,7 +202,9 @@ def launch_backward(
         HAS_DSTATE=with_dstate and k > 1,
         BLOCK=config.block,
         UNROLL=config.unroll,
+        AHEAD=config.ahead,
         num_warps=config.warps,
+        maxnreg=config.registers,
         num_stages=1,
     )
     # Always in the same order, unlike atomic additions.

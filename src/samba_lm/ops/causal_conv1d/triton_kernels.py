@@ -2,7 +2,7 @@
 
 A program owns a block of channels and a segment of time. Lanes are channels, so that nothing crosses lanes, each input
 is read from memory once (but for the k - 1 rows around a segment, which neighbours have put in the L2 cache) and the
-weights once a segment. UNROLL rows are loaded before the first is used: that many loads are in flight.
+weights once a segment. UNROLL rows are loaded at once; with AHEAD, while the UNROLL before them are worked on.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -55,13 +55,22 @@ def _within_document(window, position, K: tl.constexpr):
 
 
 @triton.jit
-def _kept(positions, length, L, slot, K: tl.constexpr, HAS_POSITIONS: tl.constexpr):
-    """Whether ``slot`` of the final state belongs to the last document; a row that read nothing keeps its state."""
-    kept = length >= 0
+def _rows(x, x_step, t, stop, channels, inside, UNROLL: tl.constexpr):
+    """Rows t .. t+UNROLL-1, zero from ``stop`` on."""
+    rows = ()
+    for r in tl.static_range(UNROLL):
+        rows = rows + (tl.load(x + (t + r) * x_step + channels, mask=inside & (t + r < stop), other=0.0),)
+    return rows
+
+
+@triton.jit
+def _oldest_kept(positions, length, K: tl.constexpr, HAS_POSITIONS: tl.constexpr):
+    """The first slot of the final state that belongs to the last document; a row that read nothing keeps its state."""
+    slot = length * 0
     if HAS_POSITIONS:
         last = tl.load(positions + tl.maximum(length - 1, 0))
-        kept = (length == 0) | (last + 1 >= K - 1 - slot)
-    return kept
+        slot = tl.where(length > 0, K - 2 - last, 0)
+    return slot
 
 
 @triton.jit(do_not_specialize=["L", "rows"])
@@ -87,21 +96,27 @@ def forward_kernel(
     HAS_LENGTHS: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     b = tl.program_id(2).to(tl.int64)
     channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = channels < E
     start = tl.program_id(1).to(tl.int64) * rows
+    stop = tl.minimum(start + rows, L)
     x += b * x_batch
     y += b * L * E
     state += b * (K - 1) * E
     positions += b * position_batch
     columns, offset = _weights(weight, bias, channels, inside, K, HAS_BIAS)
     taps = _history(x, x_step, state, E, start, channels, inside, K, HAS_STATE)
-    for t in tl.range(start, tl.minimum(start + rows, L), UNROLL):
-        loaded = ()
-        for r in tl.static_range(UNROLL):
-            loaded = loaded + (tl.load(x + (t + r) * x_step + channels, mask=inside & (t + r < L), other=0.0),)
+    if AHEAD:
+        coming = _rows(x, x_step, start, stop, channels, inside, UNROLL)
+    for t in tl.range(start, stop, UNROLL):
+        if AHEAD:
+            loaded = coming
+            coming = _rows(x, x_step, t + UNROLL, stop, channels, inside, UNROLL)
+        else:
+            loaded = _rows(x, x_step, t, stop, channels, inside, UNROLL)
         for r in tl.static_range(UNROLL):
             window = taps + (loaded[r].to(tl.float32),)
             if HAS_POSITIONS:
@@ -119,9 +134,10 @@ def forward_kernel(
         length = L.to(tl.int64)
         if HAS_LENGTHS:
             length = tl.load(lengths + b)
+        oldest = _oldest_kept(positions, length, K, HAS_POSITIONS)
         for i in tl.static_range(K - 1):
             row = _input(x, x_step, state, E, length - (K - 1) + i, channels, inside, K, HAS_STATE)
-            row = tl.where(_kept(positions, length, L, i, K, HAS_POSITIONS), row, 0.0)
+            row = tl.where(i >= oldest, row, 0.0)
             tl.store(final + (b * (K - 1) + i) * E + channels, row.to(final.dtype.element_ty), mask=inside)
 
 
@@ -139,17 +155,17 @@ def _backward_row(
     positions,
     dfinal,
     dx,
-    dstate,
     L,
     E,
-    start,
+    first,  # the rows of dx to store: first .. last-1
+    last,
     length,
+    oldest,
     channels,
     inside,
     K: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     HAS_DFINAL: tl.constexpr,
-    HAS_DSTATE: tl.constexpr,
     OWN: tl.constexpr,  # the row is of this segment: it counts for the weights
 ):
     """One step of the walk: spreads row t's gradient over its taps and stores the row of dx that is then complete."""
@@ -181,13 +197,10 @@ def _backward_row(
     done = spread[0]
     s = t - (K - 1)
     if HAS_DFINAL:
-        slot = s - length + (K - 1)
-        if (slot >= 0) & (slot < K - 1):
-            more = tl.load(dfinal + slot * E + channels, mask=inside, other=0.0).to(tl.float32)
-            done += tl.where(_kept(positions, length, L, slot, K, HAS_POSITIONS), more, 0.0)
-    tl.store(dx + s * E + channels, done.to(dx.dtype.element_ty), mask=inside & (s >= start) & (s < L))
-    if HAS_DSTATE:
-        tl.store(dstate + t * E + channels, done.to(dstate.dtype.element_ty), mask=inside & (s < 0))
+        slot = t - length  # of row s in the final state
+        if (slot >= oldest) & (slot >= 0) & (slot < K - 1):
+            done += tl.load(dfinal + slot * E + channels, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx + s * E + channels, done.to(dx.dtype.element_ty), mask=inside & (s >= first) & (s < last))
     return window[1:], spread[1:], dcolumns, doffset
 
 
@@ -221,6 +234,7 @@ def backward_kernel(
     HAS_DSTATE: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     b = tl.program_id(2).to(tl.int64)
     channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -237,6 +251,7 @@ def backward_kernel(
     length = L.to(tl.int64)
     if HAS_LENGTHS:
         length = tl.load(lengths + b)
+    oldest = _oldest_kept(positions, length, K, HAS_POSITIONS)
     columns, offset = _weights(weight, bias, channels, inside, K, HAS_BIAS)
     taps = _history(x, x_step, state, E, start, channels, inside, K, HAS_STATE)
     pending = ()
@@ -245,17 +260,35 @@ def backward_kernel(
         pending = pending + (tl.zeros([BLOCK], tl.float32),)
         dcolumns = dcolumns + (tl.zeros([BLOCK], tl.float32),)
     doffset = tl.zeros([BLOCK], tl.float32)
+    if HAS_DSTATE:
+        # The rows before row 0, completed by the first K - 1 rows, which the walk below reads again.
+        if start == 0:
+            state_taps = taps
+            state_pending = pending
+            for t in tl.static_range(K - 1):
+                row = tl.load(x + t * x_step + channels, mask=inside & (t < L), other=0.0)
+                drow = tl.load(dy + t * dy_step + channels, mask=inside & (t < L), other=0.0)
+                state_taps, state_pending, _c, _o = _backward_row(
+                    row, drow, t, state_taps, state_pending, dcolumns, doffset, columns, offset, positions, dfinal,
+                    dstate + (K - 1) * E, L, E, 1 - K, 0, length, oldest, channels, inside, K, HAS_POSITIONS,
+                    HAS_DFINAL, False,
+                )  # fmt: skip
+    if AHEAD:
+        coming = _rows(x, x_step, start, stop, channels, inside, UNROLL)
+        dcoming = _rows(dy, dy_step, start, stop, channels, inside, UNROLL)
     for t in tl.range(start, stop, UNROLL):
-        loaded = ()
-        dloaded = ()
-        for r in tl.static_range(UNROLL):
-            mask = inside & (t + r < L)
-            loaded = loaded + (tl.load(x + (t + r) * x_step + channels, mask=mask, other=0.0),)
-            dloaded = dloaded + (tl.load(dy + (t + r) * dy_step + channels, mask=mask, other=0.0),)
+        if AHEAD:
+            loaded = coming
+            dloaded = dcoming
+            coming = _rows(x, x_step, t + UNROLL, stop, channels, inside, UNROLL)
+            dcoming = _rows(dy, dy_step, t + UNROLL, stop, channels, inside, UNROLL)
+        else:
+            loaded = _rows(x, x_step, t, stop, channels, inside, UNROLL)
+            dloaded = _rows(dy, dy_step, t, stop, channels, inside, UNROLL)
         for r in tl.static_range(UNROLL):
             taps, pending, dcolumns, doffset = _backward_row(
                 loaded[r], dloaded[r], t + r, taps, pending, dcolumns, doffset, columns, offset, positions, dfinal, dx,
-                dstate, L, E, start, length, channels, inside, K, HAS_POSITIONS, HAS_DFINAL, HAS_DSTATE, True,
+                L, E, start, L, length, oldest, channels, inside, K, HAS_POSITIONS, HAS_DFINAL, True,
             )  # fmt: skip
     # The K - 1 rows after the segment, which reach back into it.
     after = start + tl.cdiv(stop - start, UNROLL) * UNROLL
@@ -265,7 +298,7 @@ def backward_kernel(
         drow = tl.load(dy + (after + r) * dy_step + channels, mask=mask, other=0.0)
         taps, pending, dcolumns, doffset = _backward_row(
             row, drow, after + r, taps, pending, dcolumns, doffset, columns, offset, positions, dfinal, dx,
-            dstate, L, E, start, length, channels, inside, K, HAS_POSITIONS, HAS_DFINAL, HAS_DSTATE, False,
+            L, E, start, L, length, oldest, channels, inside, K, HAS_POSITIONS, HAS_DFINAL, False,
         )  # fmt: skip
     partial += (b * tl.num_programs(1) + tl.program_id(1)) * (K + 1) * E
     for i in tl.static_range(K):
