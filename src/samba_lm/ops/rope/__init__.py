@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from samba_lm.ops.backend import Backend, choose
+from samba_lm.ops.rope.reference import rotate, rotate_split_reference
+
+__all__ = ["rope_angles", "rotate", "rotate_split"]
+
+BACKENDS = ("reference", "triton")
+
 
 def rope_angles(positions: torch.Tensor, dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of position * base^(-2j/dim), j = 0..dim/2-1: int64 [...] -> two fp64 [..., dim/2].
@@ -15,9 +22,29 @@ def rope_angles(positions: torch.Tensor, dim: int, base: float) -> tuple[torch.T
     return angle.cos(), angle.sin()
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (j, j + K/2) of the last dim, in fp32 at least: x [..., K]; cos, sin [..., K/2] broadcast."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    cos, sin = cos.to(dtype), sin.to(dtype)
-    x1, x2 = x.to(dtype).chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1).to(x.dtype)
+def rotate_split(
+    qkv: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    heads: int,
+    groups: int,
+    *,
+    backend: Backend = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Split a joint projection into queries, keys and values, and rotate the first two as :func:`rotate` does.
+
+    Args:
+        qkv: [B, L, (H + 2 G) K], the queries' heads first, then the keys', then the values'; K even.
+        cos, sin: [B or 1, L, 1, K/2] of :func:`rope_angles`, in fp32 or fp64; None: split only.
+        heads: H. groups: G.
+        backend: see ``samba_lm.ops.backend``.
+
+    Returns:
+        q [B, L, H, K], k and v [B, L, G, K] in qkv's dtype: contiguous from the GPU's kernels, which read and write
+        everything once; views of qkv where nothing is rotated in PyTorch. Differentiable in qkv.
+    """
+    if choose(backend, BACKENDS, "rotate_split", qkv) == "reference":
+        return rotate_split_reference(qkv, cos, sin, heads, groups)
+    from samba_lm.ops.rope.triton import rotate_split_triton
+
+    return rotate_split_triton(qkv, cos, sin, heads, groups)
