@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,11 @@ from tolerances import assert_close
 import samba_lm
 from samba_lm import zoo
 from samba_lm.checkpoint import build, create
+from samba_lm.data.loader import Batch
 from samba_lm.tokenizer import ByteTokenizer
+from samba_lm.train.loop import make_optimizer, prepare_model, train_step
+from samba_lm.train.parallel import connect
+from samba_lm.train.recipe import TrainSection
 
 pytestmark = pytest.mark.gpu
 
@@ -54,6 +59,36 @@ def test_gradients_equal_the_cpus(name: str) -> None:
         grads.append({n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None})
     for key, expected in grads[0].items():
         assert_close(grads[1][key], expected, key, torch.float32, 20.0)
+
+
+def test_segments_may_lie_on_the_cpu() -> None:
+    model = create("samba-tiny", device="cuda")
+    ids = torch.randint(0, 256, (3, 60), device="cuda")
+    segments = torch.tensor([[0] * 25 + [1] * 35, [-1] * 20 + [3] * 40, [0] * 10 + [-1] * 5 + [0] * 45])
+    with torch.no_grad():
+        assert torch.equal(model.features(ids, None, segments)[0], model.features(ids, None, segments.cuda())[0])
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_training_step_waits_for_the_gpu_once(documents: bool) -> None:
+    section = TrainSection(
+        steps=4, batch_size=4, micro_batch=2, length=200, device="cuda", dtype="bfloat16", warmup_fraction=0.0
+    )
+    ids = torch.randint(0, 256, (4, 200))
+    batch = Batch(ids, ids.roll(-1, 1), (torch.arange(200) // 70).expand(4, -1).contiguous() if documents else None)
+    model = prepare_model(create("samba-tiny"), section, connect("cuda"))
+    optimizer = make_optimizer(model, section)
+    train_step(model, optimizer, batch, section, connect("cuda"), step=1)  # compiles the kernels
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            train_step(model, optimizer, batch, section, connect("cuda"), step=2)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [str(w.message) for w in caught if "synchronizing" in str(w.message)]
+    assert len(waits) == 1, waits
 
 
 def test_text_from_the_gpu(tmp_path: Path) -> None:

@@ -245,3 +245,12 @@ def test_public_names() -> None:
     logits, state = model(torch.tensor([[1, 2, 3]]))
     assert logits.shape == (1, 3, 320)
     assert state.batch == 1
+
+
+@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_hidden_states_are_the_features(name: str, packed: bool) -> None:
+    model = make(name)
+    ids = torch.randint(0, 50, (2, 40))
+    segments = torch.tensor([[0] * 15 + [1] * 25, [-1] * 4 + [0] * 36]) if packed else None
+    assert torch.equal(model.hidden_states(ids, segments), model.features(ids, None, segments)[0])

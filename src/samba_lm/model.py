@@ -71,7 +71,8 @@ class SambaLM(nn.Module):
         Args:
             input_ids: int64 [B, L], L >= 1.
             state: where to go on from (left as it was); None: nothing read yet.
-            segments: int64 [B, L] document ids, non-decreasing, -1 for padding; see ``Mixer.forward``.
+            segments: int64 [B, L] document ids, non-decreasing, -1 for padding; see ``Mixer.forward``. On the model's
+                device or on the CPU, where they are looked at without waiting for a GPU.
 
         Returns:
             logits [B, L, V] in the compute dtype, and the new state.
@@ -89,6 +90,13 @@ class SambaLM(nn.Module):
         hidden, state = self._run(span.pack(input_ids), state, span)
         return span.unpack(hidden), state
 
+    def hidden_states(self, input_ids: torch.Tensor, segments: torch.Tensor | None = None) -> torch.Tensor:
+        """The hidden states of ``features`` read from nothing, with no state made of what was read: for training."""
+        self._check(input_ids, None)
+        batch, length = input_ids.shape
+        span = Span.of(batch, length, input_ids.device, None, segments, keep=False)
+        return span.unpack(self._run(span.pack(input_ids), None, span)[0])
+
     @torch.no_grad()
     def step(self, token_ids: torch.Tensor, state: State) -> torch.Tensor:
         """Decode: read one token of each sequence, int64 [B]; logits [B, V]. ``state`` is advanced in place."""
@@ -98,10 +106,14 @@ class SambaLM(nn.Module):
         state.cursor, state.layers = new.cursor, new.layers
         return self.head(hidden[:, 0])
 
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """[V, D]: what makes logits of hidden states; the embedding, when the two are tied."""
+        return self.embedding if self.unembedding is None else self.unembedding
+
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [..., V] of hidden states [..., D]."""
-        weight = self.embedding if self.unembedding is None else self.unembedding
-        return linear(hidden, weight.to(hidden.dtype))
+        return linear(hidden, self.head_weight.to(hidden.dtype))
 
     def init_state(self, batch: int) -> State:
         """The state of ``batch`` sequences of which nothing was read."""
@@ -121,15 +133,18 @@ class SambaLM(nn.Module):
             init.embedding(self.unembedding)
 
     def _run(self, input_ids: torch.Tensor, state: State | None, span: Span) -> tuple[torch.Tensor, State]:
-        if state is None:
-            state = self.init_state(input_ids.shape[0])
         # A wide residual stream: small updates of late layers survive bf16 (the reference keeps it in fp32 too).
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         x = F.embedding(input_ids, self.embedding).to(wide)
         layers = []
-        for layer, tensors in zip(self.layers, state.layers, strict=True):
+        for i, layer in enumerate(map(_layer, self.layers)):
+            if state is None:
+                tensors = layer.mixer.init_tensors(input_ids.shape[0], self.device, self.dtype)
+            else:
+                tensors = state.layers[i]
             x, tensors = layer(x, tensors, span, self.dtype)
-            layers.append(tensors)
+            if span.keep:  # else freed here, before the next layer's
+                layers.append(tensors)
         return self.norm(x).to(self.dtype), State(span.end, layers)
 
     def _check(self, input_ids: torch.Tensor, state: State | None) -> None:

@@ -48,6 +48,8 @@ class Span:
     """The largest starting position: how far back any row's document reaches. 0 when nothing was read yet."""
     in_place: bool = False
     """Caches may be written in place: the caller gives the old state away."""
+    keep: bool = True
+    """The state after the call is wanted. If not, what a layer gives back as its state may be anything."""
     _angles: dict[tuple[int, float], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     _chunks: dict[int, Span] = field(default_factory=dict)
 
@@ -60,29 +62,43 @@ class Span:
         start: Cursor | None,
         segments: torch.Tensor | None,
         in_place: bool = False,
+        keep: bool = True,
     ) -> Span:
-        """Read ``segments`` (int64 [B, L] document ids or None) from where ``start`` stands (None: a fresh cursor)."""
+        """Read ``segments`` (int64 [B, L] document ids or None) from where ``start`` stands (None: a fresh cursor).
+
+        ``segments`` may lie on the CPU, whatever ``device`` is.
+        """
         steps = torch.arange(length, device=device)
         begin = Cursor.fresh(batch, device) if start is None else start
         if segments is None:
             uniform = start is None or batch == 1 or _agree(start.position)
             positions = steps[None] + (begin.position[:1, None] if uniform else begin.position[:, None])
             end = Cursor(begin.segment, begin.position + length)
-            return cls(length, begin, end, positions, longest_past=_longest(start), in_place=in_place)
-        return cls._packed(begin, _checked(segments, batch, length), steps, _longest(start), in_place)
+            return cls(length, begin, end, positions, longest_past=_longest(start), in_place=in_place, keep=keep)
+        return cls._packed(begin, _checked(segments, batch, length), steps, _longest(start), in_place, keep)
 
     @classmethod
     def _packed(
-        cls, start: Cursor, segments: torch.Tensor, steps: torch.Tensor, longest_past: int, in_place: bool
+        cls,
+        start: Cursor,
+        segments: torch.Tensor,
+        steps: torch.Tensor,
+        longest_past: int,
+        in_place: bool,
+        keep: bool,
     ) -> Span:
         padding = segments < 0
+        # Asked where the segments lie: on the CPU, a GPU that has work queued is not waited for.
+        padded = bool(padding.any())
+        scattered = padded and bool((padding[:, :-1] & ~padding[:, 1:]).any())
+        segments = segments.to(steps.device, non_blocking=True)
         order = lengths = None
-        if bool(padding.any()):
+        if padded:
+            padding = segments < 0
             lengths = (~padding).sum(1)
-            if bool((padding[:, :-1] & ~padding[:, 1:]).any()):
+            if scattered:
                 order = padding.to(torch.int8).argsort(dim=1, stable=True)
                 segments = segments.gather(1, order)
-            padding = steps >= lengths[:, None]
         previous = torch.cat((start.segment[:, None], segments[:, :-1]), dim=1)
         boundary = segments != previous  # padding (id -1) forms one last document of its own
         documents = boundary.cumsum(1)
@@ -97,7 +113,7 @@ class Span:
                 torch.where(read, segments.gather(1, last)[:, 0], start.segment),
                 torch.where(read, positions.gather(1, last)[:, 0] + 1, start.position),
             )
-        return cls(steps.shape[0], start, end, positions, documents, lengths, order, longest_past, in_place)
+        return cls(steps.shape[0], start, end, positions, documents, lengths, order, longest_past, in_place, keep)
 
     @property
     def resets(self) -> torch.Tensor | None:
@@ -156,6 +172,7 @@ class Span:
             self.lengths,
             longest_past=min(self.longest_past, size),
             in_place=self.in_place,
+            keep=self.keep,
         )
 
 

@@ -25,6 +25,7 @@ from samba_lm.train.loop import (
     train_step,
 )
 from samba_lm.train.observer import Observer, Plan, StepRecord
+from samba_lm.train.optim import optimizer_tensors
 from samba_lm.train.parallel import connect
 from samba_lm.train.recipe import Recipe, TrainSection
 from samba_lm.train.transforms import checkpoint_activations, compile_layers
@@ -186,6 +187,26 @@ def test_a_bad_loss_stops_before_the_update() -> None:
     assert "\n" not in str(error.value)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_refused_update_leaves_the_optimizer_as_it_was(fused: bool) -> None:
+    model, batch, section = nano(), padded_batch(), settings(clip=0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+    train_step(model, optimizer, batch, section, CPU, step=1)
+
+    def everything() -> dict[str, torch.Tensor]:
+        return {**dict(model.named_parameters()), **optimizer_tensors(model, optimizer)}
+
+    before = {name: value.clone() for name, value in everything().items()}
+    hook = model.embedding.register_hook(lambda grad: grad * math.nan)
+    with pytest.raises(NonFiniteError, match=r"the gradient's norm is nan \(first bad: embedding\)"):
+        train_step(model, optimizer, batch, section, CPU, step=2)
+    for name, value in everything().items():
+        assert torch.equal(value, before[name]), name
+    hook.remove()
+    train_step(model, optimizer, batch, section, CPU, step=2)
+    assert not torch.equal(model.embedding, before["embedding"])
 
 
 def test_a_bad_gradient_is_named() -> None:

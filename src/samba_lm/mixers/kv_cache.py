@@ -35,6 +35,8 @@ def grow(cache: Tensors, span: Span, max_context: int) -> Tensors:
             f"full attention would have to hold {needed} positions, but max_context is {max_context}: read a shorter "
             "text, raise max_context in the model's config.json, or use a model with a window (`samba-lm models`)"
         )
+    if not span.keep:
+        return cache
     # Doubling only when going on from something: a prompt read at once gets exactly its length.
     target = needed if slots == 0 else min(max(needed, 2 * slots), max_context)
     return {name: F.pad(cache[name], (0, 0, 0, 0, 0, target - slots)) for name in ("k", "v")}
@@ -62,6 +64,8 @@ def update(cache: Tensors, k: torch.Tensor, v: torch.Tensor, span: Span) -> Tens
     differentiable.
     """
     slots, length = cache["k"].shape[1], k.shape[1]
+    if not span.keep:
+        return {"k": cache["k"], "v": cache["v"]}
     if span.in_place and length == 1 and span.documents is None:
         row, slot = torch.arange(k.shape[0], device=k.device), span.start.position % slots
         cache["k"][row, slot], cache["v"][row, slot] = k[:, 0], v[:, 0]

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from samba_lm.data.loader import Batch, Loader
 from samba_lm.errors import UserError
-from samba_lm.loss import IGNORE_INDEX, chunk_tokens, token_loss_sum
+from samba_lm.loss import IGNORE_INDEX, valid_tokens
 from samba_lm.model import SambaLM
+from samba_lm.ops.linear_cross_entropy import linear_cross_entropy
 from samba_lm.train.metrics import device_peak, mfu
 from samba_lm.train.observer import Observer, Plan, StepRecord
 from samba_lm.train.optim import build_optimizer, optimizer_tensors, set_learning_rate
@@ -177,24 +178,41 @@ def train_step(
     """One update from one batch; returns the mean loss (nats a token) and the gradient's norm before clipping.
 
     The loss is the sum of token losses over the number of valid tokens in the whole batch on all processes, so neither
-    accumulation nor padding changes it.
+    accumulation nor padding changes it. The device is waited for once, when the update is queued; an update from a loss
+    or gradient that is not finite changes nothing and raises NonFiniteError.
     """
-    valid = parallel.sum((batch.targets != IGNORE_INDEX).sum()).clamp(min=1).to(parallel.device)
+    batch = on_device(batch, parallel.device)
+    valid = parallel.sum(valid_tokens(batch.targets)).clamp(min=1)
     total = torch.zeros((), dtype=torch.float32, device=parallel.device)
     optimizer.zero_grad(set_to_none=True)
     for micro in micro_batches(batch, settings.micro_batch_size // parallel.world):
         loss_sum, _ = batch_loss(model, micro, parallel.device)
         torch.autograd.backward(loss_sum / valid)
         total += loss_sum.detach()
-    loss = float(parallel.sum(total) / valid)
+    mean = parallel.sum(total) / valid
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    grad_norm = float(norm)
+    finite = mean.isfinite() & norm.isfinite()
+    if settings.clip:
+        # A bad gradient is left as it is, to be named.
+        bound = torch.where(finite, norm, 0.0)
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), settings.clip, bound)
+    _update(optimizer, finite)
+    loss, grad_norm = torch.stack((mean.double(), norm.double())).tolist()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise NonFiniteError(_non_finite(model, step, loss, grad_norm))
-    if settings.clip:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), settings.clip, norm)
-    optimizer.step()
     return loss, grad_norm
+
+
+def _update(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """One step of the optimizer if ``finite`` (bool scalar), decided on the device where the optimizer can."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False):  # what torch.amp.GradScaler asks: fused AdamW can
+        vars(optimizer)["found_inf"] = (~finite).float()
+        try:
+            optimizer.step()
+        finally:
+            del vars(optimizer)["found_inf"]
+    elif bool(finite):
+        optimizer.step()
 
 
 @torch.no_grad()
@@ -212,21 +230,35 @@ def evaluate(model: SambaLM, batches: Iterable[Batch], parallel: Parallel) -> fl
     """Mean loss over all valid tokens of ``batches``, nats."""
     was_training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64)
-    count = torch.zeros((), dtype=torch.int64)
+    total = torch.zeros((), dtype=torch.float64, device=parallel.device)
+    count = torch.zeros((), dtype=torch.int64, device=parallel.device)
     for batch in batches:
         loss_sum, valid = batch_loss(model, batch, parallel.device)
-        total += loss_sum.cpu()
-        count += valid.cpu()
+        total += loss_sum
+        count += valid
     model.train(was_training)
     return float(parallel.sum(total) / parallel.sum(count).clamp(min=1))
 
 
 def batch_loss(model: SambaLM, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Sum of the batch's token losses, and how many tokens it is over."""
-    segments = None if batch.segments is None else batch.segments.to(device)
-    hidden, _ = model.features(batch.input_ids.to(device), None, segments)
-    return token_loss_sum(model.head, hidden, batch.targets.to(device), chunk_tokens(model.config.vocab_size))
+    batch = on_device(batch, device)
+    hidden = model.hidden_states(batch.input_ids, batch.segments)
+    loss_sum = linear_cross_entropy(hidden, model.head_weight, batch.targets, ignore_index=IGNORE_INDEX)
+    return loss_sum, valid_tokens(batch.targets)
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch's tokens on ``device``, copied without waiting for it; its segments stay, for the model looks at them.
+
+    What is there already is not copied again.
+    """
+    if device.type != "cuda" or batch.input_ids.is_cuda:
+        return Batch(batch.input_ids.to(device), batch.targets.to(device), batch.segments)
+    # Only from page-locked memory does a copy run while the device computes.
+    segments = None if batch.segments is None else batch.segments.pin_memory()
+    ids, targets = (t.pin_memory().to(device, non_blocking=True) for t in (batch.input_ids, batch.targets))
+    return Batch(ids, targets, segments)
 
 
 def micro_batches(batch: Batch, size: int) -> Iterable[Batch]:
