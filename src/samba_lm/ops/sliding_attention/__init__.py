@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from samba_lm.errors import UserError
 from samba_lm.ops.backend import Backend, choose, compute_dtype
 from samba_lm.ops.sliding_attention.cpu import attention_cpu
 from samba_lm.ops.sliding_attention.reference import attention_reference
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 
 
 def sliding_attention(
@@ -29,15 +30,26 @@ def sliding_attention(
         q: [B, L, H, K]. k: [B, P+L, G, K], v: [B, P+L, G, Kv]: P past keys, then one for each query; H a multiple of G
             (query head h uses key head h // (H / G)). The query at row i stands at key P + i.
         window: number of keys seen, or None for all.
-        q_documents, k_documents: int64 [B, L] and [B, P+L]; only keys of the query's own document are seen. A query
-            must share its document with its own key.
+        q_documents, k_documents: int64 [B, L] and [B, P+L]; only keys of the query's own document are seen. They
+            must not decrease along a row, and a query must share its document with its own key.
         scale: of the scores; None: 1 / sqrt(K).
 
     Returns:
         [B, L, H, Kv] in q's dtype; scores and softmax in fp32 at least.
+
+    Raises UserError if ``backend`` is "triton" and the kernels cannot take the tensors ("auto" then takes PyTorch).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if choose(backend, BACKENDS, "sliding_attention", q) == "reference":
+    chosen = choose(backend, BACKENDS, "sliding_attention", q)
+    if chosen == "triton":
+        from samba_lm.ops.sliding_attention.triton import attention_triton, unsupported
+
+        reason = unsupported(q, k, v, scale)
+        if reason is None:
+            return attention_triton(q, k, v, window, q_documents, k_documents, scale)
+        if backend == "triton":
+            raise UserError(f"sliding_attention: the triton backend cannot take these tensors: {reason}")
+    if chosen == "reference":
         dtype = compute_dtype(q)
         q_, k_, v_ = (t.to(dtype) for t in (q, k, v))
         return attention_reference(q_, k_, v_, window, q_documents, k_documents, scale).to(q.dtype)

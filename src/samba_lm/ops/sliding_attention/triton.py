@@ -1,0 +1,293 @@
+"""Windowed attention on the GPU: what the kernels take, how they are launched, and the custom ops around them."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from samba_lm.ops.sliding_attention.triton_backward import dkdv_kernel, dq_kernel
+from samba_lm.ops.sliding_attention.triton_forward import forward_kernel
+
+LOG2_E = 1.4426950408889634
+MAX_WIDTH = 256
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Blocks(NamedTuple):
+    """How a kernel is cut: ``m`` queries and ``n`` keys a block, and the compiler's two numbers."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+class Plan(NamedTuple):
+    """The three kernels' blocks."""
+
+    forward: Blocks
+    dq: Blocks
+    dkdv: Blocks
+
+
+def plan(width: int, dtype: torch.dtype) -> Plan:
+    """The blocks for head dims of ``width``, from measurements on an H100."""
+    if dtype == torch.float32:  # no tensor cores: what fits in registers
+        small = Blocks(32, 32, 4, 1) if width <= 128 else Blocks(16, 32, 4, 1)
+        return Plan(small, small, small)
+    if width <= 64:
+        return Plan(Blocks(128, 128, 4, 2), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2))
+    if width <= 128:
+        return Plan(Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2))
+    return Plan(Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 1), Blocks(32, 64, 8, 1))
+
+
+def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> str | None:
+    """Why the kernels cannot take these, as a person would put it; None: they can."""
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        return f"q, k, v must share one of bf16, fp16, fp32, not {q.dtype}, {k.dtype}, {v.dtype}"
+    if k.shape != v.shape or q.shape[-1] > MAX_WIDTH:
+        return f"keys and values must have one head dim of at most {MAX_WIDTH}, not {k.shape[-1]} and {v.shape[-1]}"
+    if scale < 0:
+        return f"scale must not be negative, and it is {scale}"
+    return None
+
+
+def attention_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int | None,
+    q_documents: torch.Tensor | None,
+    k_documents: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """Same arguments, result and meaning as ``attention_reference``, but documents must not decrease along a row."""
+    first = None
+    if q_documents is not None and k_documents is not None:
+        first = first_keys(window, q_documents, k_documents)
+    return sliding_attention_forward(q, k, v, first, window or 0, scale)[0]
+
+
+def first_keys(window: int | None, q_documents: torch.Tensor, k_documents: torch.Tensor) -> torch.Tensor:
+    """int32 [B, L]: the first key that each query sees, where its document begins or its window does."""
+    first = torch.searchsorted(k_documents.contiguous(), q_documents.contiguous(), out_int32=True)
+    if window is None:
+        return first
+    length, keys = q_documents.shape[1], k_documents.shape[1]
+    begin = torch.arange(length, dtype=torch.int32, device=first.device) + (keys - length - window + 1)
+    return torch.maximum(first, begin)
+
+
+def seen_until(first: torch.Tensor, keys: int) -> torch.Tensor:
+    """int32 [B, S]: one past the last query that sees each key."""
+    j = torch.arange(keys, dtype=torch.int32, device=first.device).expand(first.shape[0], -1)
+    return torch.searchsorted(first, j.contiguous(), right=True, out_int32=True)
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    first: torch.Tensor | None,
+    window: int,
+    scale: float,
+    blocks: Blocks | None = None,
+    tma: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [B, L, H, K] and the base-2 log-sum-exp fp32 [B, H, L rounded up to 16]; ``window`` 0: none."""
+    q, k, v = (_last_dense(x) for x in (q, k, v))
+    batch, length, heads, dim = q.shape
+    width = max(16, triton.next_power_of_2(dim))
+    blocks = plan(width, q.dtype).forward if blocks is None else blocks
+    tma = _copied_by_tma(q, k, v) if tma is None else tma
+    out = q.new_empty(q.shape)
+    padded = _padded(length)
+    lse = q.new_empty((batch, heads, padded), dtype=torch.float32)
+    forward_kernel[(triton.cdiv(length, blocks.m) * batch * heads,)](
+        _rows(q, blocks.m, width, tma),
+        _rows(k, blocks.n, width, tma),
+        _rows(v, blocks.n, width, tma),
+        first,
+        out,
+        lse,
+        length,
+        padded,
+        k.shape[1],
+        heads,
+        k.shape[2],
+        window,
+        scale * LOG2_E,
+        *_strides(tma, q, k, v),
+        DIM=dim,
+        WIDTH=width,
+        BLOCK_M=blocks.m,
+        BLOCK_N=blocks.n,
+        FIRST=first is not None,
+        WINDOW=window > 0,
+        TMA=tma,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
+    return out, lse
+
+
+def backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    first: torch.Tensor | None,
+    window: int,
+    scale: float,
+    dq_blocks: Blocks | None = None,
+    dkdv_blocks: Blocks | None = None,
+    tma: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv of what :func:`forward` gave, each contiguous."""
+    dout, q, k, v = (_last_dense(x) for x in (dout, q, k, v))
+    batch, length, heads, dim = q.shape
+    keys, groups = k.shape[1], k.shape[2]
+    width = max(16, triton.next_power_of_2(dim))
+    dq_blocks = plan(width, q.dtype).dq if dq_blocks is None else dq_blocks
+    dkdv_blocks = plan(width, q.dtype).dkdv if dkdv_blocks is None else dkdv_blocks
+    tma = _copied_by_tma(dout, q, k, v) if tma is None else tma
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    delta = torch.empty_like(lse)
+    sizes = (length, lse.shape[-1], keys, heads, groups, window, scale * LOG2_E, *_strides(tma, q, k, v, dout))
+    constants = {"DIM": dim, "WIDTH": width, "WINDOW": window > 0, "TMA": tma}
+    m, n = dq_blocks.m, dq_blocks.n
+    dq_kernel[(triton.cdiv(length, m) * batch * heads,)](
+        _rows(q, m, width, tma),
+        _rows(k, n, width, tma),
+        _rows(v, n, width, tma),
+        first,
+        out,
+        _rows(dout, m, width, tma),
+        lse,
+        delta,
+        dq,
+        *sizes,
+        **constants,
+        BLOCK_M=m,
+        BLOCK_N=n,
+        FIRST=first is not None,
+        num_warps=dq_blocks.warps,
+        num_stages=dq_blocks.stages,
+    )
+    m, n = dkdv_blocks.m, dkdv_blocks.n
+    dkdv_kernel[(triton.cdiv(keys, n) * batch * groups,)](
+        _rows(q, m, width, tma),
+        _rows(k, n, width, tma),
+        _rows(v, n, width, tma),
+        None if first is None else seen_until(first, keys),
+        _rows(dout, m, width, tma),
+        _numbers(lse, m, tma),
+        _numbers(delta, m, tma),
+        dk,
+        dv,
+        *sizes,
+        **constants,
+        BLOCK_M=m,
+        BLOCK_N=n,
+        SEEN=first is not None,
+        num_warps=dkdv_blocks.warps,
+        num_stages=dkdv_blocks.stages,
+    )
+    return dq, dk, dv
+
+
+@torch.library.custom_op("samba_lm::sliding_attention_forward", mutates_args=())
+def sliding_attention_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor | None, window: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`forward`."""
+    return forward(q, k, v, first, window, scale)
+
+
+@sliding_attention_forward.register_fake
+def _(q, k, v, first, window, scale):
+    lse = q.new_empty((q.shape[0], q.shape[2], _padded(q.shape[1])), dtype=torch.float32)
+    return q.new_empty(q.shape), lse
+
+
+@torch.library.custom_op("samba_lm::sliding_attention_backward", mutates_args=())
+def sliding_attention_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    first: torch.Tensor | None,
+    window: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See :func:`backward`."""
+    return backward(dout, q, k, v, out, lse, first, window, scale)
+
+
+@sliding_attention_backward.register_fake
+def _(dout, q, k, v, out, lse, first, window, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, first, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, first)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, dout, _):
+    if dout is None:
+        return (None,) * 6
+    q, k, v, out, lse, first = ctx.saved_tensors
+    return *sliding_attention_backward(dout, q, k, v, out, lse, first, ctx.window, ctx.scale), None, None, None
+
+
+sliding_attention_forward.register_autograd(_gradients, setup_context=_save)
+
+
+def _padded(length):
+    # A row of the log-sum-exp begins where the copy engine can begin: every 16 bytes, and divisible by 16 for Triton.
+    return (length + 15) // 16 * 16
+
+
+def _last_dense(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _copied_by_tma(*tensors: torch.Tensor) -> bool:
+    """Whether the copy engine can read these: it wants steps of 16 bytes. fp32 has no tensor cores to feed."""
+    return tensors[0].dtype != torch.float32 and all(
+        x.data_ptr() % 16 == 0 and all(_steps(s, n, x) for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
+        for x in tensors
+    )
+
+
+def _steps(stride: int, size: int, x: torch.Tensor) -> bool:
+    return size == 1 or (stride > 0 and stride * x.element_size() % 16 == 0)
+
+
+def _rows(x: torch.Tensor, block: int, width: int, tma: bool) -> torch.Tensor | TensorDescriptor:
+    """What ``load_rows`` takes for x [B, rows, heads, K]."""
+    if not tma:
+        return x
+    x = x.transpose(1, 2)
+    # The stride of a dimension of one may be anything: any legal number then.
+    strides = [s if n > 1 else 16 for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, block, width])
+
+
+def _numbers(x: torch.Tensor, block: int, tma: bool) -> torch.Tensor | TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, block]) if tma else x
+
+
+def _strides(tma: bool, *tensors: torch.Tensor) -> list[int]:
+    return [0 if tma else x.stride(n) for x in tensors for n in (0, 1, 2)]
