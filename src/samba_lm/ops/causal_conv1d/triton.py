@@ -1,6 +1,6 @@
 """The short convolution on Triton: launchers and custom operators, forward and backward."""
 
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -224,9 +224,7 @@ def _backward(ctx: Any, dy: torch.Tensor | None, dfinal: torch.Tensor | None) ->
     if dy is None:
         dy = x.new_zeros(x.shape)
     with_dstate = state is not None and ctx.needs_input_grad[3]
-    dx, dweight, dbias, dstate = _conv_backward(
-        dy, dfinal, x, weight, bias, state, positions, lengths, with_dstate
-    )
+    dx, dweight, dbias, dstate = _conv_backward(dy, dfinal, x, weight, bias, state, positions, lengths, with_dstate)
     return dx, dweight, None if bias is None else dbias, dstate if with_dstate else None, None, None
 
 

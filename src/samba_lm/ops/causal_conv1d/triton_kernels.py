@@ -5,7 +5,9 @@ is read from memory once (but for the k - 1 rows around a segment, which neighbo
 weights once a segment. UNROLL rows are loaded at once; with AHEAD, while the UNROLL before them are worked on.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
+# mypy: disable-error-code="assignment, misc"
+# ruff: noqa: RUF005 - the kernel language adds tuples, and knows no unpacking
 from __future__ import annotations
 
 import triton
@@ -260,7 +262,7 @@ def backward_kernel(
         pending = pending + (tl.zeros([BLOCK], tl.float32),)
         dcolumns = dcolumns + (tl.zeros([BLOCK], tl.float32),)
     doffset = tl.zeros([BLOCK], tl.float32)
-    if HAS_DSTATE:
+    if HAS_DSTATE:  # noqa: SIM102 - a constant: decided when compiling
         # The rows before row 0, completed by the first K - 1 rows, which the walk below reads again.
         if start == 0:
             state_taps = taps

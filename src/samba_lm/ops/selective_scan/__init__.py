@@ -12,6 +12,7 @@ from samba_lm.ops.selective_scan.cpu import scan_cpu
 from samba_lm.ops.selective_scan.reference import scan_reference
 
 BACKENDS = ("reference", "cpu")
+STEP_BACKENDS = ("cpu", "triton")
 
 
 def selective_scan(
@@ -66,12 +67,19 @@ def selective_scan_step(
     z: torch.Tensor | None,
     delta_bias: torch.Tensor,
     state: torch.Tensor,
+    *,
+    backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token of :func:`selective_scan`, for decoding: u, delta, z [B, E], B, C [B, N]; A, D, delta_bias as state.
 
-    Returns y [B, E] in u's dtype and the new state [B, E, N].
+    Returns y [B, E] in u's dtype and the new state [B, E, N] in the state's, fp32 at least; the given one stays as it
+    was. No gradients on the triton backend.
     """
     dtype = state.dtype
+    if choose(backend, STEP_BACKENDS, "selective_scan_step", state) == "triton":
+        from samba_lm.ops.selective_scan.triton_step import step_triton
+
+        return step_triton(u, delta, A, B, C, D, z, delta_bias, state)
     x = u.to(dtype)
     step = F.softplus(delta.to(dtype) + delta_bias)
     decay = ((step * math.log2(math.e))[..., None] * A).exp2_()
