@@ -22,7 +22,12 @@ from samba_lm.state import State
 
 
 class Layer(nn.Module):
-    """x + mixer(norm(x)). The residual stream x is fp32 (fp64 in fp64 models); the mixer computes in ``dtype``."""
+    """x + mixer(norm(x)), the addition left to whoever comes next: with its norm it is one pass over memory.
+
+    So a layer is given the residual stream x, fp32 (fp64 in fp64 models), and the branch still to be added to it: what
+    the mixer of the layer before gave, None at the first. It returns x + branch, its own branch
+    mixer(norm(x + branch)) and its state. Mixers compute in ``dtype``, which the branches are in.
+    """
 
     def __init__(self, spec: LayerSpec, config: ModelConfig) -> None:
         super().__init__()
@@ -30,10 +35,15 @@ class Layer(nn.Module):
         self.mixer = build_mixer(spec, config)
 
     def forward(
-        self, x: torch.Tensor, tensors: Tensors, span: Span, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, Tensors]:
-        y, tensors = self.mixer.mix(self.norm(x).to(dtype), tensors, span)
-        return x + y, tensors
+        self, x: torch.Tensor, branch: torch.Tensor | None, tensors: Tensors, span: Span, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, Tensors]:
+        if isinstance(self.norm, RMSNorm):
+            x, inputs = self.norm.add(x, branch, dtype)
+        else:
+            x = x if branch is None else x + branch
+            inputs = x.to(dtype)
+        branch, tensors = self.mixer.mix(inputs, tensors, span)
+        return x, branch, tensors
 
 
 class SambaLM(nn.Module):
@@ -135,17 +145,18 @@ class SambaLM(nn.Module):
     def _run(self, input_ids: torch.Tensor, state: State | None, span: Span) -> tuple[torch.Tensor, State]:
         # A wide residual stream: small updates of late layers survive bf16 (the reference keeps it in fp32 too).
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        x = F.embedding(input_ids, self.embedding).to(wide)
+        x: torch.Tensor = F.embedding(input_ids, self.embedding).to(wide)
+        branch: torch.Tensor | None = None
         layers = []
         for i, layer in enumerate(map(_layer, self.layers)):
             if state is None:
                 tensors = layer.mixer.init_tensors(input_ids.shape[0], self.device, self.dtype)
             else:
                 tensors = state.layers[i]
-            x, tensors = layer(x, tensors, span, self.dtype)
+            x, branch, tensors = layer(x, branch, tensors, span, self.dtype)
             if span.keep:  # else freed here, before the next layer's
                 layers.append(tensors)
-        return self.norm(x).to(self.dtype), State(span.end, layers)
+        return self.norm.add(x, branch, self.dtype)[1], State(span.end, layers)
 
     def _check(self, input_ids: torch.Tensor, state: State | None) -> None:
         if not isinstance(input_ids, torch.Tensor):

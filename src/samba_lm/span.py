@@ -50,7 +50,7 @@ class Span:
     """Caches may be written in place: the caller gives the old state away."""
     keep: bool = True
     """The state after the call is wanted. If not, what a layer gives back as its state may be anything."""
-    _angles: dict[tuple[int, float], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _angles: dict[tuple[int, float, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     _chunks: dict[int, Span] = field(default_factory=dict)
 
     @classmethod
@@ -125,12 +125,12 @@ class Span:
         """Positions for convolutions, whose taps may not reach into another document. None: there is only one."""
         return None if self.documents is None else self.positions
 
-    def angles(self, dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos, sin of RoPE for heads, [B or 1, L, 1, dim/2], fp64; computed once a call."""
-        if (dim, base) not in self._angles:
+    def angles(self, dim: int, base: float, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin of RoPE for heads, [B or 1, L, 1, dim/2], from fp64 angles; computed once a call."""
+        if (dim, base, dtype) not in self._angles:
             cos, sin = rope_angles(self.positions, dim, base)
-            self._angles[dim, base] = cos[:, :, None], sin[:, :, None]
-        return self._angles[dim, base]
+            self._angles[dim, base, dtype] = cos[:, :, None].to(dtype), sin[:, :, None].to(dtype)
+        return self._angles[dim, base, dtype]
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """Move the padding of x [B, L, ...] to the right end of each row."""

@@ -7,12 +7,12 @@ from torch import nn
 
 from samba_lm.config import Attention, ModelConfig
 from samba_lm.mixers import kv_cache
-from samba_lm.mixers.base import Mixer, Tensors
+from samba_lm.mixers.base import Mixer, Tensors, state_dtype
 from samba_lm.mixers.registry import register_mixer
 from samba_lm.nn.init import Init
 from samba_lm.nn.linear import Linear
 from samba_lm.ops.causal_conv1d import causal_conv1d
-from samba_lm.ops.rope import rotate
+from samba_lm.ops.rope import rotate_split
 from samba_lm.ops.sliding_attention import attend_one, sliding_attention
 from samba_lm.span import Span
 
@@ -68,21 +68,22 @@ class AttentionMixer(Mixer):
         if spec.short_conv is not None:
             self.conv_weight = nn.Parameter(torch.empty(self.qkv.weight.shape[0], spec.short_conv))
 
-    def project(self, x: torch.Tensor, tensors: Tensors, span: Span) -> tuple[list[torch.Tensor], Tensors]:
-        """q [B, L, H, K] and k, v [B, L, G, K] before rotation, and the convolution's state."""
+    def project(
+        self, x: torch.Tensor, tensors: Tensors, span: Span, rope: bool
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], Tensors]:
+        """q [B, L, H, K] and k, v [B, L, G, K], q and k rotated with ``rope``; and the convolution's state."""
         qkv, state = self.qkv(x), {}
         if self.spec.short_conv is not None:
             qkv, state["conv"] = causal_conv1d(
                 qkv, self.conv_weight, state=tensors["conv"], positions=span.tap_positions, lengths=span.lengths
             )
-        heads = qkv.unflatten(-1, (-1, self.head_dim))
-        return list(heads.split((self.spec.heads, self.spec.groups, self.spec.groups), dim=2)), state
+        cos = sin = None
+        if rope:
+            cos, sin = span.angles(self.head_dim, self.spec.rope_base, state_dtype(x.dtype))
+        return rotate_split(qkv, cos, sin, self.spec.heads, self.spec.groups), state
 
     def mix(self, x: torch.Tensor, tensors: Tensors, span: Span) -> tuple[torch.Tensor, Tensors]:
-        (q, k, v), state = self.project(x, tensors, span)
-        if self.spec.rope:
-            cos, sin = span.angles(self.head_dim, self.spec.rope_base)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        (q, k, v), state = self.project(x, tensors, span, self.spec.rope)
         cache = tensors if self.spec.window is not None else kv_cache.grow(tensors, span, self.max_context)
         y, cache = attend(q, k, v, cache, span, self.spec.window)
         return self.out_proj(y.flatten(2)), {**cache, **state}

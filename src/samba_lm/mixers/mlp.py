@@ -9,7 +9,7 @@ from samba_lm.mixers.base import Mixer, Tensors
 from samba_lm.mixers.registry import register_mixer
 from samba_lm.nn.init import Init
 from samba_lm.nn.linear import Linear
-from samba_lm.ops.swiglu import swiglu
+from samba_lm.ops.swiglu import swiglu_linear
 from samba_lm.span import Span
 
 
@@ -23,8 +23,7 @@ class SwiGLUMLP(Mixer):
         self.w3 = Linear(spec.width, config.d_model)
 
     def mix(self, x: torch.Tensor, tensors: Tensors, span: Span) -> tuple[torch.Tensor, Tensors]:
-        gate, up = self.w12(x).chunk(2, dim=-1)
-        return self.w3(swiglu(gate, up)), {}
+        return swiglu_linear(self.w12(x), self.w3.weight.to(x.dtype)), {}
 
     def init_tensors(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensors:
         return {}

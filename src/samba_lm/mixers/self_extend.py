@@ -20,7 +20,7 @@ class SelfExtendMixer(AttentionMixer):
     spec: SelfExtend
 
     def mix(self, x: torch.Tensor, tensors: Tensors, span: Span) -> tuple[torch.Tensor, Tensors]:
-        (q, k, v), _ = self.project(x, tensors, span)
+        (q, k, v), _ = self.project(x, tensors, span, rope=False)
         cache = kv_cache.grow(tensors, span, self.max_context)
         k_past, v_past, past_documents = kv_cache.past(cache, span, cache["k"].shape[1])
         count = k_past.shape[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from samba_lm.ops.rms_norm import rms_norm
+from samba_lm.ops.rms_norm import add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -18,3 +18,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def add(
+        self, x: torch.Tensor, branch: torch.Tensor | None, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + branch (None: x itself) in x's dtype, and that sum normalised in ``dtype``; one kernel on the GPU."""
+        return add_rms_norm(x, branch, self.weight, self.eps, dtype)

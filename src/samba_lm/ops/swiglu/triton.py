@@ -6,10 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from samba_lm.ops.linear import linear
 from samba_lm.ops.triton_math import sigmoid
 
 TILE = 2048
@@ -18,35 +18,35 @@ WARPS = 4
 
 
 @triton.jit
-def _tile(rows, F: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _tile(rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """This program's rows and columns, and which of them are inside."""
-    across: tl.constexpr = (F + BLOCK - 1) // BLOCK
+    across: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = (tl.program_id(0) % across) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    return row, column, (row < rows) & (column < F)
+    return row, column, (row < rows) & (column < WIDTH)
 
 
 @triton.jit
 def _forward(
     gate_ptr, up_ptr, act_ptr, rows, gate_stride, up_stride,
-    F: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    row, column, inside = _tile(rows, F, BLOCK, ROWS)
+    row, column, inside = _tile(rows, WIDTH, BLOCK, ROWS)
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
     act = gate * sigmoid(gate) * up
-    tl.store(act_ptr + row * F + column, act.to(act_ptr.dtype.element_ty), mask=inside)
+    tl.store(act_ptr + row * WIDTH + column, act.to(act_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _backward(
     gate_ptr, up_ptr, dact_ptr, dgate_ptr, dup_ptr, act_ptr, rows, gate_stride, up_stride, gradient_stride,
-    F: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ACT: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    row, column, inside = _tile(rows, F, BLOCK, ROWS)
+    row, column, inside = _tile(rows, WIDTH, BLOCK, ROWS)
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
-    dact = tl.load(dact_ptr + row * F + column, mask=inside, other=0.0).to(tl.float32)
+    dact = tl.load(dact_ptr + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
     open_ = sigmoid(gate)
     silu = gate * open_
     at = row * gradient_stride + column
@@ -54,13 +54,13 @@ def _backward(
     tl.store(dgate_ptr + at, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
     tl.store(dup_ptr + at, (dact * silu).to(dup_ptr.dtype.element_ty), mask=inside)
     if ACT:
-        tl.store(act_ptr + row * F + column, (silu * up).to(act_ptr.dtype.element_ty), mask=inside)
+        tl.store(act_ptr + row * WIDTH + column, (silu * up).to(act_ptr.dtype.element_ty), mask=inside)
 
 
 def tile(rows: int, width: int) -> tuple[int, dict[str, int]]:
     """The number of programs and the kernels' shape constants."""
     block = min(TILE, triton.next_power_of_2(width))
-    constants = {"F": width, "BLOCK": block, "ROWS": TILE // block}
+    constants = {"WIDTH": width, "BLOCK": block, "ROWS": TILE // block}
     return triton.cdiv(rows, TILE // block) * triton.cdiv(width, block), constants
 
 
@@ -71,21 +71,7 @@ def swiglu_triton(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 def swiglu_linear_triton(gate_up: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Same arguments, results and meaning as ``swiglu_linear``."""
-    return _SwiGLULinear.apply(gate_up, weight)
-
-
-class _SwiGLULinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_up: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gate_up, weight)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return linear(_swiglu(gate, up), weight)
-
-    @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gate_up, weight = ctx.saved_tensors
-        dgate_up, act = _swiglu_backward_and_again(gate_up, dy @ weight)
-        return dgate_up, dy.reshape(-1, dy.shape[-1]).t() @ act.reshape(-1, act.shape[-1])
+    return _swiglu_linear(gate_up, weight)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -155,6 +141,17 @@ def _(gate_up: torch.Tensor, dact: torch.Tensor) -> Any:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (gate_up, dact))
 
 
+@torch.library.custom_op("samba_lm::swiglu_linear", mutates_args=())
+def _swiglu_linear(gate_up: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.linear(_swiglu(gate, up), weight)
+
+
+@_swiglu_linear.register_fake
+def _(gate_up: torch.Tensor, weight: torch.Tensor) -> Any:
+    return gate_up.new_empty(*gate_up.shape[:-1], weight.shape[0])
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -163,4 +160,11 @@ def _grad(ctx: Any, dact: torch.Tensor) -> Any:
     return _swiglu_backward(*ctx.saved_tensors, dact)
 
 
+def _linear_grad(ctx: Any, dy: torch.Tensor) -> Any:
+    gate_up, weight = ctx.saved_tensors
+    dgate_up, act = _swiglu_backward_and_again(gate_up, dy @ weight)
+    return dgate_up, dy.reshape(-1, dy.shape[-1]).t() @ act.reshape(-1, act.shape[-1])
+
+
 _swiglu.register_autograd(_grad, setup_context=_setup)
+_swiglu_linear.register_autograd(_linear_grad, setup_context=_setup)
