@@ -10,12 +10,18 @@ import torch
 
 from samba_lm.errors import UserError
 
-Backend = Literal["auto", "reference", "cpu", "triton"]
+Backend = Literal["auto", "reference", "cpu", "triton", "fla"]
 """``reference``: the plain definition. ``cpu``: vectorised PyTorch, no compiler needed, runs on any device.
-``triton``: GPU kernels. ``auto``: the fastest that this operation has for the tensor's device and dtype."""
+``triton``: GPU kernels. ``fla``: flash-linear-attention's, an optional package. ``auto``: the fastest that this
+operation has for the tensor's device and dtype."""
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 """Triton comes with PyTorch's CUDA builds for Linux, not with its CPU builds."""
+
+HAS_FLA = importlib.util.find_spec("fla") is not None
+"""flash-linear-attention: pip install "samba-lm[fla]"."""
+
+GPU_ONLY = ("triton", "fla")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Kernels run in Triton's interpreter, on CPU tensors: how the tests check them without a GPU."""
@@ -28,13 +34,15 @@ def choose(backend: Backend, available: tuple[str, ...], operation: str, x: torc
     UserError for a backend that the operation lacks or that cannot run here.
     """
     if backend == "auto":
-        plain = [name for name in available if name != "triton"]
+        plain = [name for name in available if name not in GPU_ONLY]
         fits = HAS_TRITON and not INTERPRETED and x.is_cuda and x.dtype != torch.float64
         return available[-1] if fits else plain[-1]
     if backend not in available:
         raise UserError(f"{operation} has no backend {backend!r}; choose one of: auto, {', '.join(available)}")
     if backend == "triton":
         _require_triton(operation, x)
+    elif backend == "fla":
+        _require_fla(operation, x)
     return backend
 
 
@@ -50,6 +58,19 @@ def _require_triton(operation: str, x: torch.Tensor) -> None:
         )
     if x.dtype == torch.float64:
         raise UserError(f"{operation}: the triton backend computes in fp32; for fp64 use backend='cpu' or 'reference'")
+
+
+def _require_fla(operation: str, x: torch.Tensor) -> None:
+    if not HAS_FLA:
+        raise UserError(
+            f"{operation}: the fla backend needs flash-linear-attention: pip install 'samba-lm[fla]', "
+            "or choose another backend"
+        )
+    if not x.is_cuda or x.dtype == torch.float64:
+        raise UserError(
+            f"{operation}: the fla backend needs tensors of 32 bits or fewer on a CUDA GPU, "
+            f"these are {x.dtype} on {x.device}"
+        )
 
 
 def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from samba_lm.ops.backend import Backend, choose, compute_dtype
+from samba_lm.ops.backend import HAS_FLA, Backend, choose, compute_dtype
 from samba_lm.ops.gla.cpu import gla_cpu
 from samba_lm.ops.gla.reference import gla_reference
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "fla")
 
 
 def gated_linear_attention(
@@ -29,12 +29,16 @@ def gated_linear_attention(
         state: [B, H, K, Kv] or None for zeros.
         documents: int64 [B, L] ids that change where a new document starts; 0 continues the state's document.
         lengths: int64 [B]; tokens from there on are padding and leave the state as it is.
+        backend: see ``samba_lm.ops.backend``. ``fla`` is the optional flash-linear-attention, which ``auto`` takes for
+            bf16 and fp16 on a CUDA GPU where it is installed.
 
     Returns:
         o [B, L, H, Kv] in v's dtype and the final state, in fp32 (fp64 if any input is fp64).
     """
+    chosen = choose(backend, _available(backend, q, k, v), "gated_linear_attention", q)
     dtype = compute_dtype(q, k, v, state)
-    q_, k_, v_, g_ = (t.to(dtype) for t in (q, k, v, log_decay))
+    q_, k_, v_ = (q, k, v) if chosen == "fla" else (t.to(dtype) for t in (q, k, v))
+    g_ = log_decay.to(dtype)
     if lengths is not None:
         padding = torch.arange(q.shape[1], device=q.device) >= lengths[:, None]
         k_, g_ = (t.masked_fill(padding[..., None, None], 0.0) for t in (k_, g_))
@@ -42,7 +46,21 @@ def gated_linear_attention(
             last = documents.gather(1, (lengths - 1).clamp(min=0)[:, None]) * (lengths > 0)[:, None]
             documents = torch.where(padding, last, documents)
     if state is None:
-        state = q_.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-    run = {"reference": gla_reference, "cpu": gla_cpu}[choose(backend, BACKENDS, "gated_linear_attention", q)]
+        state = torch.zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3], device=q.device)
+    if chosen == "fla":
+        from samba_lm.ops.gla.external import gla_fla
+
+        run = gla_fla
+    else:
+        run = {"reference": gla_reference, "cpu": gla_cpu}[chosen]
     out, final = run(q_, k_, v_, g_, state.to(dtype), documents)
     return out.to(v.dtype), final
+
+
+def _available(backend: Backend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[str, ...]:
+    """The backends that ``auto`` may choose among, or all to choose one by name."""
+    if backend != "auto":
+        return BACKENDS
+    from samba_lm.ops.gla.external import supported
+
+    return BACKENDS if HAS_FLA and supported(q, k, v) else BACKENDS[:-1]
