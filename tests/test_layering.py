@@ -38,11 +38,11 @@ EXTRAS = {
     "torch.utils.tensorboard": ("train/metrics.py",),
     "transformers": ("convert/*", "bench/*"),
     "datasets": (),
-    "fla": (),
-    "flash_attn": (),
-    "liger_kernel": (),
-    "mamba_ssm": (),
-    "causal_conv1d": (),
+    "fla": ("bench/peers.py",),
+    "flash_attn": ("bench/peers.py",),
+    "liger_kernel": ("bench/peers.py",),
+    "mamba_ssm": ("bench/peers.py",),
+    "causal_conv1d": ("bench/peers.py",),
 }
 # The GPU kernels: the public file triton.py of an operation, and what it is made of (triton_forward.py, ...).
 KERNELS = ("ops/*/triton*.py", "ops/triton_math.py")

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from samba_lm.bench import language_model, memory, scan
-from samba_lm.bench.timing import Figure, ParityError, best, matvec_bandwidth, require_close
+from samba_lm.bench.figure import Figure
+from samba_lm.bench.parity import ParityError, require_close
+from samba_lm.bench.timing import best, matvec_bandwidth
 from samba_lm.cli import bench as command
 from samba_lm.memory import peak_memory
 from samba_lm.model import SambaLM

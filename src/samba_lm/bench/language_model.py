@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from samba_lm import checkpoint, zoo
-from samba_lm.bench.timing import Figure, ParityError, best, matvec_bandwidth, require_close
+from samba_lm.bench.figure import Figure
+from samba_lm.bench.parity import ParityError, require_close
+from samba_lm.bench.timing import best, matvec_bandwidth
 from samba_lm.convert.transformers import to_transformers_names, transformers_config
 from samba_lm.errors import UserError
 from samba_lm.model import SambaLM

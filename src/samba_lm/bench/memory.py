@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from samba_lm import checkpoint
-from samba_lm.bench.timing import Figure, require_close
+from samba_lm.bench.figure import Figure
+from samba_lm.bench.parity import require_close
 from samba_lm.generation.params import DEFAULT_CHUNK
 from samba_lm.memory import peak_memory
 from samba_lm.model import SambaLM

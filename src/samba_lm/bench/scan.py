@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from samba_lm.bench.timing import Figure, best, require_close
+from samba_lm.bench.figure import Figure
+from samba_lm.bench.parity import require_close
+from samba_lm.bench.timing import best
 from samba_lm.ops.backend import Backend
 from samba_lm.ops.selective_scan import selective_scan
 

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
+from samba_lm.cli.bench_table import figures_table
 from samba_lm.cli.output import JsonFile, write_json
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError
 
 if TYPE_CHECKING:
-    from samba_lm.bench.timing import Figure
+    from samba_lm.bench.figure import Figure
 
 MAX_THREADS = 1024
 
-What = Literal["scan", "model", "memory"]
+What = Literal["scan", "model", "memory", "ops", "train", "prefill"]
+ON_CPU: tuple[What, ...] = ("scan", "model", "memory")
+ON_GPU = ("ops", "train", "prefill")
 
 
 @dataclass(frozen=True)
 class Bench:
     """Measure on the CPU: the selective scan, a Mamba-130M-shape model against transformers and against the memory's
-    bandwidth, and the peak memory of reading a million tokens. Run it on a machine that does nothing else."""
+    bandwidth, and the peak memory of reading a million tokens. Run it on a machine that does nothing else.
+
+    On a CUDA GPU, each with options of its own (`samba-lm bench ops --help`): `ops`, every operation's kernels;
+    `train`, training steps; `prefill`, reading 131,072 tokens."""
 
     what: Annotated[tuple[What, ...], tyro.conf.Positional] = ()
-    """Which ones; all without it."""
+    """Which ones; all of the CPU's (scan, model, memory) without it."""
     threads: int | None = None
     """CPU threads; by default as many as torch takes."""
     json: JsonFile = None
@@ -37,7 +42,17 @@ class Bench:
 
 def main(argv: list[str]) -> None:
     """Run the command."""
+    if argv and argv[0] in ON_GPU:
+        from samba_lm.cli import bench_gpu
+
+        bench_gpu.main(argv)
+        return
     args = parse(Bench, argv, prog="samba-lm bench")
+    for what in args.what:
+        if what in ON_GPU:
+            raise UserError(
+                f"`{what}` is measured on a GPU, alone and with options of its own: `samba-lm bench {what}`."
+            )
     if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
         raise UserError(f"--threads {args.threads} must be from 1 to {MAX_THREADS}.")
     import torch
@@ -47,13 +62,12 @@ def main(argv: list[str]) -> None:
     console = Console()
     console.print(f"{torch.get_num_threads()} threads, torch {torch.__version__}", highlight=False)
     figures: dict[str, list[Figure]] = {}
-    for what in args.what or get_args(What):
+    for what in args.what or ON_CPU:
         with console.status(f"measuring {what}"):
             figures[what] = _runners()[what]()
-        console.print(_table(figures[what]))
+        console.print(figures_table(figures[what]))
     if args.json is not None:
-        record = {what: [{**asdict(f), "met": f.met} for f in found] for what, found in figures.items()}
-        write_json(args.json, {"figures": record})
+        write_json(args.json, {"figures": {what: [f.record() for f in found] for what, found in figures.items()}})
 
 
 def _runners() -> dict[str, Callable[[], list[Figure]]]:
@@ -62,15 +76,3 @@ def _runners() -> dict[str, Callable[[], list[Figure]]]:
     from samba_lm.bench.scan import run_scan
 
     return {"scan": run_scan, "model": run_language_model, "memory": run_memory}
-
-
-def _table(figures: list[Figure]) -> Table:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(overflow="fold")
-    table.add_column(justify="right")
-    table.add_column()
-    for figure in figures:
-        relation = "at most" if figure.low_is_good else "at least"
-        bar = "" if figure.bar is None else f"{relation} {figure.bar:g}: {'met' if figure.met else 'MISSED'}"
-        table.add_row(figure.name, f"{figure.value:.4g} {figure.unit}".strip(), bar)
-    return table
