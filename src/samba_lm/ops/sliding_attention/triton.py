@@ -37,7 +37,7 @@ class Plan(NamedTuple):
 def plan(width: int, dtype: torch.dtype) -> Plan:
     """The blocks for head dims of ``width``, from measurements on an H100."""
     if dtype == torch.float32:  # no tensor cores: what fits in registers
-        small = Blocks(32, 32, 4, 1) if width <= 128 else Blocks(16, 32, 4, 1)
+        small = Blocks(32, 32, 4, 1) if width <= 64 else Blocks(16, 16, 4, 1)
         return Plan(small, small, small)
     if width <= 64:
         return Plan(Blocks(128, 128, 4, 2), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2))
@@ -102,36 +102,29 @@ def forward(
     """out [B, L, H, K] and the base-2 log-sum-exp fp32 [B, H, L rounded up to 16]; ``window`` 0: none."""
     q, k, v = (_last_dense(x) for x in (q, k, v))
     batch, length, heads, dim = q.shape
-    width = max(16, triton.next_power_of_2(dim))
-    blocks = plan(width, q.dtype).forward if blocks is None else blocks
+    width = _width(dim)
+    m, n, warps, stages = plan(width, q.dtype).forward if blocks is None else blocks
     tma = _copied_by_tma(q, k, v) if tma is None else tma
     out = q.new_empty(q.shape)
-    padded = _padded(length)
-    lse = q.new_empty((batch, heads, padded), dtype=torch.float32)
-    forward_kernel[(triton.cdiv(length, blocks.m) * batch * heads,)](
-        _rows(q, blocks.m, width, tma),
-        _rows(k, blocks.n, width, tma),
-        _rows(v, blocks.n, width, tma),
+    lse = q.new_empty((batch, heads, _padded(length)), dtype=torch.float32)
+    forward_kernel[(triton.cdiv(length, m) * batch * heads,)](
+        _rows(q, m, width, tma),
+        _rows(k, n, width, tma),
+        _rows(v, n, width, tma),
         first,
         out,
         lse,
-        length,
-        padded,
-        k.shape[1],
-        heads,
-        k.shape[2],
-        window,
-        scale * LOG2_E,
+        *_sizes(q, k, lse, window, scale),
         *_strides(tma, q, k, v),
         DIM=dim,
         WIDTH=width,
-        BLOCK_M=blocks.m,
-        BLOCK_N=blocks.n,
+        BLOCK_M=m,
+        BLOCK_N=n,
         FIRST=first is not None,
         WINDOW=window > 0,
         TMA=tma,
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
+        num_warps=warps,
+        num_stages=stages,
     )
     return out, lse
 
@@ -152,17 +145,32 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv of what :func:`forward` gave, each contiguous."""
     dout, q, k, v = (_last_dense(x) for x in (dout, q, k, v))
-    batch, length, heads, dim = q.shape
-    keys, groups = k.shape[1], k.shape[2]
-    width = max(16, triton.next_power_of_2(dim))
-    dq_blocks = plan(width, q.dtype).dq if dq_blocks is None else dq_blocks
-    dkdv_blocks = plan(width, q.dtype).dkdv if dkdv_blocks is None else dkdv_blocks
-    tma = _copied_by_tma(dout, q, k, v) if tma is None else tma
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     delta = torch.empty_like(lse)
-    sizes = (length, lse.shape[-1], keys, heads, groups, window, scale * LOG2_E, *_strides(tma, q, k, v, dout))
-    constants = {"DIM": dim, "WIDTH": width, "WINDOW": window > 0, "TMA": tma}
-    m, n = dq_blocks.m, dq_blocks.n
+    dq = backward_dq(dout, q, k, v, out, lse, delta, first, window, scale, dq_blocks, tma)
+    dk, dv = backward_dkdv(dout, q, k, v, out, lse, delta, first, window, scale, dkdv_blocks, tma)
+    return dq, dk, dv
+
+
+def backward_dq(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    first: torch.Tensor | None,
+    window: int,
+    scale: float,
+    blocks: Blocks | None = None,
+    tma: bool | None = None,
+) -> torch.Tensor:
+    """dq, and ``delta`` (as ``lse``) for the other kernel, which runs after this one."""
+    batch, length, heads, dim = q.shape
+    width = _width(dim)
+    m, n, warps, stages = plan(width, q.dtype).dq if blocks is None else blocks
+    tma = _copied_by_tma(dout, q, k, v) if tma is None else tma
+    dq = q.new_empty(q.shape)
     dq_kernel[(triton.cdiv(length, m) * batch * heads,)](
         _rows(q, m, width, tma),
         _rows(k, n, width, tma),
@@ -173,15 +181,41 @@ def backward(
         lse,
         delta,
         dq,
-        *sizes,
-        **constants,
+        *_sizes(q, k, lse, window, scale),
+        *_strides(tma, q, k, v, dout),
+        DIM=dim,
+        WIDTH=width,
         BLOCK_M=m,
         BLOCK_N=n,
         FIRST=first is not None,
-        num_warps=dq_blocks.warps,
-        num_stages=dq_blocks.stages,
+        WINDOW=window > 0,
+        TMA=tma,
+        num_warps=warps,
+        num_stages=stages,
     )
-    m, n = dkdv_blocks.m, dkdv_blocks.n
+    return dq
+
+
+def backward_dkdv(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    first: torch.Tensor | None,
+    window: int,
+    scale: float,
+    blocks: Blocks | None = None,
+    tma: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dk, dv; ``delta`` as :func:`backward_dq` left it."""
+    batch, keys, groups, dim = k.shape
+    width = _width(dim)
+    m, n, warps, stages = plan(width, q.dtype).dkdv if blocks is None else blocks
+    tma = _copied_by_tma(dout, q, k, v) if tma is None else tma
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     dkdv_kernel[(triton.cdiv(keys, n) * batch * groups,)](
         _rows(q, m, width, tma),
         _rows(k, n, width, tma),
@@ -192,15 +226,19 @@ def backward(
         _numbers(delta, m, tma),
         dk,
         dv,
-        *sizes,
-        **constants,
+        *_sizes(q, k, lse, window, scale),
+        *_strides(tma, q, k, v, dout),
+        DIM=dim,
+        WIDTH=width,
         BLOCK_M=m,
         BLOCK_N=n,
         SEEN=first is not None,
-        num_warps=dkdv_blocks.warps,
-        num_stages=dkdv_blocks.stages,
+        WINDOW=window > 0,
+        TMA=tma,
+        num_warps=warps,
+        num_stages=stages,
     )
-    return dq, dk, dv
+    return dk, dv
 
 
 @torch.library.custom_op("samba_lm::sliding_attention_forward", mutates_args=())
@@ -252,6 +290,15 @@ def _gradients(ctx, dout, _):
 
 
 sliding_attention_forward.register_autograd(_gradients, setup_context=_save)
+
+
+def _width(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))
+
+
+def _sizes(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, window: int, scale: float) -> tuple[int | float, ...]:
+    """What every kernel takes behind its tensors, from ``length`` to ``scale``."""
+    return q.shape[1], lse.shape[-1], k.shape[1], q.shape[2], k.shape[2], window, scale * LOG2_E
 
 
 def _padded(length):
