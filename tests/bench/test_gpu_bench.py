@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernels import needs_triton
 
 from samba_lm.bench import cases, cases_rows, peers, training
 from samba_lm.bench.bars import OPS, PREFILL, TRAIN
@@ -26,6 +27,7 @@ from samba_lm.bench.training import run_train
 from samba_lm.cli import bench_gpu
 from samba_lm.cli.bench_table import compared_table
 from samba_lm.cli.main import main
+from samba_lm.ops.backend import INTERPRETED
 from samba_lm.zoo import get
 
 CPU = torch.device("cpu")
@@ -77,6 +79,17 @@ def test_every_input_with_a_state_or_documents_is_driven(name: str) -> None:
         assert all(largest <= bound(torch.float32) for largest, _ in errors.values()), label
         floats = {k for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
         assert floats - {"cos", "sin"} == {e.removeprefix("gradient of ") for e in errors if e.startswith("gradient")}
+
+
+@needs_triton
+@pytest.mark.skipif(not INTERPRETED, reason="runs where kernels are interpreted")
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "gla"])
+def test_kernels_are_compared(name: str) -> None:
+    operation = tiny(name)
+    kernels = Implementation(lambda inputs: operation.run({**inputs, "backend": "triton"}))
+    errors = compare(operation, kernels, operation.cases[0].make(CPU))
+    assert all(largest <= bound(torch.bfloat16) for largest, _ in errors.values()), errors
+    assert max(relative for _, relative in errors.values()) > 0
 
 
 def test_bars_belong_to_cases() -> None:
@@ -346,7 +359,8 @@ def test_the_command_writes_its_figures(
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_on_the_gpu(name: str) -> None:
     device = torch.device("cuda")
-    figures = run_ops([tiny(name)], Clock(device), CEILINGS, repeats=2, peers=PEERS)
+    quick = [peer for peer in PEERS if "compiled" not in peer.name]
+    figures = run_ops([tiny(name)], Clock(device), CEILINGS, repeats=2, peers=quick)
     assert not any(figure.failed for figure in figures), [f for f in figures if f.failed]
 
 

@@ -101,8 +101,9 @@ def _conv(inputs: Inputs) -> Outputs:
 def _conv_inputs(batch: int, length: int, channels: int, k: int, device: torch.device, dtype: torch.dtype) -> Inputs:
     return {
         "x": torch.randn(batch, length, channels, device=device, dtype=dtype),
-        "weight": torch.randn(channels, k, device=device, dtype=dtype) * k**-0.5,
-        "bias": torch.randn(channels, device=device, dtype=dtype),
+        # The master weights, as in training.
+        "weight": torch.randn(channels, k, device=device) * k**-0.5,
+        "bias": torch.randn(channels, device=device),
     }
 
 

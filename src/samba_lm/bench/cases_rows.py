@@ -32,7 +32,8 @@ def norm_operation() -> Operation:
 
 
 def _norm(inputs: Inputs) -> Outputs:
-    total, normed = add_rms_norm(inputs["x"], inputs["branch"], inputs["weight"], 1e-5, inputs["branch"].dtype)
+    x, branch, weight = (inputs[name] for name in ("x", "branch", "weight"))
+    total, normed = add_rms_norm(x, branch, weight, 1e-5, branch.dtype, backend=inputs.get("backend", "auto"))
     return {"total": total, "normed": normed}
 
 
@@ -63,7 +64,7 @@ def swiglu_operation() -> Operation:
     """SiLU(gate) * up and the down projection."""
     return Operation(
         name="swiglu",
-        run=lambda inputs: {"y": swiglu_linear(inputs["gate_up"], inputs["weight"])},
+        run=lambda inputs: {"y": swiglu_linear(**inputs)},
         reference=swiglu_plain,
         gradients=("gate_up", "weight"),
         driven=("y",),

@@ -59,7 +59,13 @@ class Figure:
             "low_is_good": self.low_is_good,
             "met": self.met,
         }
-        more = {"stretch": self.stretch, "goal": self.goal, "note": self.note, "facts": dict(self.facts)}
+        more: dict[str, object] = {
+            "check": self.check or None,
+            "stretch": self.stretch,
+            "goal": self.goal,
+            "note": self.note,
+            "facts": dict(self.facts),
+        }
         said = {key: value for key, value in more.items() if value not in (None, "", {})}
         return {**always, **({} if self.by == OURS else {"by": self.by}), **said}
 

@@ -98,14 +98,17 @@ def _varlen() -> Implementation:
 
 
 def _sdpa() -> Implementation:
+    masks: dict[tuple[int, int], Tensor] = {}
+
     def run(inputs: Inputs) -> Outputs:
-        length = inputs["q"].shape[1]
-        at = torch.arange(length, device=inputs["q"].device)
-        distance = at[:, None] - at
-        mask = (distance >= 0) & (distance < inputs["window"])
         q, k, v = (inputs[name].transpose(1, 2) for name in ("q", "k", "v"))
+        key = (q.shape[2], inputs["window"])
+        if key not in masks:
+            at = torch.arange(key[0], device=q.device)
+            distance = at[:, None] - at
+            masks[key] = (distance >= 0) & (distance < key[1])
         shared = q.shape[1] != k.shape[1]
-        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=masks[key], enable_gqa=shared)
         return {"y": y.transpose(1, 2)}
 
     return Implementation(run)

@@ -203,14 +203,14 @@ def kernel_table(run: Any, device: torch.device) -> list[dict[str, object]]:
     """The kernels of one call by summed time: name, calls, ms, share of all kernels' time. On a CPU: its operators."""
     on_gpu = device.type == "cuda"
     activity = torch.profiler.ProfilerActivity
-    activities = [activity.CPU, activity.CUDA] if on_gpu else [activity.CPU]
+    activities = [activity.CUDA if on_gpu else activity.CPU]
     synchronize(device)
     with torch.profiler.profile(activities=activities) as recorded:
         run()
         synchronize(device)
     rows = []
     for event in recorded.key_averages():
-        if on_gpu and "CUDA" not in str(event.device_type):
+        if event.is_user_annotation or (on_gpu and "CUDA" not in str(event.device_type)):
             continue
         micro = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         rows.append((str(event.key), int(event.count), micro / 1e3))

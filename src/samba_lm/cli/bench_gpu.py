@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -101,7 +104,7 @@ def _ops(argv: list[str]) -> None:
     from samba_lm.bench.peers import PEERS
 
     chosen = [OPERATIONS[name]() for name in dict.fromkeys(args.what or OPERATIONS)]
-    with session.console.status("") as status:
+    with session.progress() as report:
         figures = run_ops(
             chosen,
             session.clock,
@@ -109,7 +112,7 @@ def _ops(argv: list[str]) -> None:
             repeats=args.repeats,
             seconds=args.seconds,
             peers=PEERS if args.peers else (),
-            report=status.update,
+            report=report,
             save=lambda figures: session.save({"ops": figures}),
         )
     session.console.print(compared_table(figures))
@@ -143,7 +146,8 @@ def _train(argv: list[str]) -> None:
     session.clock.close()
     figures: dict[str, list[Figure]] = {}
     for config, batch in zip(configs, batches, strict=True):
-        with session.console.status(f"training {config.name}"):
+        with session.progress() as report:
+            report(f"training {config.name}")
             figures[config.name], kernels = run_train(
                 config.name,
                 session.ceilings,
@@ -176,7 +180,8 @@ def _prefill(argv: list[str]) -> None:
     from samba_lm.bench.prefill import run_prefill
 
     session.clock.close()
-    with session.console.status(f"reading with {args.model}"):
+    with session.progress() as report:
+        report(f"reading with {args.model}")
         figures = run_prefill(
             args.model,
             session.ceilings,
@@ -203,13 +208,22 @@ class _Session:
         from samba_lm.bench.gpu import Clock, require_gpu
 
         self.device = require_gpu(command)
-        self.json = json
+        self.json, self.began = json, time.perf_counter()
         self.console = Console(width=None if sys.stdout.isatty() else WIDE)
         self.environment = environment(self.device)
         self.clock = Clock(self.device)
         self.ceilings = measure_ceilings(self.clock)
         self.kernels: dict[str, list[dict[str, object]]] = {}
         self.console.print(self._heading(), highlight=False)
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[Callable[[str], None]]:
+        """Where to tell what is being measured: on a terminal in one line, otherwise on stderr, with the seconds."""
+        if sys.stdout.isatty():
+            with self.console.status("") as status:
+                yield status.update
+        else:
+            yield lambda what: print(f"{time.perf_counter() - self.began:7.1f} s  {what}", file=sys.stderr, flush=True)
 
     def save(self, figures: dict[str, list[Figure]]) -> None:
         """Write what is known so far."""

@@ -64,7 +64,7 @@ def _value(figure: Figure) -> str:
 
 
 def _bar(figure: Figure) -> str:
-    note = "" if figure.note == "quoted" else figure.note
+    note = "" if figure.note == "quoted" else figure.note or str(figure.facts.get("worst", ""))
     if figure.bar is None:
         return note
     relation = "at most" if figure.low_is_good else "at least"
