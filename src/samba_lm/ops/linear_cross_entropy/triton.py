@@ -134,19 +134,20 @@ def softmax_loss(
     """
     rows, vocab = logits.shape
     block, whole, warps = config or pick(vocab)
-    _softmax_loss[(rows,)](
-        logits,
-        targets,
-        losses,
-        d_logits,
-        vocab,
-        logits.stride(0),
-        ignore_index,
-        GRADIENT=d_logits is not None,
-        BLOCK=block,
-        WHOLE=whole,
-        num_warps=warps,
-    )
+    with torch.cuda.device_of(logits):
+        _softmax_loss[(rows,)](
+            logits,
+            targets,
+            losses,
+            d_logits,
+            vocab,
+            logits.stride(0),
+            ignore_index,
+            GRADIENT=d_logits is not None,
+            BLOCK=block,
+            WHOLE=whole,
+            num_warps=warps,
+        )
 
 
 def pick(vocab: int) -> tuple[int, bool, int]:
