@@ -168,6 +168,20 @@ def test_conv_step_is_the_convolution_at_length_one(dtype: torch.dtype) -> None:
     assert torch.equal(second, after)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("B", "L", "E", "k"), [(1, 1, 1, 1), (2, 37, 5, 4), (4, 2, 3, 8)])
+def test_causal_conv1d(B: int, L: int, E: int, k: int, dtype: torch.dtype) -> None:
+    r = torch.randn
+    inputs = {"x": r(B, L, E), "weight": r(E, k), "bias": r(E), "state": r(B, k - 1, E)}
+    steps = torch.arange(L).expand(B, L)
+    first = torch.where(torch.rand(B, L) < 0.2, steps, -1).cummax(1).values
+    positions = torch.where(first >= 0, steps - first, steps + 2)
+    lengths = torch.tensor([L, L // 2, 0, 1])[:B]
+    compare(causal_conv1d, inputs, "cpu", dtype)
+    compare(causal_conv1d, inputs, "cpu", dtype, positions=positions, lengths=lengths)
+    compare(causal_conv1d, inputs, "cpu", dtype, positions=positions[:1], lengths=lengths)
+
+
 @pytest.mark.parametrize("kernel", [1, 2, 4])
 def test_causal_conv1d_is_torchs_convolution(kernel: int) -> None:
     x, weight, bias = torch.randn(2, 11, 3), torch.randn(3, kernel), torch.randn(3)
@@ -198,5 +212,12 @@ def test_linear_is_deterministic() -> None:
 
 
 def test_an_unknown_backend_is_named() -> None:
-    with pytest.raises(UserError, match=r"selective_scan has no backend 'triton'; choose one of: auto, reference, cpu"):
-        selective_scan(*(t for k, t in scan_inputs(1, 2, 2, 2).items() if k in "udeltaABC"), backend="triton")
+    x, weight = torch.randn(1, 2, 3), torch.randn(3, 4)
+    with pytest.raises(
+        UserError, match=r"causal_conv1d has no backend 'cuda'; choose one of: auto, reference, cpu, tr"
+    ):
+        causal_conv1d(x, weight, backend="cuda")
+    with pytest.raises(UserError, match=r"causal_conv1d_step has no backend 'reference'; choose one of: auto, cpu, tr"):
+        causal_conv1d_step(x[0], weight, weight[:, 0], torch.randn(2, 3, 3), backend="reference")
+    with pytest.raises(UserError, match=r"selective_scan has no backend 'cuda'; choose one of: auto, reference, cpu"):
+        selective_scan(*(t for k, t in scan_inputs(1, 2, 2, 2).items() if k in "udeltaABC"), backend="cuda")

@@ -8,7 +8,7 @@ from kernels import DEVICE, needs_triton
 from tolerances import assert_close
 
 from samba_lm.errors import UserError
-from samba_lm.ops.sliding_attention import sliding_attention
+from samba_lm.ops.sliding_attention import attend_one, sliding_attention
 from samba_lm.ops.sliding_attention.reference import attention_reference
 
 pytestmark = needs_triton
@@ -137,6 +137,41 @@ def test_registration() -> None:
         torch.library.opcheck(sliding_attention_forward, (q, k, v, given, 7, 0.25))
 
 
+def one_truth(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, filled: torch.Tensor | None) -> torch.Tensor:
+    share = q.shape[1] // k.shape[2]
+    q, k, v = q.double(), k.double().repeat_interleave(share, 2), v.double().repeat_interleave(share, 2)
+    scores = torch.einsum("bhk,bchk->bhc", q, k) * q.shape[-1] ** -0.5
+    if filled is not None:
+        scores = scores.masked_fill(~filled[:, None], float("-inf"))
+    return torch.einsum("bhc,bchk->bhk", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("C", "H", "G", "K", "some"), [(1, 1, 1, 16, False), (300, 4, 2, 20, True), (130, 6, 1, 64, True)]
+)
+def test_attend_one(C: int, H: int, G: int, K: int, some: bool, dtype: torch.dtype) -> None:
+    q, k, v = make(2, C, 0, H, G, K, dtype, strided=True)
+    q = q[:, 0]
+    filled = (torch.arange(C) < torch.tensor([C // 3, 1])[:, None]).to(DEVICE) if some else None
+    expected = one_truth(q, k, v, filled)
+    if filled is not None:  # what lies in the other slots is not read
+        k, v = (t.masked_fill(~filled[:, :, None, None], float("nan")) for t in (k, v))
+    out = attend_one(q, k, v, filled, backend="triton")
+    assert out.dtype == dtype
+    assert_close(out, expected, "out", KIND[dtype], SCALE[dtype])
+
+
+def test_every_slot_is_in_one_split() -> None:
+    from samba_lm.ops.sliding_attention.triton_step import cut
+
+    for slots in (1, 63, 64, 65, 2048, 131072, 100001):
+        for programs in (1, 4, 192, 5000):
+            splits, chunk = cut(slots, programs, 128, 64)
+            assert (splits - 1) * chunk < slots <= splits * chunk
+            assert chunk % 64 == 0
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("documents", [False, True])
@@ -180,3 +215,21 @@ def test_compiled_whole_and_for_any_length() -> None:
         expected = sliding_attention(q, k, v, window=50, backend="triton") * 2
         assert torch.equal(compiled(q, k, v), expected)
     assert counter == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("C", "H", "G", "K"), [(2048, 12, 12, 128), (131072, 32, 4, 64), (3000, 24, 8, 96), (500, 2, 1, 256)]
+)
+def test_attend_one_in_a_graph(C: int, H: int, G: int, K: int) -> None:
+    _, k, v = make(2, C, 0, 1, G, K, torch.bfloat16)
+    q = torch.randn(2, H, K).to(DEVICE, torch.bfloat16)
+    filled = torch.rand(2, C, device=DEVICE) < 0.7
+    assert_close(attend_one(q, k, v, filled, backend="triton"), one_truth(q, k, v, filled), "out", torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend_one(q, k, v, filled, backend="triton")
+    q.normal_()
+    filled.logical_not_()
+    graph.replay()
+    assert_close(out, one_truth(q, k, v, filled), "replayed", torch.bfloat16)

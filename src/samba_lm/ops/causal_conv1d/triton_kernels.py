@@ -48,12 +48,25 @@ def _history(x, x_step, state, E, t, channels, inside, K: tl.constexpr, HAS_STAT
 
 
 @triton.jit
-def _within_document(window, position, K: tl.constexpr):
-    """``window`` (K rows, oldest first) with those before position 0 zeroed."""
+def _reaches(positions, t, stop, K: tl.constexpr, UNROLL: tl.constexpr, HAS_POSITIONS: tl.constexpr):
+    """How many rows back the taps of rows t .. t+UNROLL-1 may reach, K standing for K and more."""
+    reaches = ()
+    for r in tl.static_range(UNROLL):
+        if HAS_POSITIONS:
+            reach = tl.load(positions + t + r, mask=t + r < stop, other=0)
+            reaches = reaches + (tl.minimum(reach, K).to(tl.int32),)  # 32 bits: half the comparing
+        else:
+            reaches = reaches + (K,)
+    return reaches
+
+
+@triton.jit
+def _within_document(window, reach, K: tl.constexpr):
+    """``window`` (K rows, oldest first) with those zeroed that are more than ``reach`` rows back."""
     masked = ()
-    for i in tl.static_range(K):
-        masked = masked + (tl.where(position >= K - 1 - i, window[i], 0.0),)
-    return masked
+    for i in tl.static_range(K - 1):
+        masked = masked + (tl.where(reach >= K - 1 - i, window[i], 0.0),)
+    return masked + (window[K - 1],)
 
 
 @triton.jit
@@ -113,17 +126,20 @@ def forward_kernel(
     taps = _history(x, x_step, state, E, start, channels, inside, K, HAS_STATE)
     if AHEAD:
         coming = _rows(x, x_step, start, stop, channels, inside, UNROLL)
+        reaching = _reaches(positions, start, stop, K, UNROLL, HAS_POSITIONS)
     for t in tl.range(start, stop, UNROLL):
         if AHEAD:
             loaded = coming
+            reaches = reaching
             coming = _rows(x, x_step, t + UNROLL, stop, channels, inside, UNROLL)
+            reaching = _reaches(positions, t + UNROLL, stop, K, UNROLL, HAS_POSITIONS)
         else:
             loaded = _rows(x, x_step, t, stop, channels, inside, UNROLL)
+            reaches = _reaches(positions, t, stop, K, UNROLL, HAS_POSITIONS)
         for r in tl.static_range(UNROLL):
             window = taps + (loaded[r].to(tl.float32),)
             if HAS_POSITIONS:
-                position = tl.load(positions + t + r, mask=t + r < L, other=0)
-                seen = _within_document(window, position, K)
+                seen = _within_document(window, reaches[r], K)
             else:
                 seen = window
             total = offset
@@ -147,6 +163,7 @@ def forward_kernel(
 def _backward_row(
     row,
     dy,
+    reach,
     t,
     taps,  # inputs t-K+1 .. t-1
     pending,  # what rows t-K+1 .. t-1 of dx have so far
@@ -154,10 +171,8 @@ def _backward_row(
     doffset,
     columns,
     offset,
-    positions,
     dfinal,
     dx,
-    L,
     E,
     first,  # the rows of dx to store: first .. last-1
     last,
@@ -173,12 +188,11 @@ def _backward_row(
     """One step of the walk: spreads row t's gradient over its taps and stores the row of dx that is then complete."""
     window = taps + (row.to(tl.float32),)
     if HAS_POSITIONS:
-        position = tl.load(positions + t, mask=t < L, other=0)
-        seen = _within_document(window, position, K)
-        reach = _within_document(columns, position, K)
+        seen = _within_document(window, reach, K)
+        spreading = _within_document(columns, reach, K)
     else:
         seen = window
-        reach = columns
+        spreading = columns
     total = offset
     for i in tl.static_range(K):
         total += seen[i] * columns[i]
@@ -193,9 +207,9 @@ def _backward_row(
     spread = ()
     for i in tl.static_range(K):
         if i < K - 1:
-            spread = spread + (pending[i] + dtotal * reach[i],)
+            spread = spread + (pending[i] + dtotal * spreading[i],)
         else:
-            spread = spread + (dtotal * reach[i],)
+            spread = spread + (dtotal * spreading[i],)
     done = spread[0]
     s = t - (K - 1)
     if HAS_DFINAL:
@@ -270,27 +284,32 @@ def backward_kernel(
             for t in tl.static_range(K - 1):
                 row = tl.load(x + t * x_step + channels, mask=inside & (t < L), other=0.0)
                 drow = tl.load(dy + t * dy_step + channels, mask=inside & (t < L), other=0.0)
+                reach = _reaches(positions, t, L, K, 1, HAS_POSITIONS)
                 state_taps, state_pending, _c, _o = _backward_row(
-                    row, drow, t, state_taps, state_pending, dcolumns, doffset, columns, offset, positions, dfinal,
-                    dstate + (K - 1) * E, L, E, 1 - K, 0, length, oldest, channels, inside, K, HAS_POSITIONS,
+                    row, drow, reach[0], t, state_taps, state_pending, dcolumns, doffset, columns, offset, dfinal,
+                    dstate + (K - 1) * E, E, 1 - K, 0, length, oldest, channels, inside, K, HAS_POSITIONS,
                     HAS_DFINAL, False,
                 )  # fmt: skip
     if AHEAD:
         coming = _rows(x, x_step, start, stop, channels, inside, UNROLL)
+        reaching = _reaches(positions, start, stop, K, UNROLL, HAS_POSITIONS)
         dcoming = _rows(dy, dy_step, start, stop, channels, inside, UNROLL)
     for t in tl.range(start, stop, UNROLL):
         if AHEAD:
             loaded = coming
+            reaches = reaching
             dloaded = dcoming
             coming = _rows(x, x_step, t + UNROLL, stop, channels, inside, UNROLL)
+            reaching = _reaches(positions, t + UNROLL, stop, K, UNROLL, HAS_POSITIONS)
             dcoming = _rows(dy, dy_step, t + UNROLL, stop, channels, inside, UNROLL)
         else:
             loaded = _rows(x, x_step, t, stop, channels, inside, UNROLL)
+            reaches = _reaches(positions, t, stop, K, UNROLL, HAS_POSITIONS)
             dloaded = _rows(dy, dy_step, t, stop, channels, inside, UNROLL)
         for r in tl.static_range(UNROLL):
             taps, pending, dcolumns, doffset = _backward_row(
-                loaded[r], dloaded[r], t + r, taps, pending, dcolumns, doffset, columns, offset, positions, dfinal, dx,
-                L, E, start, L, length, oldest, channels, inside, K, HAS_POSITIONS, HAS_DFINAL, True,
+                loaded[r], dloaded[r], reaches[r], t + r, taps, pending, dcolumns, doffset, columns, offset, dfinal, dx,
+                E, start, L, length, oldest, channels, inside, K, HAS_POSITIONS, HAS_DFINAL, True,
             )  # fmt: skip
     # The K - 1 rows after the segment, which reach back into it.
     after = start + tl.cdiv(stop - start, UNROLL) * UNROLL
@@ -298,9 +317,10 @@ def backward_kernel(
         mask = inside & (after + r < L)
         row = tl.load(x + (after + r) * x_step + channels, mask=mask, other=0.0)
         drow = tl.load(dy + (after + r) * dy_step + channels, mask=mask, other=0.0)
+        reach = _reaches(positions, after + r, L, K, 1, HAS_POSITIONS)
         taps, pending, dcolumns, doffset = _backward_row(
-            row, drow, after + r, taps, pending, dcolumns, doffset, columns, offset, positions, dfinal, dx,
-            L, E, start, L, length, oldest, channels, inside, K, HAS_POSITIONS, HAS_DFINAL, False,
+            row, drow, reach[0], after + r, taps, pending, dcolumns, doffset, columns, offset, dfinal, dx,
+            E, start, L, length, oldest, channels, inside, K, HAS_POSITIONS, HAS_DFINAL, False,
         )  # fmt: skip
     partial += (b * tl.num_programs(1) + tl.program_id(1)) * (K + 1) * E
     for i in tl.static_range(K):

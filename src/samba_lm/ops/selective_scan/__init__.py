@@ -11,8 +11,10 @@ from samba_lm.ops.backend import Backend, choose, compute_dtype
 from samba_lm.ops.selective_scan.cpu import scan_cpu
 from samba_lm.ops.selective_scan.reference import scan_reference
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 STEP_BACKENDS = ("cpu", "triton")
+STATE_SIZES = (8, 16, 32, 64)
+"""State sizes N that the kernels are made for; others run in PyTorch."""
 
 
 def selective_scan(
@@ -51,9 +53,15 @@ def selective_scan(
         resets = None if resets is None else resets & ~padding
     if state is None:
         state = torch.zeros(u.shape[0], u.shape[2], A.shape[1], device=u.device)
-    run = {"reference": scan_reference, "cpu": scan_cpu}[choose(backend, BACKENDS, "selective_scan", u)]
+    chosen = choose(backend, BACKENDS, "selective_scan", u)
+    A, state = A.to(dtype), state.to(dtype)
     D, delta_bias = (None if t is None else t.to(dtype) for t in (D, delta_bias))
-    y, final = run(u, delta, A.to(dtype), B, C, D, z, delta_bias, state.to(dtype), resets, padding)
+    if chosen == "triton" and A.shape[1] in STATE_SIZES:
+        from samba_lm.ops.selective_scan.triton import scan_triton
+
+        return scan_triton(u, delta, A, B, C, D, z, delta_bias, state, resets, lengths)
+    run = scan_reference if chosen == "reference" else scan_cpu
+    y, final = run(u, delta, A, B, C, D, z, delta_bias, state, resets, padding)
     return y.to(u.dtype), final
 
 

@@ -57,12 +57,31 @@ def sliding_attention(
 
 
 def attend_one(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, filled: torch.Tensor | None, scale: float | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    filled: torch.Tensor | None,
+    scale: float | None = None,
+    *,
+    backend: Backend = "auto",
 ) -> torch.Tensor:
     """One query against a cache of keys in any order: q [B, H, K], k [B, C, G, K], v [B, C, G, Kv].
 
-    ``filled`` bool [B, C] marks the keys to see (None: all). Returns [B, H, Kv].
+    ``filled`` bool [B, C] marks the keys to see, one a row at least (None: all). Returns [B, H, Kv]. The triton backend
+    serves decoding and has no gradient: "auto" takes it only where none is asked for.
     """
+    chosen = choose(backend, ("cpu", "triton"), "attend_one", q)
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if chosen == "triton" and not (backend == "auto" and differentiable):
+        from samba_lm.ops.sliding_attention.triton import unsupported
+        from samba_lm.ops.sliding_attention.triton_step import attend_one_triton
+
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        reason = unsupported(q, k, v, scale)
+        if reason is None:
+            return attend_one_triton(q, k, v, filled, scale)
+        if backend == "triton":
+            raise UserError(f"attend_one: the triton backend cannot take these tensors: {reason}")
     grouped = q.unflatten(1, (k.shape[2], -1))  # [B, G, H/G, K]
     mask = None if filled is None else filled[:, None, None, :]
     out = F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)

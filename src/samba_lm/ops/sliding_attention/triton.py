@@ -147,7 +147,7 @@ def backward(
     dout, q, k, v = (_last_dense(x) for x in (dout, q, k, v))
     delta = torch.empty_like(lse)
     dq = backward_dq(dout, q, k, v, out, lse, delta, first, window, scale, dq_blocks, tma)
-    dk, dv = backward_dkdv(dout, q, k, v, out, lse, delta, first, window, scale, dkdv_blocks, tma)
+    dk, dv = backward_dkdv(dout, q, k, v, lse, delta, first, window, scale, dkdv_blocks, tma)
     return dq, dk, dv
 
 
@@ -201,7 +201,6 @@ def backward_dkdv(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    out: torch.Tensor,
     lse: torch.Tensor,
     delta: torch.Tensor,
     first: torch.Tensor | None,

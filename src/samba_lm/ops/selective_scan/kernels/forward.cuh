@@ -1,0 +1,176 @@
+// Selective scan, forward: y and the final state, and for the backward the state before each tile.
+// Macros besides those of common.cuh: BLOCKS of a multiprocessor to make room for; RESETS 1: there are resets; SAVE 1:
+// there are checkpoints to write.
+
+struct Forward {
+  const Io *u, *delta, *B, *C, *z;
+  const float *A, *D, *bias, *state;  // D, bias: may be null; state: null for zeros
+  const u8* resets;                   // [B, L]
+  const i64* lengths;                 // [B] or null
+  Io* y;                              // [B, L, E]
+  float *final_state, *checkpoints;   // [B, E, N]; [B, tiles, N, E]
+  i64 L, E;
+  i64 u_batch, u_row, delta_batch, delta_row, B_batch, B_row, C_batch, C_row, z_batch, z_row;  // strides, in elements
+};
+
+struct ForwardTile {
+  float2 step[T * CH];       // (step / ln 2, step * u)
+  float bc[T * BC_ROW];      // fp32 B and C
+  float part[T * PART_ROW];  // each group's share of y before skip and gate
+};
+
+// One thread's states over one tile. DROPS: some token of the tile drops them.
+template <bool DROPS>
+DEVICE void walk(float (&h)[S], const float (&A)[S], const float2* step, const float* bc, float* part, u32 resets) {
+#pragma unroll
+  for (int t = 0; t < T; ++t) {
+    float2 s = step[t * CH];
+    float b[S], c[S], y = 0.0f;
+    load_bc(bc + t * BC_ROW, b, c);
+#pragma unroll
+    for (int i = 0; i < S; ++i) {
+      if (DROPS && (resets >> t & 1)) h[i] = 0.0f;
+      h[i] = fmaf(exp2_fast(s.x * A[i]), h[i], s.y * b[i]);
+      y = i == 0 ? c[i] * h[i] : fmaf(c[i], h[i], y);
+    }
+    part[t * PART_ROW] = y;
+  }
+}
+
+KERNEL(THREADS, BLOCKS) scan_forward(PARAMETERS(Forward) p) {
+  SHARED_MEMORY(memory);
+  ForwardTile* const tiles_shared = (ForwardTile*)memory;  // two, used in turn
+  const int thread = threadIdx.x, lane = thread % 32;
+  const int L = (int)p.L, E = (int)p.E;
+  const i64 batch = blockIdx.y;
+  const int tiles = (L + T - 1) / T;
+
+  // As owner of states.
+  const int group = thread / CH, channel = blockIdx.x * CH + thread % CH;
+  const bool inside = channel < E;
+  const i64 at = (batch * E + channel) * N + group * S;
+  float A[S], h[S];
+#pragma unroll
+  for (int i = 0; i < S; ++i) {
+    A[i] = inside ? p.A[(i64)channel * N + group * S + i] : 0.0f;
+    h[i] = inside && p.state ? p.state[at + i] : 0.0f;
+  }
+
+  // As worker on a pair of channels, in row ``row`` of each tile and every ROUND rows on.
+  const int column = thread % COLUMNS * 2, row = thread / COLUMNS, pair = blockIdx.x * CH + column;
+  const int count = min(E - pair, 2);
+  const float2 bias = pair_or_zero(p.bias, pair, count), skip = pair_or_zero(p.D, pair, count);
+  const Io* u = p.u + batch * p.u_batch + row * p.u_row + pair;
+  const Io* delta = p.delta + batch * p.delta_batch + row * p.delta_row + pair;
+  const Io* z = GATED ? p.z + batch * p.z_batch + row * p.z_row + pair : nullptr;
+  Io* y = p.y + (batch * L + row) * E + pair;
+  const i64 u_round = p.u_row * ROUND, delta_round = p.delta_row * ROUND, z_round = p.z_row * ROUND, y_round = (i64)E * ROUND;
+  const int padding = p.lengths ? L - (int)min(max(p.lengths[batch], (i64)0), p.L) : 0;
+  int rows = count > 0 ? L - row : 0;  // from this thread's first row of the loop's tile on; none outside of E
+
+  // As reader of B and C.
+  const int bc_row = thread / (N / 2), bc_state = thread % (N / 2) * 2;
+  const Io* B = p.B + batch * p.B_batch + bc_row * p.B_row + bc_state;
+  const Io* C = p.C + batch * p.C_batch + bc_row * p.C_row + bc_state;
+  const i64 B_round = p.B_row * BC_ROUND, C_round = p.C_row * BC_ROUND;
+  const int bc_to = bc_row * BC_ROW + bc_column(bc_state);
+
+  const u8* resets = RESETS ? p.resets + batch * L : nullptr;
+
+  Pair u_raw[ROUNDS], delta_raw[ROUNDS], z_raw[ROUNDS], u_kept[ROUNDS], u_done[ROUNDS], B_raw[BC_ROUNDS], C_raw[BC_ROUNDS];
+
+  // The tile that the pointers stand at; ``left``: rows of it and later that exist, from this thread's first on.
+  auto load = [&](int left, int left_bc) {
+#pragma unroll
+    for (int k = 0; k < ROUNDS; ++k) {
+      const int n = row_of_tile(row, k) && left > k * ROUND ? count : 0;
+      u_raw[k] = load_pair(u + k * u_round, n);
+      delta_raw[k] = load_pair(delta + k * delta_round, n);
+    }
+#pragma unroll
+    for (int k = 0; k < BC_ROUNDS; ++k) {
+      const int n = bc_row_of_tile(bc_row, k) && left_bc > k * BC_ROUND ? 2 : 0;
+      B_raw[k] = load_pair(B + k * B_round, n);
+      C_raw[k] = load_pair(C + k * C_round, n);
+    }
+    u += p.u_row * T, delta += p.delta_row * T, B += p.B_row * T, C += p.C_row * T;
+  };
+  auto load_gate = [&](int left) {
+#pragma unroll
+    for (int k = 0; k < ROUNDS; ++k)
+      z_raw[k] = load_pair(z + k * z_round, row_of_tile(row, k) && left > k * ROUND ? count : 0);
+    z += p.z_row * T;
+  };
+  auto prepare = [&](ForwardTile& tile, int left) {  // phase A; ``left`` counts rows with a step
+    float2* step = &tile.step[row * CH + column];
+#pragma unroll
+    for (int k = 0; k < ROUNDS; ++k) {
+      if (!row_of_tile(row, k)) continue;
+      float2 uu = unpack(u_raw[k]), x = unpack(delta_raw[k]);
+      x.x += bias.x, x.y += bias.y;
+      float2 d = make_float2(softplus2(x.x, exp_minus_abs(x.x)), softplus2(x.y, exp_minus_abs(x.y)));
+      if (left <= k * ROUND) d = make_float2(0.0f, 0.0f);
+      *(float4*)&step[k * ROUND * CH] = make_float4(d.x, d.x * LN_2 * uu.x, d.y, d.y * LN_2 * uu.y);
+    }
+    float* bc = &tile.bc[bc_to];
+#pragma unroll
+    for (int k = 0; k < BC_ROUNDS; ++k) {
+      if (!bc_row_of_tile(bc_row, k)) continue;
+      *(float2*)&bc[k * BC_ROUND * BC_ROW] = unpack(B_raw[k]);
+      *(float2*)&bc[k * BC_ROUND * BC_ROW + S] = unpack(C_raw[k]);
+    }
+  };
+  auto finish = [&](const ForwardTile& tile, int left) {  // phase C
+    const float* part = &tile.part[row * PART_ROW + column];
+#pragma unroll
+    for (int k = 0; k < ROUNDS; ++k) {
+      if (!row_of_tile(row, k)) continue;
+      float2 total = sum_groups(&part[k * ROUND * PART_ROW]), uu = unpack(u_done[k]);
+      total.x = fmaf(skip.x, uu.x, total.x), total.y = fmaf(skip.y, uu.y, total.y);
+      if constexpr (GATED) {
+        float2 gate = unpack(z_raw[k]);
+        total.x *= gate.x * sigmoid(gate.x), total.y *= gate.y * sigmoid(gate.y);
+      }
+      store_pair(y + k * y_round, total, left > k * ROUND ? count : 0);
+    }
+    y += (i64)E * T;
+  };
+
+  u8 reset_raw = RESETS ? load_reset(resets, 0, L - padding, lane) : (u8)0;
+  load(rows, L - bc_row);
+  prepare(tiles_shared[0], rows - padding);
+#pragma unroll
+  for (int k = 0; k < ROUNDS; ++k) u_kept[k] = u_raw[k], z_raw[k] = Pair{}, u_done[k] = Pair{};
+  load(rows - T, L - T - bc_row);
+
+  for (int tile = 0; tile < tiles; ++tile, rows -= T) {
+    ForwardTile& now = tiles_shared[tile & 1];
+    ForwardTile& other = tiles_shared[~tile & 1];  // of the tile before, and then of the next
+    __syncthreads();
+    if (tile > 0) finish(other, T);
+    prepare(other, rows - padding - T);  // after the last tile: zeros that nobody reads
+    const u32 dropped = RESETS ? ballot(reset_raw != 0) : 0u;
+#pragma unroll
+    for (int k = 0; k < ROUNDS; ++k) u_done[k] = u_kept[k], u_kept[k] = u_raw[k];
+    load(rows - 2 * T, L - (tile + 2) * T - bc_row);
+    if constexpr (GATED) load_gate(rows);
+    if (RESETS) reset_raw = load_reset(resets, (tile + 1) * T, L - padding, lane);
+    if (SAVE && inside) {
+#pragma unroll
+      for (int i = 0; i < S; ++i) p.checkpoints[((batch * tiles + tile) * N + group * S + i) * E + channel] = h[i];
+    }
+    const float2* step = &now.step[thread % CH];
+    const float* bc = &now.bc[group * 2 * S];
+    float* part = &now.part[group * CH + thread % CH];
+    if (RESETS && dropped)
+      walk<true>(h, A, step, bc, part, dropped);
+    else
+      walk<false>(h, A, step, bc, part, 0u);
+  }
+  __syncthreads();
+  finish(tiles_shared[~tiles & 1], rows + T);
+  if (inside) {
+#pragma unroll
+    for (int i = 0; i < S; ++i) p.final_state[at + i] = h[i];
+  }
+}

@@ -1,0 +1,64 @@
+// What the scan kernels need of the GPU that plain C++ does not have. No CUDA header is included, so that NVRTC needs
+// nothing but this text; a twin of this file in plain C++ lets the tests run the kernels on a CPU.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef long long i64;
+
+#define DEVICE __device__ __forceinline__
+#define SHARED_MEMORY(name) extern __shared__ float4 name[]
+#define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+#define PARAMETERS(type) const __grid_constant__ type
+
+// 2^x, relative error 2^-22; inputs and results below 2^-126 count as 0.
+DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1/x, relative error 2^-23.
+DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+DEVICE float2 unpack_bf16(u32 x) { return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)); }
+
+DEVICE u32 pack_bf16(float2 v) {
+  u32 x;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(v.y), "f"(v.x));
+  return x;
+}
+
+DEVICE float2 unpack_f16(u32 x) {
+  float2 v;
+  asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(v.x), "=f"(v.y) : "r"(x));
+  return v;
+}
+
+DEVICE u32 pack_f16(float2 v) {
+  u32 x;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(v.y), "f"(v.x));
+  return x;
+}
+
+DEVICE u32 ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
+DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+
+template <class X>
+DEVICE X read_only(const X* x) {
+  return __ldg(x);
+}
+
+// The sums over lanes that the backward needs, on the tensor cores: with data in the second operand, lane l's b0 is row
+// l % 4 and its b1 row 4 + l % 4 of column l / 4; total[m][n] += sum over rows k of select[m][k] * data[k][n]. ``select``
+// is 1 in lanes whose l / 4 is the row to add to: b0 is then summed over each four lanes into row m, b1 into row m + 8.
+// The operands keep 10 bits of mantissa.
+DEVICE void sum_fours(float (&total)[4], float select, float b0, float b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %5, %4}, {%6, %7}, {%0, %1, %2, %3};"
+      : "+f"(total[0]), "+f"(total[1]), "+f"(total[2]), "+f"(total[3])
+      : "r"(__float_as_uint(select)), "r"(0u), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
