@@ -1,4 +1,4 @@
-"""Attention of one query a sequence: the keys are cut into splits that run side by side, and a second kernel joins them.
+"""Attention of one query a sequence: the keys are cut into splits, run side by side; a second kernel joins them.
 
 The query heads that share a key head go through the tensor cores together. The cut follows from the shapes alone.
 """
