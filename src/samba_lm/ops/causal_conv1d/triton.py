@@ -11,6 +11,8 @@ import triton
 from samba_lm.ops.causal_conv1d.triton_kernels import backward_kernel, forward_kernel
 
 MAX_SEGMENTS = 65535  # of a grid's second axis
+MIN_PROGRAMS = 2048  # about 16 a multiprocessor of an H100
+MIN_ROWS = 16
 
 
 class Config(NamedTuple):
@@ -29,20 +31,21 @@ class Config(NamedTuple):
     """At most so many a thread."""
 
 
-def forward_config(L: int, E: int) -> Config:
+def forward_config(B: int, L: int, E: int) -> Config:
     """8 channels (16 bytes in bf16) a lane."""
-    return _fit(Config(block=256, warps=1, rows=64, unroll=4), L, E)
+    return _fit(Config(block=256, warps=1, rows=64, unroll=4), B, L, E)
 
 
-def backward_config(L: int, E: int) -> Config:
+def backward_config(B: int, L: int, E: int) -> Config:
     """4 channels a lane: with 8, the sums for the weights would leave too few warps to hide the memory's latency."""
-    return _fit(Config(block=128, warps=1, rows=128, unroll=2), L, E)
+    return _fit(Config(block=128, warps=1, rows=128, unroll=2), B, L, E)
 
 
-def _fit(config: Config, L: int, E: int) -> Config:
-    """``config`` for few channels or very many rows."""
-    block = min(config.block, max(32, triton.next_power_of_2(E)))
-    rows = config.rows
+def _fit(config: Config, B: int, L: int, E: int) -> Config:
+    """``config`` for few channels, for so little work that long segments would leave the GPU idle, and for long rows."""
+    block, rows = min(config.block, max(32, triton.next_power_of_2(E))), config.rows
+    while rows > MIN_ROWS and B * triton.cdiv(E, block) * triton.cdiv(L, rows) < MIN_PROGRAMS:
+        rows //= 2
     while triton.cdiv(L, rows) > MAX_SEGMENTS:
         rows *= 2
     return config._replace(block=block, rows=rows)
@@ -96,7 +99,7 @@ def launch_forward(
     y, final = x.new_empty(B, L, E), x.new_empty(B, k - 1, E)
     if L == 0:
         return y, final.zero_() if state is None else final.copy_(state)
-    config = config or forward_config(L, E)
+    config = config or forward_config(B, L, E)
     forward_kernel[_grid(B, L, E, config)](
         x,
         weight.contiguous(),
@@ -170,7 +173,7 @@ def launch_backward(
         if with_dstate:
             dstate.zero_() if dfinal is None else dstate.copy_(dfinal)
         return dx, torch.zeros_like(weight), weight.new_empty(0) if bias is None else torch.zeros_like(bias), dstate
-    config = config or backward_config(L, E)
+    config = config or backward_config(B, L, E)
     grid = _grid(B, L, E, config)
     partial = torch.empty(B * grid[1], k + 1, E, dtype=torch.float32, device=x.device)
     backward_kernel[grid](
