@@ -52,7 +52,7 @@ def compare(given: Inputs, dtype: torch.dtype, fixed: Inputs | None = None) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("B", "L", "E", "k"), [(2, 11, 5, 4), (1, 1, 33, 4), (2, 140, 40, 3), (1, 6, 8, 1), (2, 2, 7, 8), (1, 9, 130, 2)]
+    ("B", "L", "E", "k"), [(2, 11, 5, 4), (1, 1, 33, 4), (2, 50, 40, 3), (1, 6, 8, 1), (2, 2, 7, 8), (1, 9, 130, 2)]
 )
 def test_every_gradient(B: int, L: int, E: int, k: int, dtype: torch.dtype) -> None:
     compare(inputs(B, L, E, k), dtype)
@@ -84,11 +84,11 @@ def test_without_bias_and_state() -> None:
 
 def test_pieces_are_the_whole() -> None:
     """State in and out, across the seam of a segment; the gradient too flows through the state."""
-    x = torch.randn(1, 150, 5, device=DEVICE, requires_grad=True)
+    x = torch.randn(1, 50, 5, device=DEVICE, requires_grad=True)
     weight = torch.randn(5, 4, device=DEVICE)
     whole, end = causal_conv1d(x, weight, backend="reference")
     state, parts = None, []
-    for piece in x.split((70, 1, 2, 77), dim=1):
+    for piece in x.split((20, 1, 2, 27), dim=1):
         y, state = causal_conv1d(piece, weight, state=state, backend="triton")
         parts.append(y)
     assert_close(torch.cat(parts, 1), whole, "y")

@@ -42,7 +42,7 @@ def backward_config(B: int, L: int, E: int) -> Config:
 
 
 def _fit(config: Config, B: int, L: int, E: int) -> Config:
-    """``config`` for few channels, for so little work that long segments would leave the GPU idle, and for long rows."""
+    """``config`` for few channels, for too little work to fill the GPU with long segments, and for very long rows."""
     block, rows = min(config.block, max(32, triton.next_power_of_2(E))), config.rows
     while rows > MIN_ROWS and B * triton.cdiv(E, block) * triton.cdiv(L, rows) < MIN_PROGRAMS:
         rows //= 2

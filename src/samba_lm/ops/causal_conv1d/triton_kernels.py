@@ -7,7 +7,6 @@ weights once a segment. UNROLL rows are loaded at once; with AHEAD, while the UN
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 # mypy: disable-error-code="assignment, misc"
-# ruff: noqa: RUF005 - the kernel language adds tuples, and knows no unpacking
 from __future__ import annotations
 
 import triton
