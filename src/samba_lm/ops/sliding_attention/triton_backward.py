@@ -11,17 +11,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from samba_lm.ops.sliding_attention.triton_forward import HIDDEN, first_key, load_rows, program
+from samba_lm.ops.sliding_attention.triton_forward import HIDDEN, between, first_key, load_rows, program
 from samba_lm.ops.triton_math import LN_2, dot, exp2
 
 
 @triton.jit
-def add_dq(dq, q, k, v, dout, lse, delta, visible, scale, MASK: tl.constexpr):
-    """dq [M, K] plus one block of keys' part, still without the scores' scale."""
+def add_dq(dq, q, k, v, dout, lse, delta, j, low, high, scale, MASK: tl.constexpr):
+    """dq [M, K] plus one block of keys' part, still without the scores' scale. MASK: low [M] <= j [N] <= high [M]."""
     scores = dot(q, tl.trans(k))
     scores = scores * scale - lse[:, None]
     if MASK:
-        scores = tl.where(visible, scores, HIDDEN)
+        scores = tl.where(between(j[None, :], low[:, None], high[:, None]), scores, HIDDEN)
     weights = exp2(scores)
     slope = weights * (dot(dout, tl.trans(v)) - delta[:, None])
     return dot(slope.to(k.dtype), k, dq)
@@ -95,14 +95,12 @@ def dq_kernel(
         at_key = base + t * BLOCK_N
         k_block = load_rows(k, batch, group, at_key, keys, k_batch, k_row, k_head, DIM, BLOCK_N, WIDTH, TMA, True)
         v_block = load_rows(v, batch, group, at_key, keys, v_batch, v_row, v_head, DIM, BLOCK_N, WIDTH, TMA, True)
-        j = (at_key + column)[None, :]
-        visible = (j >= low[:, None]) & (j <= (past + i)[:, None])
-        acc = add_dq(acc, queries, k_block, v_block, do, norm, dots, visible, scale, True)
+        acc = add_dq(acc, queries, k_block, v_block, do, norm, dots, at_key + column, low, past + i, scale, True)
     for t in tl.range(whole, 0):
         at_key = base + t * BLOCK_N
         k_block = load_rows(k, batch, group, at_key, keys, k_batch, k_row, k_head, DIM, BLOCK_N, WIDTH, TMA, False)
         v_block = load_rows(v, batch, group, at_key, keys, v_batch, v_row, v_head, DIM, BLOCK_N, WIDTH, TMA, False)
-        acc = add_dq(acc, queries, k_block, v_block, do, norm, dots, True, scale, False)
+        acc = add_dq(acc, queries, k_block, v_block, do, norm, dots, column, low, i, scale, False)
 
     dim = tl.arange(0, WIDTH)
     at_out = dq + row + start.to(tl.int64) * (heads * DIM)
@@ -128,12 +126,12 @@ def load_numbers(
 
 
 @triton.jit
-def add_dkdv(dk, dv, k, v, q, dout, lse, delta, visible, scale, MASK: tl.constexpr):
-    """dk, dv [N, K] plus one block of queries' part, dk still without the scores' scale."""
+def add_dkdv(dk, dv, k, v, q, dout, lse, delta, i, low, high, scale, MASK: tl.constexpr):
+    """dk, dv [N, K] plus one block of queries' part, dk still without the scores' scale. MASK: low <= i <= high."""
     scores = dot(k, tl.trans(q))
     scores = scores * scale - lse[None, :]
     if MASK:
-        scores = tl.where(visible, scores, HIDDEN)
+        scores = tl.where(between(i[None, :], low[:, None], high[:, None]), scores, HIDDEN)
     weights = exp2(scores)
     dv = dot(weights.to(dout.dtype), dout, dv)
     slope = weights * (dot(v, tl.trans(dout)) - delta[None, :])
@@ -203,6 +201,10 @@ def dkdv_kernel(
         end = j * 0 + length
         lowest, highest = length, length
 
+    # The first and the last query of each key; far beyond both for a key that no query sees.
+    low = tl.where(end > j - past, j - past, 1 << 30)
+    high = tl.maximum(end - 1, low)
+
     # Query block t begins at begin + t BLOCK_M: blocks 0 .. diagonal - 1 and whole .. stop - 1 see some of the keys,
     # those between see all. Rows of lse and delta are read from multiples of 16 bytes.
     begin = tl.maximum(base - past, 0) // 4 * 4
@@ -224,12 +226,10 @@ def dkdv_kernel(
             do_block = load_rows(
                 dout, batch, head, start, length, dout_batch, dout_row, dout_head, DIM, BLOCK_M, WIDTH, TMA, True
             )
-            i = start + row
             norm = load_numbers(lse, batch, head, heads, start, length, padded, BLOCK_M, TMA, True)
             dots = load_numbers(delta, batch, head, heads, start, length, padded, BLOCK_M, TMA, True)
-            visible = (i[None, :] >= (j - past)[:, None]) & (i[None, :] < end[:, None])
             dk_acc, dv_acc = add_dkdv(
-                dk_acc, dv_acc, k_block, v_block, q_block, do_block, norm, dots, visible, scale, True
+                dk_acc, dv_acc, k_block, v_block, q_block, do_block, norm, dots, start + row, low, high, scale, True
             )
         for t in tl.range(diagonal, whole):
             start = begin + t * BLOCK_M
@@ -240,7 +240,7 @@ def dkdv_kernel(
             norm = load_numbers(lse, batch, head, heads, start, length, padded, BLOCK_M, TMA, False)
             dots = load_numbers(delta, batch, head, heads, start, length, padded, BLOCK_M, TMA, False)
             dk_acc, dv_acc = add_dkdv(
-                dk_acc, dv_acc, k_block, v_block, q_block, do_block, norm, dots, True, scale, False
+                dk_acc, dv_acc, k_block, v_block, q_block, do_block, norm, dots, row, low, high, scale, False
             )
 
     dim = tl.arange(0, WIDTH)

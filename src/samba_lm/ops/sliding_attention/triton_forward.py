@@ -79,11 +79,20 @@ def program(index, blocks, heads, groups):
 
 
 @triton.jit
-def soften(acc, total, top, q, k, v, visible, scale, MASK: tl.constexpr):
-    """One block of keys joins the running softmax: acc [M, K], total and top [M] (the largest score so far)."""
+def between(x, low, high):
+    """low <= x <= high for low <= high, in one comparison: below low, the difference wraps around to a large one."""
+    return (x - low).to(tl.uint32, bitcast=True) <= (high - low).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def soften(acc, total, top, q, k, v, j, low, high, scale, MASK: tl.constexpr):
+    """One block of keys joins the running softmax: acc [M, K], total and top [M] (the largest score so far).
+
+    MASK: of the keys j [N], each query sees low <= j <= high, both [M].
+    """
     scores = dot(q, tl.trans(k))
     if MASK:
-        scores = tl.where(visible, scores * scale, HIDDEN)
+        scores = tl.where(between(j[None, :], low[:, None], high[:, None]), scores * scale, HIDDEN)
         higher = tl.maximum(top, tl.max(scores, 1))
         weights = exp2(scores - higher[:, None])
     else:
@@ -157,14 +166,12 @@ def forward_kernel(
         at = base + t * BLOCK_N
         k_block = load_rows(k, batch, group, at, keys, k_batch, k_row, k_head, DIM, BLOCK_N, WIDTH, TMA, True)
         v_block = load_rows(v, batch, group, at, keys, v_batch, v_row, v_head, DIM, BLOCK_N, WIDTH, TMA, True)
-        j = (at + column)[None, :]
-        visible = (j >= low[:, None]) & (j <= (past + i)[:, None])
-        acc, total, top = soften(acc, total, top, queries, k_block, v_block, visible, scale, True)
+        acc, total, top = soften(acc, total, top, queries, k_block, v_block, at + column, low, past + i, scale, True)
     for t in tl.range(whole, 0):
         at = base + t * BLOCK_N
         k_block = load_rows(k, batch, group, at, keys, k_batch, k_row, k_head, DIM, BLOCK_N, WIDTH, TMA, False)
         v_block = load_rows(v, batch, group, at, keys, v_batch, v_row, v_head, DIM, BLOCK_N, WIDTH, TMA, False)
-        acc, total, top = soften(acc, total, top, queries, k_block, v_block, True, scale, False)
+        acc, total, top = soften(acc, total, top, queries, k_block, v_block, column, low, i, scale, False)
 
     inside = i < length
     # Zeros behind the end, so that the backward may read whole blocks.
