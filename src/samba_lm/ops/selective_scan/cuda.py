@@ -1,0 +1,204 @@
+"""The selective scan as CUDA C++ (``kernels/*.cuh``), compiled by NVRTC: launchers and custom operators."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from samba_lm.ops import nvrtc
+
+KERNELS = Path(__file__).parent / "kernels"
+TILE = 16
+"""Tokens that a block works on at once, ``T`` in common.cuh; the forward keeps the state before each tile."""
+STATES = (8, 16, 32, 64)
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The dtypes of the inputs, and their number ``IO`` in common.cuh."""
+FILL = 264
+"""Blocks of 32 channels from which on an H100 (132 multiprocessors) is kept busy without halving them."""
+
+
+class Shape(NamedTuple):
+    """How the work is cut."""
+
+    states: int
+    """Of one thread."""
+    channels: int
+    """Of one block."""
+    blocks: int = 0
+    """Blocks that a multiprocessor must hold, which bounds the registers of a thread; 0: by the number of threads."""
+
+
+def forward_shape(batch: int, E: int) -> Shape:
+    return Shape(4, 32) if batch * -(-E // 32) >= FILL else Shape(2, 16)
+
+
+def fits(u: torch.Tensor, N: int) -> bool:
+    """Whether the kernels take these inputs: otherwise Triton's do."""
+    return (
+        u.is_cuda
+        and u.dtype in TYPES
+        and N in STATES
+        and u.shape[1] > 0
+        and torch.cuda.get_device_capability(u.device) >= (8, 0)
+        and not nvrtc.why_not()
+    )
+
+
+def scan_cuda(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    state: torch.Tensor | None,
+    resets: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Same arguments, results and meaning as ``scan_reference``; lengths int64 [B] instead of a padding mask.
+
+    u, delta, B, C, z of one dtype (fp32, bf16, fp16), any strides; A, D, delta_bias and state fp32; state None: zeros.
+    Returns y in u's dtype and the final state in fp32. Backward gives the same bits every time.
+    """
+    tensors = (u, delta, A, B, C, D, z, delta_bias, state)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    y, final, _ = _forward(u, delta, A, B, C, D, z, delta_bias, state, resets, lengths, save)
+    return y, final
+
+
+@torch.library.custom_op("samba_lm::selective_scan_cuda", mutates_args=())
+def _forward(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    state: torch.Tensor | None,
+    resets: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    launch, y, final, checkpoints, _keep = plan_forward(
+        u, delta, A, B, C, D, z, delta_bias, state, resets, lengths, save
+    )
+    nvrtc.launch(launch, u.device)
+    return y, final, checkpoints
+
+
+@_forward.register_fake
+def _(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    state: torch.Tensor | None,
+    resets: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    (batch, L, E), N = u.shape, A.shape[1]
+    checkpoints = A.new_empty((batch, -(-L // TILE), N, E) if save else (0,))
+    return u.new_empty(batch, L, E), A.new_empty(batch, E, N), checkpoints
+
+
+def plan_forward(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    state: torch.Tensor | None,
+    resets: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    save: bool,
+    shape: Shape | None = None,
+) -> tuple[nvrtc.Launch, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
+    """The launch, its results (y, final state, checkpoints) and the inputs that must outlive it."""
+    (batch, L, E), N = u.shape, A.shape[1]
+    shape = shape or forward_shape(batch, E)
+    u, delta, B, C = (_dense(t) for t in (u, delta, B, C))
+    z = None if z is None else _dense(z)
+    A = A.contiguous()
+    D, delta_bias, state, resets, lengths = (
+        None if t is None else t.contiguous() for t in (D, delta_bias, state, resets, lengths)
+    )
+    y, final = u.new_empty(batch, L, E), torch.empty(batch, E, N, device=u.device)
+    checkpoints = final.new_empty((batch, -(-L // TILE), N, E) if save else (0,))
+    rows = (u, delta, B, C, z)
+    pointers = (*rows, A, D, delta_bias, state, resets, lengths, y, final, checkpoints)
+    defines = {
+        **_common(u, N, shape, rows),
+        "GATED": z is not None,
+        "RESETS": resets is not None,
+        "SAVE": save,
+        "BLOCKS": shape.blocks or max(1, 768 // threads(N, shape)),
+    }
+    launch = nvrtc.Launch(
+        "scan_forward",
+        files("forward"),
+        tuple((name, int(value)) for name, value in defines.items()),
+        (-(-E // shape.channels), batch),
+        threads(N, shape),
+        2 * 4 * TILE * (2 * shape.channels + 2 * N + _part_row(N, shape)),
+        pack(*(0 if t is None else t.data_ptr() for t in pointers), L, E, *_strides(*rows)),
+    )
+    return launch, y, final, checkpoints, [*pointers]
+
+
+def files(kernel: str) -> tuple[Path, ...]:
+    return tuple(KERNELS / f"{name}.cuh" for name in ("primitives", "common", kernel))
+
+
+def threads(N: int, shape: Shape) -> int:
+    return shape.channels * N // shape.states
+
+
+def pack(*values: int) -> bytes:
+    """A kernel's parameter: pointers and 64-bit numbers."""
+    return struct.pack(f"<{len(values)}q", *values)
+
+
+def _part_row(N: int, shape: Shape) -> int:
+    """``PART_ROW`` of common.cuh."""
+    return threads(N, shape) + (16 if shape.channels == 16 else 0)
+
+
+def _common(u: torch.Tensor, N: int, shape: Shape, rows: tuple[torch.Tensor | None, ...]) -> dict[str, int]:
+    """The macros of common.cuh."""
+    return {"IO": TYPES[u.dtype], "N": N, "S": shape.states, "CH": shape.channels, "WIDE": int(_wide(u.shape[2], rows))}
+
+
+def _wide(E: int, rows: tuple[torch.Tensor | None, ...]) -> bool:
+    """Whether pairs of neighbours may be read at once: E even, and every row starts at a multiple of two elements."""
+    return E % 2 == 0 and all(
+        t is None or (t.data_ptr() % (2 * t.element_size()) == 0 and all(s % 2 == 0 or n == 1 for s, n in _outer(t)))
+        for t in rows
+    )
+
+
+def _outer(t: torch.Tensor) -> list[tuple[int, int]]:
+    return list(zip(t.stride()[:2], t.shape[:2], strict=True))
+
+
+def _strides(*rows: torch.Tensor | None) -> tuple[int, ...]:
+    """Batch and row stride of each."""
+    return tuple(s for t in rows for s in ((0, 0) if t is None else t.stride()[:2]))
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
