@@ -146,7 +146,13 @@ class _Bench:
             else:
                 worst = max(errors, key=lambda tensor: _nan_is_worst(errors[tensor][0]))
                 told = {tensor: {"largest": m, "relative": r} for tensor, (m, r) in errors.items()}
-                figures.append(replace(figure, value=errors[worst][0], facts={"worst": worst, "errors": told}))
+                figures.append(
+                    replace(
+                        figure,
+                        value=errors[worst][0],
+                        facts={"worst": worst, "relative": max(r for _, r in errors.values()), "errors": told},
+                    )
+                )
         return figures
 
     def times(

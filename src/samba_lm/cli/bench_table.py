@@ -64,7 +64,9 @@ def _value(figure: Figure) -> str:
 
 
 def _bar(figure: Figure) -> str:
-    note = "" if figure.note == "quoted" else figure.note or str(figure.facts.get("worst", ""))
+    note = "" if figure.note == "quoted" else figure.note
+    if "worst" in figure.facts:
+        note = f"{figure.facts['worst']}; relative at most {_number(figure.facts, 'relative', '{:.1e}')}"
     if figure.bar is None:
         return note
     relation = "at most" if figure.low_is_good else "at least"
