@@ -37,8 +37,11 @@ class Plan(NamedTuple):
 def plan(width: int, dtype: torch.dtype) -> Plan:
     """The blocks for head dims of ``width``, from measurements on an H100."""
     if dtype == torch.float32:  # no tensor cores: what fits in registers
-        small = Blocks(32, 32, 4, 1) if width <= 64 else Blocks(16, 16, 4, 1)
-        return Plan(small, small, small)
+        if width <= 64:
+            return Plan(Blocks(64, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1))
+        if width <= 128:
+            return Plan(Blocks(32, 32, 8, 1), Blocks(16, 16, 8, 1), Blocks(32, 32, 8, 1))
+        return Plan(Blocks(16, 32, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1))
     if width <= 64:
         return Plan(Blocks(128, 128, 4, 2), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2))
     if width <= 128:
