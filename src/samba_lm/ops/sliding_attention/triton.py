@@ -329,12 +329,15 @@ def _rows(x: torch.Tensor, block: int, width: int, tma: bool) -> torch.Tensor | 
     if not tma:
         return x
     x = x.transpose(1, 2)
-    # The stride of a dimension of one may be anything: any legal number then.
-    strides = [s if n > 1 else 16 for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    # The stride of a dimension of one may be anything, but the descriptor must hold a legal number.
+    legal = 16 // x.element_size()
+    strides = [s if n > 1 else max(legal, s // legal * legal) for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, block, width])
 
 
 def _numbers(x: torch.Tensor, block: int, tma: bool) -> torch.Tensor | TensorDescriptor:
+    """What ``load_numbers`` takes for x [B, H, padded]."""
+    assert not tma or block >= 32, "the copy engine writes to multiples of 128 bytes"
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, block]) if tma else x
 
 
