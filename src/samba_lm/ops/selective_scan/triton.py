@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from samba_lm.ops.backend import INTERPRETED
 from samba_lm.ops.selective_scan.triton_backward import carry_kernel, scan_backward_kernel
 from samba_lm.ops.selective_scan.triton_forward import chain_kernel, scan_kernel, summary_kernel
 
@@ -148,7 +149,7 @@ def scan_backward(
         length, span, segments, checkpoints.shape[1], batch, *_batch_strides(u, delta, z, B, C, dy),
         **_row_strides(u=u, delta=delta, z=z, B=B, C=C, dy=dy), E=channels,
         BE=block, N=n, TILE=TILE, SUB=SUB, GROUP=group, PRECISION="ieee" if u.dtype == torch.float32 else "tf32",
-        **options, num_warps=warps,
+        **options, num_warps=warps, **_registers(168),
     )  # fmt: skip
     dB, dC = (dBC[:, :, :, i].sum(0) for i in (0, 1))
     return du, ddelta, dA.sum(0), dB.to(B.dtype), dC.to(C.dtype), dD.sum(0), dz, dbias.sum(0), dstate
@@ -234,6 +235,11 @@ def _block(n: int) -> tuple[int, int]:
 def _backward_block(n: int) -> tuple[int, int, int]:
     """Channels of a backward program, its warps, and the tokens whose channel sums share a product."""
     return max(16, 1024 // n), 4, 2 if n <= 16 else 1
+
+
+def _registers(most: int) -> dict[str, int]:
+    """Launch options that cap the registers a lane, for three programs a multiprocessor where two would fit."""
+    return {} if INTERPRETED or torch.version.cuda is None else {"maxnreg": most}
 
 
 def _rows(t: Tensor) -> Tensor:

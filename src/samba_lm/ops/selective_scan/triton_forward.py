@@ -53,6 +53,15 @@ def limit(lengths, row, L, HAS_LENGTHS: tl.constexpr):
         return L
 
 
+@triton.jit
+def rows(p, row: tl.constexpr, lanes):
+    """UNROLL rows of a tensor, as they lie in memory."""
+    loaded = ()
+    for i in tl.static_range(UNROLL):
+        loaded = loaded + (tl.load(p + i * row + lanes),)
+    return loaded
+
+
 @triton.jit(do_not_specialize=["L", "SPAN", "SEGMENTS", "TILES"])
 def scan_kernel(
     u, delta, A, B, C, D, z, bias, start, resets, lengths, y, final, checkpoints,
@@ -93,22 +102,27 @@ def scan_kernel(
     if HAS_RESETS:
         resets += wide_row * L
     checkpoints += (wide_row * TILES + first // TILE) * E * N
-    for t0 in range(first, last, TILE):
-        if KEEP:
-            tl.store(checkpoints + cell, h, mask=inside[:, None])
-            checkpoints += E * N
-        end = tl.minimum(t0 + TILE, last)
-        whole = end - (end - t0) % UNROLL
-        for t in range(t0, whole, UNROLL):
-            us, deltas, zs, Bs, Cs = (), (), (), (), ()
-            # All loads before the first store: the compiler cannot know that y lies elsewhere.
-            for i in tl.static_range(UNROLL):
-                us = us + (tl.load(u + i * u_row + e),)
-                deltas = deltas + (tl.load(delta + i * delta_row + e),)
-                Bs = Bs + (tl.load(B + i * B_row + n),)
-                Cs = Cs + (tl.load(C + i * C_row + n),)
-                if HAS_Z:
-                    zs = zs + (tl.load(z + i * z_row + e),)
+    whole = last - (last - first) % UNROLL
+    if whole > first:
+        us, deltas, Bs, Cs = rows(u, u_row, e), rows(delta, delta_row, e), rows(B, B_row, n), rows(C, C_row, n)
+        zs = rows(z, z_row, e) if HAS_Z else us
+        for t in range(first, whole, UNROLL):
+            if KEEP:
+                if (t - first) % TILE == 0:
+                    tl.store(checkpoints + cell, h, mask=inside[:, None])
+                    checkpoints += E * N
+            # The next rows are on their way while these are computed; the last time round they are the same again.
+            ahead = tl.minimum(whole - UNROLL - t, UNROLL)
+            u += ahead * u_row
+            delta += ahead * delta_row
+            B += ahead * B_row
+            C += ahead * C_row
+            next_us, next_deltas = rows(u, u_row, e), rows(delta, delta_row, e)
+            next_Bs, next_Cs = rows(B, B_row, n), rows(C, C_row, n)
+            next_zs = next_us
+            if HAS_Z:
+                z += ahead * z_row
+                next_zs = rows(z, z_row, e)
             ys = ()
             for i in tl.static_range(UNROLL):
                 x = us[i].to(tl.float32)
@@ -121,28 +135,31 @@ def scan_kernel(
                 ys = ys + (out,)
             for i in tl.static_range(UNROLL):
                 tl.store(y + i * E + e, ys[i].to(y.dtype.element_ty), mask=inside)
-            u += UNROLL * u_row
-            delta += UNROLL * delta_row
-            B += UNROLL * B_row
-            C += UNROLL * C_row
             y += UNROLL * E
-            if HAS_Z:
-                z += UNROLL * z_row
-        for t in range(whole, end):
-            x = tl.load(u + e).to(tl.float32)
-            step = tl.load(delta + e).to(tl.float32)
-            h, _ = token(h, x, step, bias, A, tl.load(B + n).to(tl.float32), kept(resets, t, L, HAS_RESETS), t < valid)
-            out = tl.sum(h * tl.load(C + n).to(tl.float32), axis=1) + D * x
-            if HAS_Z:
-                gate = tl.load(z + e).to(tl.float32)
-                out = out * (gate * sigmoid(gate))
-                z += z_row
-            tl.store(y + e, out.to(y.dtype.element_ty), mask=inside)
-            u += u_row
-            delta += delta_row
-            B += B_row
-            C += C_row
-            y += E
+            us, deltas, zs, Bs, Cs = next_us, next_deltas, next_zs, next_Bs, next_Cs
+        u += UNROLL * u_row
+        delta += UNROLL * delta_row
+        B += UNROLL * B_row
+        C += UNROLL * C_row
+        if HAS_Z:
+            z += UNROLL * z_row
+    if KEEP:
+        if (whole - first) % TILE == 0 and whole < last:
+            tl.store(checkpoints + cell, h, mask=inside[:, None])
+    for t in range(whole, last):
+        x, raw = tl.load(u + e).to(tl.float32), tl.load(delta + e).to(tl.float32)
+        h, _ = token(h, x, raw, bias, A, tl.load(B + n).to(tl.float32), kept(resets, t, L, HAS_RESETS), t < valid)
+        out = tl.sum(h * tl.load(C + n).to(tl.float32), axis=1) + D * x
+        if HAS_Z:
+            gate = tl.load(z + e).to(tl.float32)
+            out = out * (gate * sigmoid(gate))
+            z += z_row
+        tl.store(y + e, out.to(y.dtype.element_ty), mask=inside)
+        u += u_row
+        delta += delta_row
+        B += B_row
+        C += C_row
+        y += E
     if segment == SEGMENTS - 1:
         tl.store(final + wide_row * E * N + cell, h, mask=inside[:, None])
 
@@ -177,18 +194,20 @@ def summary_kernel(
     h = tl.zeros([BE, N], tl.float32)
     total = tl.zeros([BE], tl.float32)
     whole = last - (last - first) % UNROLL
-    for t in range(first, whole, UNROLL):
-        us, deltas, Bs = (), (), ()
-        for i in tl.static_range(UNROLL):
-            us = us + (tl.load(u + i * u_row + e),)
-            deltas = deltas + (tl.load(delta + i * delta_row + e),)
-            Bs = Bs + (tl.load(B + i * B_row + n),)
-        for i in tl.static_range(UNROLL):
-            keep = kept(resets, t + i, L, HAS_RESETS)
-            h, step = token(
-                h, us[i].to(tl.float32), deltas[i].to(tl.float32), bias, A, Bs[i].to(tl.float32), keep, t + i < valid
-            )
-            total = longer(total, step, keep, HAS_RESETS)
+    if whole > first:
+        us, deltas, Bs = rows(u, u_row, e), rows(delta, delta_row, e), rows(B, B_row, n)
+        for t in range(first, whole, UNROLL):
+            ahead = tl.minimum(whole - UNROLL - t, UNROLL)
+            u += ahead * u_row
+            delta += ahead * delta_row
+            B += ahead * B_row
+            next_us, next_deltas, next_Bs = rows(u, u_row, e), rows(delta, delta_row, e), rows(B, B_row, n)
+            for i in tl.static_range(UNROLL):
+                keep = kept(resets, t + i, L, HAS_RESETS)
+                x, raw = us[i].to(tl.float32), deltas[i].to(tl.float32)
+                h, step = token(h, x, raw, bias, A, Bs[i].to(tl.float32), keep, t + i < valid)
+                total = longer(total, step, keep, HAS_RESETS)
+            us, deltas, Bs = next_us, next_deltas, next_Bs
         u += UNROLL * u_row
         delta += UNROLL * delta_row
         B += UNROLL * B_row
