@@ -28,8 +28,9 @@ def run(launch: nvrtc.Launch, seed: int = 0) -> None:
 
 def _library(launch: nvrtc.Launch) -> ctypes.CDLL:
     files = (HERE / "primitives.cuh", *launch.files[1:], HERE / "launch.cuh")
-    kind = launch.files[-1].stem.title()
-    defines = [*launch.defines, ("SHARED_BYTES", launch.shared), ("ENTRY", launch.entry), ("PARAMETER_TYPE", kind)]
+    kind = launch.entry.split("_")[0] if launch.entry == "sum_partials" else launch.entry.split("_")[1]
+    special = {"SHARED_BYTES": launch.shared, "ENTRY": launch.entry, "PARAMETER_TYPE": kind.title()}
+    defines = [*launch.defines, *special.items()]
     text = nvrtc.source(files)
     key = hashlib.sha256(repr((text, defines)).encode()).hexdigest()[:16]
     if key not in _libraries:

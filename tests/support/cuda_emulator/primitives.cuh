@@ -146,10 +146,10 @@ DEVICE X read_only(const X* x) { return *x; }
 DEVICE float tf32(float x) { return as_float(as_bits(x) & 0xffffe000u); }
 DEVICE float high_part(float x) { return tf32(x); }
 // Multiplies the fragments out as the instruction's definition has them.
-DEVICE void sum_fours(float (&total)[4], float select, float b0, float b1) {
+DEVICE void sum_fours(float (&total)[4], float low, float high, float v0, float v1, float v2, float v3) {
   const int l = threadIdx.x % 32;
-  float* mine = emulator::lane(l).values;
-  mine[0] = tf32(select), mine[1] = 0.0f, mine[2] = 0.0f, mine[3] = tf32(select), mine[4] = tf32(b0), mine[5] = tf32(b1);
+  const float operands[] = {v0, v1, v2, v3, low, high};
+  for (int i = 0; i < 6; ++i) emulator::lane(l).values[i] = tf32(operands[i]);
   emulator::meet();
   auto a = [](int m, int k) { return emulator::lane(m % 8 * 4 + k % 4).values[k / 4 * 2 + m / 8]; };
   auto b = [](int k, int n) { return emulator::lane(n * 4 + k % 4).values[4 + k / 4]; };

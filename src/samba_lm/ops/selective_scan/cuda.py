@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +16,8 @@ TILE = 16
 STATES = (8, 16, 32, 64)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The dtypes of the inputs, and their number ``IO`` in common.cuh."""
+SPAN_BYTES = 1 << 27
+"""Memory for the backward's partial sums: as many tokens are done in one launch as fit."""
 FILL = 264
 """Blocks of 32 channels from which on an H100 (132 multiprocessors) is kept busy without halving them."""
 
@@ -33,6 +35,11 @@ class Shape(NamedTuple):
 
 def forward_shape(batch: int, E: int) -> Shape:
     return Shape(4, 32) if batch * -(-E // 32) >= FILL else Shape(2, 16)
+
+
+def backward_shape(batch: int, E: int) -> Shape:
+    """Always 32 channels: the sums over them are a warp's."""
+    return Shape(4, 32, 3) if batch * -(-E // 32) >= FILL else Shape(2, 32, 1)
 
 
 def fits(u: torch.Tensor, N: int) -> bool:
@@ -202,3 +209,184 @@ def _strides(*rows: torch.Tensor | None) -> tuple[int, ...]:
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+class Grads(NamedTuple):
+    """Gradients of ``scan_cuda``'s inputs; those of tensors that were None are empty."""
+
+    u: torch.Tensor
+    delta: torch.Tensor
+    A: torch.Tensor
+    B: torch.Tensor
+    C: torch.Tensor
+    D: torch.Tensor
+    z: torch.Tensor
+    delta_bias: torch.Tensor
+    state: torch.Tensor
+
+
+@torch.library.custom_op("samba_lm::selective_scan_cuda_backward", mutates_args=())
+def _backward(
+    dy: torch.Tensor,
+    dfinal: torch.Tensor | None,
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    resets: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    checkpoints: torch.Tensor,
+) -> list[torch.Tensor]:
+    launches, grads, _keep = plan_backward(
+        dy, dfinal, u, delta, A, B, C, D, z, delta_bias, resets, lengths, checkpoints
+    )
+    for each in launches:
+        nvrtc.launch(each, u.device)
+    return [*_summed(grads)]
+
+
+@_backward.register_fake
+def _(
+    dy: torch.Tensor,
+    dfinal: torch.Tensor | None,
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    resets: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    checkpoints: torch.Tensor,
+) -> list[torch.Tensor]:
+    (batch, L, E), N = u.shape, A.shape[1]
+    like_u, like_B = (u.new_empty(batch, L, width) for width in (E, N))
+    dz = u.new_empty((batch, L, E) if z is not None else (0,))
+    dD, dbias = A.new_empty(E), A.new_empty(E)
+    dstate = A.new_empty(batch, E, N)
+    return [like_u, like_u.clone(), A.new_empty(E, N), like_B, like_B.clone(), dD, dz, dbias, dstate]
+
+
+def plan_backward(
+    dy: torch.Tensor,
+    dfinal: torch.Tensor | None,
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    resets: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    checkpoints: torch.Tensor,
+    shape: Shape | None = None,
+    span_bytes: int = SPAN_BYTES,
+) -> tuple[list[nvrtc.Launch], Grads, list[torch.Tensor | None]]:
+    """The launches, in order, their results and the tensors that must outlive them.
+
+    A, D and delta_bias have one gradient for each row of the batch yet, see ``_summed``. The partial sums of dB and dC
+    are made and summed for ``span_bytes`` at once, so that they stay in the GPU's cache.
+    """
+    (batch, L, E), N = u.shape, A.shape[1]
+    shape = shape or backward_shape(batch, E)
+    dy, u, delta, B, C = (_dense(t) for t in (dy, u, delta, B, C))
+    z = None if z is None else _dense(z)
+    A = A.contiguous()
+    dfinal, D, delta_bias, resets, lengths = (
+        None if t is None else t.contiguous() for t in (dfinal, D, delta_bias, resets, lengths)
+    )
+    grads = Grads(
+        u.new_empty(batch, L, E),
+        u.new_empty(batch, L, E),
+        A.new_empty(batch, E, N),
+        u.new_empty(batch, L, N),
+        u.new_empty(batch, L, N),
+        A.new_empty(batch, E),
+        u.new_empty((batch, L, E) if z is not None else (0,)),
+        A.new_empty(batch, E),
+        A.new_empty(batch, E, N),
+    )
+    blocks, tiles = -(-E // shape.channels), -(-L // TILE)
+    tile_bytes = blocks * batch * TILE * 2 * N * 4
+    span = min(tiles, max(1, span_bytes // tile_bytes))
+    partial = A.new_empty(blocks, batch, span * TILE, 2 * N)
+    rows = (dy, u, delta, B, C, z)
+    defines = {
+        **_common(u, N, shape, rows),
+        "GATED": z is not None,
+        "RESETS": resets is not None,
+        "KEEP": shape.states == 2,
+        "BLOCKS": shape.blocks or 1,
+    }
+    macros = tuple((name, int(value)) for name, value in defines.items())
+    results = (grads.u, grads.delta, grads.z, grads.state, grads.A, grads.D, grads.delta_bias, partial)
+    pointers = (*rows, A, D, delta_bias, resets, lengths, checkpoints, dfinal, *results)
+    addresses = [0 if t is None else t.data_ptr() for t in pointers]
+    launches = []
+    for end in range(tiles, 0, -span):
+        first = max(0, end - span)
+        launches.append(
+            nvrtc.Launch(
+                "scan_backward",
+                files("backward"),
+                macros,
+                (blocks, batch),
+                threads(N, shape),
+                _backward_shared(N, shape),
+                pack(*addresses, L, E, first, end, *_strides(*rows)),
+            )
+        )
+        count = (end - first) * TILE
+        sizes = (blocks, batch, count, first * TILE, L)
+        launches.append(
+            nvrtc.Launch(
+                "sum_partials",
+                files("backward"),
+                macros,
+                (-(-count * N // 512), batch),
+                256,
+                0,
+                pack(partial.data_ptr(), grads.B.data_ptr(), grads.C.data_ptr(), *sizes),
+            )
+        )
+    return launches, grads, [*pointers]
+
+
+def _summed(grads: Grads) -> Grads:
+    """The gradients, with those of A, D and delta_bias summed over the batch."""
+    dA, dD, dbias = (t.sum(0) for t in (grads.A, grads.D, grads.delta_bias))
+    return grads._replace(A=dA, D=dD, delta_bias=dbias)
+
+
+def _backward_shared(N: int, shape: Shape) -> int:
+    """Bytes of ``BackwardShared`` in backward.cuh."""
+    elements = TILE * shape.channels
+    tile = 4 * (elements * (2 + 1 + 2 + 1) + TILE * 2 * N)
+    return 2 * tile + 4 * (elements * N // shape.states * 3 + TILE * 2 * N)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs[:11], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(
+    ctx: Any, dy: torch.Tensor | None, dfinal: torch.Tensor | None, _checkpoints: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    u, delta, A, B, C, D, z, delta_bias, state, resets, lengths, checkpoints = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(u, memory_format=torch.contiguous_format)
+    grads = Grads(*_backward(dy, dfinal, u, delta, A, B, C, D, z, delta_bias, resets, lengths, checkpoints))
+    given = (u, delta, A, B, C, D, z, delta_bias, state)
+    return *(None if t is None else g for t, g in zip(given, grads, strict=True)), None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

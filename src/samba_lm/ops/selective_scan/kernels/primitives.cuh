@@ -53,12 +53,17 @@ DEVICE X read_only(const X* x) {
   return __ldg(x);
 }
 
-// The sums over lanes that the backward needs, on the tensor cores: with data in the second operand, lane l's b0 is row
-// l % 4 and its b1 row 4 + l % 4 of column l / 4; total[m][n] += sum over rows k of select[m][k] * data[k][n]. ``select``
-// is 1 in lanes whose l / 4 is the row to add to: b0 is then summed over each four lanes into row m, b1 into row m + 8.
-// The operands keep 10 bits of mantissa.
-DEVICE void sum_fours(float (&total)[4], float select, float b0, float b1) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %5, %4}, {%6, %7}, {%0, %1, %2, %3};"
+// x as far as the tensor cores see it: 10 bits of mantissa.
+DEVICE float high_part(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
+
+// The sums over lanes that the backward needs, on the tensor cores, which see 10 bits of a mantissa: the data are the
+// first operand, so that lane l has v0, v2 in columns l % 4, 4 + l % 4 of row l / 4 and v1, v3 there in row 8 + l / 4.
+// The second operand adds up columns 0-3 into one column of the total and 4-7 into another: the one of which ``low``,
+// ``high`` is 1 in the lanes l whose l / 4 is the column's number. Lane l has of the total columns 2 (l % 4) and the next
+// of row l / 4 in [0] and [1], and those of row 8 + l / 4 in [2] and [3].
+DEVICE void sum_fours(float (&total)[4], float low, float high, float v0, float v1, float v2, float v3) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(total[0]), "+f"(total[1]), "+f"(total[2]), "+f"(total[3])
-      : "r"(__float_as_uint(select)), "r"(0u), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+      : "r"(__float_as_uint(v0)), "r"(__float_as_uint(v1)), "r"(__float_as_uint(v2)), "r"(__float_as_uint(v3)),
+        "r"(__float_as_uint(low)), "r"(__float_as_uint(high)));
 }
