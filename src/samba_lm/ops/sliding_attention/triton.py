@@ -43,9 +43,9 @@ def plan(width: int, dtype: torch.dtype) -> Plan:
             return Plan(Blocks(32, 32, 8, 1), Blocks(16, 16, 8, 1), Blocks(32, 32, 8, 1))
         return Plan(Blocks(16, 32, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1))
     if width <= 64:
-        return Plan(Blocks(128, 128, 4, 2), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2))
+        return Plan(Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))
     if width <= 128:
-        return Plan(Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2))
+        return Plan(Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))
     return Plan(Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 1), Blocks(32, 64, 8, 1))
 
 
