@@ -10,9 +10,10 @@ import torch
 
 from samba_lm.errors import UserError
 
-Backend = Literal["auto", "reference", "cpu", "triton", "fla"]
+Backend = Literal["auto", "reference", "cpu", "triton", "cuda", "fla"]
 """``reference``: the plain definition. ``cpu``: vectorised PyTorch, no compiler needed, runs on any device.
-``triton``: GPU kernels. ``fla``: flash-linear-attention's, an optional package. ``auto``: the fastest that this
+``triton``: GPU kernels. ``cuda``: kernels in CUDA C++ for NVIDIA's, compiled by NVRTC at their first use. ``fla``:
+flash-linear-attention's, an optional package. ``auto``: the fastest that this
 operation has for the tensor's device and dtype."""
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -21,7 +22,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 HAS_FLA = importlib.util.find_spec("fla") is not None
 """flash-linear-attention: pip install "samba-lm[fla]"."""
 
-GPU_ONLY = ("triton", "fla")
+GPU_ONLY = ("triton", "cuda", "fla")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Kernels run in Triton's interpreter, on CPU tensors: how the tests check them without a GPU."""
@@ -41,9 +42,22 @@ def choose(backend: Backend, available: tuple[str, ...], operation: str, x: torc
         raise UserError(f"{operation} has no backend {backend!r}; choose one of: auto, {', '.join(available)}")
     if backend == "triton":
         _require_triton(operation, x)
+    elif backend == "cuda":
+        _require_cuda(operation, x)
     elif backend == "fla":
         _require_fla(operation, x)
     return backend
+
+
+def _require_cuda(operation: str, x: torch.Tensor) -> None:
+    from samba_lm.ops import nvrtc
+
+    if not x.is_cuda:
+        raise UserError(f"{operation}: the cuda backend needs tensors on a CUDA GPU, these are on {x.device}")
+    if x.dtype == torch.float64:
+        raise UserError(f"{operation}: the cuda backend computes in fp32; for fp64 use backend='cpu' or 'reference'")
+    if problem := nvrtc.why_not():
+        raise UserError(f"{operation}: the cuda backend {problem}")
 
 
 def _require_triton(operation: str, x: torch.Tensor) -> None:
