@@ -151,14 +151,14 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
   const Io* u = p.u + batch * p.u_batch + (last + row) * p.u_row + pair;
   const Io* delta = p.delta + batch * p.delta_batch + (last + row) * p.delta_row + pair;
   const Io* z = GATED ? p.z + batch * p.z_batch + (last + row) * p.z_row + pair : nullptr;
-  const i64 own = (batch * L + row) * E + pair;
+  i64 own = (batch * L + last + row) * E + pair;
 
   // As reader of B and C.
   const int bc_row = thread / (N / 2), bc_state = thread % (N / 2) * 2;
   const Io* B = p.B + batch * p.B_batch + (last + bc_row) * p.B_row + bc_state;
   const Io* C = p.C + batch * p.C_batch + (last + bc_row) * p.C_row + bc_state;
   const int bc_to = bc_row * BC_ROW + bc_column(bc_state);
-  float* partial = p.partial + ((i64)blockIdx.x * gridDim.y + batch) * ((end - first) * T) * (2 * N) + thread * (S / 2);
+  float* partial = p.partial + ((i64)blockIdx.x * gridDim.y + batch) * ((end - first) * T) * (2 * N) + (end - 1 - first) * T * 2 * N + thread * (S / 2);
 
   const u8* resets = RESETS ? p.resets + batch * L : nullptr;
 
@@ -169,32 +169,34 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
   auto in_half = [&](int k, int half) {
     return ROUND <= HALF ? k * ROUND / HALF == half : row_of_tile(row, k) && (row + k * ROUND) / HALF == half;
   };
-  // The pointers move back with every tile, after its second half (which comes first) if the rounds of both differ.
+  // Loads come tile by tile, last to first, the second half first; after the first half the pointers move back.
   auto load = [&](int tile, int half) {
     const int left = tile >= first && count > 0 ? L - tile * T - row : 0;
-    const i64 back = (i64)(end - 1 - tile) * T;
 #pragma unroll
     for (int k = 0; k < ROUNDS; ++k) {
       if (!in_half(k, half)) continue;
       const int n = left > k * ROUND ? count : 0;
-      dy_raw[k] = load_pair(dy + (k * ROUND - back) * p.dy_row, n);
-      u_raw[k] = load_pair(u + (k * ROUND - back) * p.u_row, n);
-      delta_raw[k] = load_pair(delta + (k * ROUND - back) * p.delta_row, n);
-      if (GATED) z_raw[k] = load_pair(z + (k * ROUND - back) * p.z_row, n);
+      dy_raw[k] = load_pair(dy + k * ROUND * p.dy_row, n);
+      u_raw[k] = load_pair(u + k * ROUND * p.u_row, n);
+      delta_raw[k] = load_pair(delta + k * ROUND * p.delta_row, n);
+      if (GATED) z_raw[k] = load_pair(z + k * ROUND * p.z_row, n);
+    }
+    if (half == 0) {
+      dy -= T * p.dy_row, u -= T * p.u_row, delta -= T * p.delta_row;
+      if (GATED) z -= T * p.z_row;
     }
   };
   auto load_states = [&](int tile) {
     const int left = tile >= first ? L - tile * T - bc_row : 0;
-    const i64 back = (i64)(end - 1 - tile) * T;
 #pragma unroll
     for (int k = 0; k < BC_ROUNDS; ++k) {
       const int n = bc_row_of_tile(bc_row, k) && left > k * BC_ROUND ? 2 : 0;
-      B_raw[k] = load_pair(B + (k * BC_ROUND - back) * p.B_row, n);
-      C_raw[k] = load_pair(C + (k * BC_ROUND - back) * p.C_row, n);
+      B_raw[k] = load_pair(B + k * BC_ROUND * p.B_row, n);
+      C_raw[k] = load_pair(C + k * BC_ROUND * p.C_row, n);
     }
 #pragma unroll
     for (int i = 0; i < S; ++i) next_state[i] = inside && tile >= first ? read_only(checkpoint + (i64)i * E) : 0.0f;
-    checkpoint -= (i64)N * E;
+    B -= T * p.B_row, C -= T * p.C_row, checkpoint -= (i64)N * E;
   };
   auto prepare = [&](BackwardTile& to, int tile, int half) {  // phase A
     const int steps = limit - tile * T - row;  // rows from this thread's first on that have a step
@@ -249,7 +251,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
       dbias.x += ddelta.x, dbias.y += ddelta.y;
       dskip.x = fmaf(g.x, uu.x, dskip.x), dskip.y = fmaf(g.y, uu.y, dskip.y);
       const int n = left > k * ROUND ? count : 0;
-      const i64 to = own + ((i64)tile * T + k * ROUND) * E;
+      const i64 to = own + k * ROUND * (i64)E;
       store_pair(p.ddelta + to, ddelta, n);
       store_pair(p.du + to, du, n);
       if (GATED) {
@@ -259,13 +261,14 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
       }
     }
     const float* from_sums = &shared.sums[half * HALF * 2 * N + thread * (S / 2)];
-    float* to = partial + ((i64)(tile - first) * T + half * HALF) * (2 * N);
+    float* to = partial + half * HALF * (2 * N);
     if constexpr (S == 2)
       *to = *from_sums;
     else if constexpr (S == 4)
       *(float2*)to = *(const float2*)from_sums;
     else
       *(float4*)to = *(const float4*)from_sums;
+    if (half == 0) own -= (i64)T * E, partial -= T * 2 * N;
   };
 
   u8 reset_raw = RESETS ? load_reset(resets, (end - 1) * T, limit, lane) : (u8)0;
