@@ -74,6 +74,15 @@ def launch(what: Launch, device: torch.device) -> None:
         _check(driver.cuLaunchKernel(function, *what.grid, 1, what.threads, 1, 1, what.shared, stream, *arguments))
 
 
+@functools.cache
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have on ``device``."""
+    driver, _ = _bindings()
+    with torch.cuda.device(device):
+        attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        return _check(driver.cuDeviceGetAttribute(attribute, _check(driver.cuCtxGetDevice())))
+
+
 _modules: list[Any] = []
 
 

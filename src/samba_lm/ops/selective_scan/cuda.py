@@ -18,6 +18,8 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The dtypes of the inputs, and their number ``IO`` in common.cuh."""
 SPAN_BYTES = 1 << 27
 """Memory for the backward's partial sums: as many tokens are done in one launch as fit."""
+MAX_BATCH = 65535
+"""Of a grid's second axis."""
 FILL = 264
 """Blocks of 32 channels from which on an H100 (132 multiprocessors) is kept busy without halving them."""
 
@@ -44,14 +46,11 @@ def backward_shape(batch: int, E: int) -> Shape:
 
 def fits(u: torch.Tensor, N: int) -> bool:
     """Whether the kernels take these inputs: otherwise Triton's do."""
-    return (
-        u.is_cuda
-        and u.dtype in TYPES
-        and N in STATES
-        and u.shape[1] > 0
-        and torch.cuda.get_device_capability(u.device) >= (8, 0)
-        and not nvrtc.why_not()
-    )
+    if not (u.is_cuda and u.dtype in TYPES and N in STATES and 0 < u.shape[0] <= MAX_BATCH and u.shape[1] > 0):
+        return False
+    if torch.cuda.get_device_capability(u.device) < (8, 0) or nvrtc.why_not():
+        return False
+    return _backward_shared(N, backward_shape(u.shape[0], u.shape[2])) <= nvrtc.shared_limit(u.device)
 
 
 def scan_cuda(
@@ -69,13 +68,21 @@ def scan_cuda(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Same arguments, results and meaning as ``scan_reference``; lengths int64 [B] instead of a padding mask.
 
-    u, delta, B, C, z of one dtype (fp32, bf16, fp16), any strides; A, D, delta_bias and state fp32; state None: zeros.
+    u, delta, B, C, z fp32, bf16 or fp16, any strides (read in fp32 where they differ in dtype); state None: zeros.
     Returns y in u's dtype and the final state in fp32. Backward gives the same bits every time.
     """
+    A = A.float()
+    D, delta_bias, state = (None if t is None else t.float() for t in (D, delta_bias, state))
+    if u.shape[1] == 0:
+        return torch.empty_like(u), A.new_zeros(u.shape[0], *A.shape) if state is None else state.clone()
+    dtype = u.dtype
+    if any(t is not None and t.dtype != dtype for t in (delta, B, C, z)):
+        u, delta, B, C = (t.float() for t in (u, delta, B, C))
+        z = None if z is None else z.float()
     tensors = (u, delta, A, B, C, D, z, delta_bias, state)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     y, final, _ = _forward(u, delta, A, B, C, D, z, delta_bias, state, resets, lengths, save)
-    return y, final
+    return y.to(dtype), final
 
 
 @torch.library.custom_op("samba_lm::selective_scan_cuda", mutates_args=())
