@@ -18,37 +18,37 @@ MIN_ROWS = 16
 class Config(NamedTuple):
     """How a kernel is cut."""
 
-    block: int
-    """Channels a program."""
-    warps: int
     rows: int
     """Of a segment, a multiple of ``unroll``."""
     unroll: int
     """Rows loaded at once."""
-    ahead: bool = True
-    """Load the next rows before the last ones are worked on."""
-    registers: int = 255
-    """At most so many a thread."""
+    registers: int | None = 255
+    """At most so many a thread; None leaves it to the compiler, which then spares more of them than under 255."""
 
 
 def forward_config(B: int, L: int, E: int) -> Config:
-    """8 channels (16 bytes in bf16) a lane."""
-    return _fit(Config(block=256, warps=1, rows=64, unroll=4), B, L, E)
+    return _fit(Config(rows=64, unroll=8), B, L, E)
 
 
-def backward_config(B: int, L: int, E: int) -> Config:
-    """4 channels a lane: with 8, the sums for the weights would leave too few warps to hide the memory's latency."""
-    return _fit(Config(block=128, warps=1, rows=128, unroll=2), B, L, E)
+def backward_config(B: int, L: int, E: int, roomy: bool) -> Config:
+    """``roomy``: four rows ahead fit into 128 registers, which leave enough warps to hide the memory's latency."""
+    config = Config(rows=128, unroll=4, registers=128) if roomy else Config(rows=128, unroll=2)
+    return _fit(config, B, L, E)
 
 
 def _fit(config: Config, B: int, L: int, E: int) -> Config:
-    """``config`` for few channels, for too little work to fill the GPU with long segments, and for very long rows."""
-    block, rows = min(config.block, max(32, triton.next_power_of_2(E))), config.rows
-    while rows > MIN_ROWS and B * triton.cdiv(E, block) * triton.cdiv(L, rows) < MIN_PROGRAMS:
+    """``config`` for too little work to fill the GPU with long segments, and for very long rows."""
+    rows = config.rows
+    while rows > MIN_ROWS and B * triton.cdiv(E, _block(E)) * triton.cdiv(L, rows) < MIN_PROGRAMS:
         rows //= 2
     while triton.cdiv(L, rows) > MAX_SEGMENTS:
         rows *= 2
-    return config._replace(block=block, rows=rows)
+    return config._replace(rows=rows)
+
+
+def _block(E: int) -> int:
+    """Channels a program, of one warp: four a lane, since with eight too few warps would have registers enough."""
+    return min(128, max(32, triton.next_power_of_2(E)))
 
 
 def conv_triton(
@@ -120,10 +120,9 @@ def launch_forward(
         HAS_STATE=state is not None,
         HAS_POSITIONS=positions is not None,
         HAS_LENGTHS=lengths is not None,
-        BLOCK=config.block,
+        BLOCK=_block(E),
         UNROLL=config.unroll,
-        AHEAD=config.ahead,
-        num_warps=config.warps,
+        num_warps=1,
         maxnreg=config.registers,
         num_stages=1,
     )
@@ -173,7 +172,7 @@ def launch_backward(
         if with_dstate:
             dstate.zero_() if dfinal is None else dstate.copy_(dfinal)
         return dx, torch.zeros_like(weight), weight.new_empty(0) if bias is None else torch.zeros_like(bias), dstate
-    config = config or backward_config(B, L, E)
+    config = config or backward_config(B, L, E, roomy=k <= 4 and x.element_size() <= 2 and positions is None)
     grid = _grid(B, L, E, config)
     partial = torch.empty(B * grid[1], k + 1, E, dtype=torch.float32, device=x.device)
     backward_kernel[grid](
@@ -203,10 +202,9 @@ def launch_backward(
         HAS_LENGTHS=lengths is not None,
         HAS_DFINAL=dfinal is not None and k > 1,
         HAS_DSTATE=with_dstate and k > 1,
-        BLOCK=config.block,
+        BLOCK=_block(E),
         UNROLL=config.unroll,
-        AHEAD=config.ahead,
-        num_warps=config.warps,
+        num_warps=1,
         maxnreg=config.registers,
         num_stages=1,
     )
@@ -236,7 +234,7 @@ _conv.register_autograd(_backward, setup_context=_setup_context)
 
 def _grid(B: int, L: int, E: int, config: Config) -> tuple[int, int, int]:
     # Channels first: programs that run together read whole rows.
-    return triton.cdiv(E, config.block), triton.cdiv(L, config.rows), B
+    return triton.cdiv(E, _block(E)), triton.cdiv(L, config.rows), B
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 A program owns a block of channels and a segment of time. Lanes are channels, so that nothing crosses lanes, each input
 is read from memory once (but for the k - 1 rows around a segment, which neighbours have put in the L2 cache) and the
-weights once a segment. UNROLL rows are loaded at once; with AHEAD, while the UNROLL before them are worked on.
+weights once a segment. UNROLL rows are loaded at once, while the UNROLL before them are worked on.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
@@ -110,7 +110,6 @@ def forward_kernel(
     HAS_LENGTHS: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
     b = tl.program_id(2).to(tl.int64)
     channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -123,18 +122,13 @@ def forward_kernel(
     positions += b * position_batch
     columns, offset = _weights(weight, bias, channels, inside, K, HAS_BIAS)
     taps = _history(x, x_step, state, E, start, channels, inside, K, HAS_STATE)
-    if AHEAD:
-        coming = _rows(x, x_step, start, stop, channels, inside, UNROLL)
-        reaching = _reaches(positions, start, stop, K, UNROLL, HAS_POSITIONS)
+    coming = _rows(x, x_step, start, stop, channels, inside, UNROLL)
+    reaching = _reaches(positions, start, stop, K, UNROLL, HAS_POSITIONS)
     for t in tl.range(start, stop, UNROLL):
-        if AHEAD:
-            loaded = coming
-            reaches = reaching
-            coming = _rows(x, x_step, t + UNROLL, stop, channels, inside, UNROLL)
-            reaching = _reaches(positions, t + UNROLL, stop, K, UNROLL, HAS_POSITIONS)
-        else:
-            loaded = _rows(x, x_step, t, stop, channels, inside, UNROLL)
-            reaches = _reaches(positions, t, stop, K, UNROLL, HAS_POSITIONS)
+        loaded = coming
+        reaches = reaching
+        coming = _rows(x, x_step, t + UNROLL, stop, channels, inside, UNROLL)
+        reaching = _reaches(positions, t + UNROLL, stop, K, UNROLL, HAS_POSITIONS)
         for r in tl.static_range(UNROLL):
             window = taps + (loaded[r].to(tl.float32),)
             if HAS_POSITIONS:
@@ -249,7 +243,6 @@ def backward_kernel(
     HAS_DSTATE: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
     b = tl.program_id(2).to(tl.int64)
     channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -275,7 +268,7 @@ def backward_kernel(
         pending = pending + (tl.zeros([BLOCK], tl.float32),)
         dcolumns = dcolumns + (tl.zeros([BLOCK], tl.float32),)
     doffset = tl.zeros([BLOCK], tl.float32)
-    if HAS_DSTATE:  # noqa: SIM102 - a constant: decided when compiling
+    if HAS_DSTATE:
         # The rows before row 0, completed by the first K - 1 rows, which the walk below reads again.
         if start == 0:
             state_taps = taps
@@ -289,22 +282,16 @@ def backward_kernel(
                     dstate + (K - 1) * E, E, 1 - K, 0, length, oldest, channels, inside, K, HAS_POSITIONS,
                     HAS_DFINAL, False,
                 )  # fmt: skip
-    if AHEAD:
-        coming = _rows(x, x_step, start, stop, channels, inside, UNROLL)
-        reaching = _reaches(positions, start, stop, K, UNROLL, HAS_POSITIONS)
-        dcoming = _rows(dy, dy_step, start, stop, channels, inside, UNROLL)
+    coming = _rows(x, x_step, start, stop, channels, inside, UNROLL)
+    reaching = _reaches(positions, start, stop, K, UNROLL, HAS_POSITIONS)
+    dcoming = _rows(dy, dy_step, start, stop, channels, inside, UNROLL)
     for t in tl.range(start, stop, UNROLL):
-        if AHEAD:
-            loaded = coming
-            reaches = reaching
-            dloaded = dcoming
-            coming = _rows(x, x_step, t + UNROLL, stop, channels, inside, UNROLL)
-            reaching = _reaches(positions, t + UNROLL, stop, K, UNROLL, HAS_POSITIONS)
-            dcoming = _rows(dy, dy_step, t + UNROLL, stop, channels, inside, UNROLL)
-        else:
-            loaded = _rows(x, x_step, t, stop, channels, inside, UNROLL)
-            reaches = _reaches(positions, t, stop, K, UNROLL, HAS_POSITIONS)
-            dloaded = _rows(dy, dy_step, t, stop, channels, inside, UNROLL)
+        loaded = coming
+        reaches = reaching
+        dloaded = dcoming
+        coming = _rows(x, x_step, t + UNROLL, stop, channels, inside, UNROLL)
+        reaching = _reaches(positions, t + UNROLL, stop, K, UNROLL, HAS_POSITIONS)
+        dcoming = _rows(dy, dy_step, t + UNROLL, stop, channels, inside, UNROLL)
         for r in tl.static_range(UNROLL):
             taps, pending, dcolumns, doffset = _backward_row(
                 loaded[r], dloaded[r], reaches[r], t + r, taps, pending, dcolumns, doffset, columns, offset, dfinal, dx,

@@ -152,10 +152,10 @@ def softmax_loss(
 
 def pick(vocab: int) -> tuple[int, bool, int]:
     """Columns at a time, whether those are all (the row then stays in registers), warps."""
-    if vocab <= 4096:
+    if vocab <= 32768:
         block = max(128, triton.next_power_of_2(vocab))
-        return block, True, max(1, min(8, block // 512))
-    return 4096, False, 8
+        return block, True, max(1, block // 1024)  # 32 warps at most: a program has no more
+    return 8192, False, 16
 
 
 @triton.jit

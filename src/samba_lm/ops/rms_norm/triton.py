@@ -43,14 +43,14 @@ def _forward(
 @triton.jit
 def _backward(
     dnormed_ptr, dtotal_ptr, kept_ptr, rstd_ptr, weight_ptr, dx_ptr, dbranch_ptr, partial_ptr, rows,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr,
     SCALED: tl.constexpr, DTOTAL: tl.constexpr, DBRANCH: tl.constexpr,
 ):  # fmt: skip
     """Rows go round the programs; each program sums its own rows' share of dweight, in order."""
     column = tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)
     weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
     dweight = tl.zeros([ROWS, BLOCK], tl.float32)
-    for first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
+    for first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=1):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < rows)[:, None] & (column < D)[None, :]
         at = row[:, None] * D + column[None, :]
@@ -82,10 +82,13 @@ def tile(width: int, *tensors: torch.Tensor | None) -> tuple[dict[str, int], int
 
 
 def programs(rows: int, rows_per_program: int, warps: int, device: torch.device) -> int:
-    """How many programs share the rows in backward: as many as run at once, so that few dweights are left to sum."""
+    """How many programs share the rows in backward: 16 warps on each multiprocessor, as many as the registers hold.
+
+    More would leave more dweights to sum, and each program fewer rows.
+    """
     if device.type != "cuda":
         return min(3, triton.cdiv(rows, rows_per_program))
-    resident = max(1, 32 // warps) * torch.cuda.get_device_properties(device).multi_processor_count
+    resident = 16 // warps * torch.cuda.get_device_properties(device).multi_processor_count
     return min(resident, triton.cdiv(rows, rows_per_program))
 
 
@@ -192,13 +195,13 @@ def _rms_norm_backward(
     dtotal = None if dtotal is None else dtotal.contiguous()
     dx, dbranch, _ = _gradients(kept, weight, x_dtype, branch_dtype)
     constants, elements = tile(width, dnormed, dtotal, kept, dx)
-    warps = min(16, elements // 256)
+    warps = 4 if elements <= 4096 else 16
     count = programs(rows, constants["ROWS"], warps, kept.device)
     partial = kept.new_empty(count, width, dtype=torch.float32)
     if rows:
         with torch.cuda.device_of(kept):
             _backward[(count,)](
-                dnormed, dtotal, kept, rstd, weight, dx, dbranch, partial, rows, **constants, STAGES=1,
+                dnormed, dtotal, kept, rstd, weight, dx, dbranch, partial, rows, **constants,
                 SCALED=scaled, DTOTAL=dtotal is not None, DBRANCH=branch_dtype != x_dtype, num_warps=warps,
             )  # fmt: skip
     return dx, dbranch, partial.sum(0).to(weight.dtype)

@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-HEADS = 4
+HEADS = 8
 """Heads a program: an angle is read once for all of them."""
-TILE = 1024
+TILE = 2048
 """Pairs of numbers a program at most."""
 WARPS = 4
 
