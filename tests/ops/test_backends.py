@@ -12,7 +12,7 @@ from tolerances import assert_close
 from samba_lm.errors import UserError
 from samba_lm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from samba_lm.ops.gla import gated_linear_attention
-from samba_lm.ops.linear import linear
+from samba_lm.ops.linear import _halves, linear, linear_halves
 from samba_lm.ops.selective_scan import cpu, selective_scan, selective_scan_step
 from samba_lm.ops.sliding_attention import attend_one, sliding_attention
 
@@ -204,6 +204,19 @@ def test_linear_of_a_strided_view() -> None:
     x = torch.randn(4, 20, 12)[:, ::2, 3:9]
     weight = torch.randn(5, 6)
     assert_close(linear(x, weight, backend="cpu"), linear(x, weight, backend="reference"), "y")
+
+
+def test_halves_of_a_product_and_their_gradients() -> None:
+    """What a GPU runs, on the CPU: two products for the halves, one sum for their gradients."""
+    x, weight = torch.randn(7, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    both = [t.requires_grad_() for t in (x, weight)]
+    expected, actual = linear_halves(x, weight), _halves(x, weight)
+    for one, other in zip(expected, actual, strict=True):
+        assert_close(other, one, "half")
+    down = [torch.randn(7, 3, dtype=torch.float64) for _ in range(2)]
+    for one, other in zip(*(torch.autograd.grad(y, both, down) for y in (expected, actual)), strict=True):
+        assert_close(other, one, "gradient")
+    torch.library.opcheck(_halves, (x, weight))
 
 
 def test_linear_is_deterministic() -> None:

@@ -43,10 +43,11 @@ def attend(
         if past_documents is None:
             past_documents = q.new_zeros(batch, k_past.shape[1], dtype=torch.int64)
         k_documents = torch.cat((past_documents, q_documents), dim=1)
+    known = k_past.shape[1] > 0  # nothing before: no copy of k and v either
     y = sliding_attention(
         q,
-        torch.cat((k_past.to(k.dtype), k), dim=1),
-        torch.cat((v_past.to(v.dtype), v), dim=1),
+        torch.cat((k_past.to(k.dtype), k), dim=1) if known else k,
+        torch.cat((v_past.to(v.dtype), v), dim=1) if known else v,
         window=window,
         q_documents=q_documents,
         k_documents=k_documents,

@@ -122,7 +122,7 @@ class MambaMixer(Mixer):
         self.out_proj = Linear(inner, config.d_model)
 
     def mix(self, x: torch.Tensor, tensors: Tensors, span: Span) -> tuple[torch.Tensor, Tensors]:
-        h, gate = self.in_proj(x).chunk(2, dim=-1)
+        h, gate = self.in_proj.halves(x)
         y, tensors = self.s6(h, gate, tensors, span)
         return self.out_proj(y), tensors
 

@@ -8,6 +8,7 @@ byte, forward and backward: 1.9x the speed of MKL on an AMD EPYC (docs/log.md).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,3 +49,58 @@ def linear(
     image = x.reshape(1, rows, 1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, n_in, rows, 1], channels last in memory
     y = F.conv2d(image, weight[:, :, None, None], bias)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def linear_halves(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two halves of x W^T: x [..., n_in], weight [2 n, n_in] -> x W[:n]^T and x W[n:]^T, both [..., n].
+
+    On a GPU these are two products, so that their gradients, which come from different places, need not be copied
+    into one tensor first.
+    """
+    if not x.is_cuda:
+        first, second = linear(x, weight).chunk(2, dim=-1)
+        return first, second
+    first, second = _halves(x.flatten(0, -2), weight)
+    return first.unflatten(0, x.shape[:-1]), second.unflatten(0, x.shape[:-1])
+
+
+@torch.library.custom_op("samba_lm::linear_halves", mutates_args=())
+def _halves(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    upper, lower = weight.chunk(2)
+    return x @ upper.t(), x @ lower.t()
+
+
+@_halves.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (x.shape[0], weight.shape[0] // 2)
+    return x.new_empty(shape), x.new_empty(shape)
+
+
+@torch.library.custom_op("samba_lm::linear_halves_backward", mutates_args=())
+def _halves_backward(
+    dfirst: torch.Tensor, dsecond: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    upper, lower = weight.chunk(2)
+    dx = (dfirst @ upper).addmm_(dsecond, lower)
+    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    for gradient, rows in zip((dfirst, dsecond), dweight.chunk(2), strict=True):
+        torch.mm(gradient.t(), x, out=rows)
+    return dx, dweight
+
+
+@_halves_backward.register_fake
+def _(
+    dfirst: torch.Tensor, dsecond: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _halves_setup(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: object) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _halves_gradients(ctx: Any, dfirst: torch.Tensor, dsecond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _halves_backward(dfirst.contiguous(), dsecond.contiguous(), *ctx.saved_tensors)
+
+
+_halves.register_autograd(_halves_gradients, setup_context=_halves_setup)
