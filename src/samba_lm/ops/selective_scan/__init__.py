@@ -7,11 +7,12 @@ import math
 import torch
 import torch.nn.functional as F
 
+from samba_lm.errors import UserError
 from samba_lm.ops.backend import Backend, choose, compute_dtype
 from samba_lm.ops.selective_scan.cpu import scan_cpu
 from samba_lm.ops.selective_scan.reference import scan_reference
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 STEP_BACKENDS = ("cpu", "triton")
 STATE_SIZES = (8, 16, 32, 64)
 """State sizes N that the kernels are made for; others run in PyTorch."""
@@ -53,16 +54,37 @@ def selective_scan(
         resets = None if resets is None else resets & ~padding
     if state is None:
         state = torch.zeros(u.shape[0], u.shape[2], A.shape[1], device=u.device)
-    chosen = choose(backend, BACKENDS, "selective_scan", u)
+    chosen = _choose(backend, u, A.shape[1])
     A, state = A.to(dtype), state.to(dtype)
     D, delta_bias = (None if t is None else t.to(dtype) for t in (D, delta_bias))
-    if chosen == "triton" and A.shape[1] in STATE_SIZES:
+    if chosen == "cuda":
+        from samba_lm.ops.selective_scan.cuda import scan_cuda
+
+        return scan_cuda(u, delta, A, B, C, D, z, delta_bias, state, resets, lengths)
+    if chosen == "triton":
         from samba_lm.ops.selective_scan.triton import scan_triton
 
         return scan_triton(u, delta, A, B, C, D, z, delta_bias, state, resets, lengths)
     run = scan_reference if chosen == "reference" else scan_cpu
     y, final = run(u, delta, A, B, C, D, z, delta_bias, state, resets, padding)
     return y.to(u.dtype), final
+
+
+def _choose(backend: Backend, u: torch.Tensor, N: int) -> str:
+    """CUDA C++ where it runs, Triton on other GPUs, PyTorch for state sizes that have no kernels."""
+    chosen = choose(backend, BACKENDS, "selective_scan", u)
+    if chosen in ("cuda", "triton") and N not in STATE_SIZES:
+        if backend != "auto":
+            raise UserError(f"selective_scan: the {backend} backend has kernels for N of {STATE_SIZES}, and N is {N}")
+        return "cpu"
+    if chosen == "cuda":
+        from samba_lm.ops.selective_scan.cuda import fits
+
+        if not fits(u, N):
+            if backend != "auto":
+                raise UserError(f"selective_scan: the cuda backend does not take inputs {list(u.shape)} on this GPU")
+            return "triton"
+    return chosen
 
 
 def selective_scan_step(
