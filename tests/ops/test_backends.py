@@ -232,5 +232,5 @@ def test_an_unknown_backend_is_named() -> None:
         causal_conv1d(x, weight, backend="cuda")
     with pytest.raises(UserError, match=r"causal_conv1d_step has no backend 'reference'; choose one of: auto, cpu, tr"):
         causal_conv1d_step(x[0], weight, weight[:, 0], torch.randn(2, 3, 3), backend="reference")
-    with pytest.raises(UserError, match=r"selective_scan has no backend 'cuda'; choose one of: auto, reference, cpu"):
-        selective_scan(*(t for k, t in scan_inputs(1, 2, 2, 2).items() if k in "udeltaABC"), backend="cuda")
+    with pytest.raises(UserError, match=r"selective_scan has no backend 'fla'; choose one of: auto, reference, cpu"):
+        selective_scan(*(t for k, t in scan_inputs(1, 2, 2, 2).items() if k in "udeltaABC"), backend="fla")
