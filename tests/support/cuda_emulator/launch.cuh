@@ -10,6 +10,7 @@ extern "C" void launch(const void* parameters, int grid_x, int grid_y, int threa
     for (int x = 0; x < grid_x; ++x) {
       blockIdx = {x, y, 0};
       memset(emulator::shared.data(), 0xff, SHARED_BYTES);  // NaN: what is read must have been written
+      copies.assign(threads, {{}});
       emulator::body = [=] { ENTRY(*(const PARAMETER_TYPE*)parameters); };
       emulator::run_block(threads, random);
     }

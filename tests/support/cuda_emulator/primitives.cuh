@@ -140,8 +140,32 @@ DEVICE float shuffle_xor(float x, int mask) {
   emulator::meet();
   return y;
 }
+// Takes place as late as it may: when it is waited for.
+struct Copy { void* to; const void* from; int bytes; bool there; };
+inline std::vector<std::vector<std::vector<Copy>>> copies;  // of each thread: its groups
+template <class X>
+DEVICE void copy_async(X* to, const X* from, bool there) {
+  copies[threadIdx.x].back().push_back({to, from, (int)sizeof(X), there});
+}
+DEVICE void commit_copies() { copies[threadIdx.x].push_back({}); }
+template <int PENDING>
+DEVICE void wait_copies() {
+  auto& groups = copies[threadIdx.x];
+  while ((int)groups.size() - 1 > PENDING) {
+    for (const Copy& c : groups.front())
+      if (c.there)
+        memcpy(c.to, c.from, c.bytes);
+      else
+        memset(c.to, 0, c.bytes);
+    groups.erase(groups.begin());
+  }
+}
+
 template <class X>
 DEVICE X read_only(const X* x) { return *x; }
+
+template <class X>
+DEVICE X read_now(const X* x) { return *x; }
 
 DEVICE float tf32(float x) { return as_float(as_bits(x) & 0xffffe000u); }
 DEVICE float high_part(float x) { return tf32(x); }

@@ -13,6 +13,8 @@ from samba_lm.ops import nvrtc
 KERNELS = Path(__file__).parent / "kernels"
 TILE = 16
 """Tokens that a block works on at once, ``T`` in common.cuh; the forward keeps the state before each tile."""
+AHEAD = 4
+"""As in common.cuh: tiles whose inputs are in shared memory."""
 STATES = (8, 16, 32, 64)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The dtypes of the inputs, and their number ``IO`` in common.cuh."""
@@ -36,12 +38,15 @@ class Shape(NamedTuple):
 
 
 def forward_shape(batch: int, E: int) -> Shape:
-    return Shape(4, 32) if batch * -(-E // 32) >= FILL else Shape(2, 16)
+    """Where there are few blocks, of more warps, which then take turns (``TURNS`` in common.cuh)."""
+    return Shape(4, 32) if batch * -(-E // 32) >= FILL else Shape(2, 32)
 
 
-def backward_shape(batch: int, E: int) -> Shape:
+def backward_shape(batch: int, E: int, N: int) -> Shape:
     """Always 32 channels: the sums over them are a warp's."""
-    return Shape(4, 32, 3) if batch * -(-E // 32) >= FILL else Shape(2, 32, 1)
+    if N == 64:
+        return Shape(4, 32, 1)
+    return Shape(4, 32, max(1, 3 * 16 // N)) if batch * -(-E // 32) >= FILL else Shape(2, 32, 1)
 
 
 def fits(u: torch.Tensor, N: int) -> bool:
@@ -50,7 +55,8 @@ def fits(u: torch.Tensor, N: int) -> bool:
         return False
     if torch.cuda.get_device_capability(u.device) < (8, 0) or nvrtc.why_not():
         return False
-    return _backward_shared(N, backward_shape(u.shape[0], u.shape[2])) <= nvrtc.shared_limit(u.device)
+    shape = backward_shape(u.shape[0], u.shape[2], N)
+    return _backward_shared(N, shape, u.element_size(), True) <= nvrtc.shared_limit(u.device)
 
 
 def scan_cuda(
@@ -160,7 +166,7 @@ def plan_forward(
         "GATED": z is not None,
         "RESETS": resets is not None,
         "SAVE": save,
-        "BLOCKS": shape.blocks or max(1, 768 // threads(N, shape)),
+        "BLOCKS": shape.blocks or max(1, 640 // threads(N, shape)),
     }
     launch = nvrtc.Launch(
         "scan_forward",
@@ -168,7 +174,7 @@ def plan_forward(
         tuple((name, int(value)) for name, value in defines.items()),
         (-(-E // shape.channels), batch),
         threads(N, shape),
-        2 * 4 * TILE * (2 * shape.channels + 2 * N + _part_row(N, shape)),
+        _forward_shared(N, shape, u.element_size(), z is not None),
         pack(*(0 if t is None else t.data_ptr() for t in pointers), L, E, *_strides(*rows)),
     )
     return launch, y, final, checkpoints, [*pointers]
@@ -187,9 +193,18 @@ def pack(*values: int) -> bytes:
     return struct.pack(f"<{len(values)}q", *values)
 
 
-def _part_row(N: int, shape: Shape) -> int:
-    """``PART_ROW`` of common.cuh."""
-    return threads(N, shape) + (16 if shape.channels == 16 else 0)
+def _forward_shared(N: int, shape: Shape, element: int, gated: bool) -> int:
+    """Bytes of ``ForwardShared`` in forward.cuh."""
+    part_row = threads(N, shape) + (16 if shape.channels == 16 else 0)
+    tile = 4 * TILE * (2 * shape.channels + 2 * N + part_row)
+    return 2 * tile + _inputs(N, shape, element, 3 if gated else 2, gated)
+
+
+def _inputs(N: int, shape: Shape, element: int, tensors: int, gated: bool) -> int:
+    """Bytes of ``AHEAD`` tiles' inputs: pairs for each thread, of ``tensors`` with E columns and of B and C."""
+    rounds = -(-TILE * shape.channels // 2 // threads(N, shape))
+    bc_rounds = -(-TILE * N // 2 // threads(N, shape))
+    return AHEAD * threads(N, shape) * 2 * element * (tensors * rounds + (0 if gated else 1) + 2 * bc_rounds)
 
 
 def _common(u: torch.Tensor, N: int, shape: Shape, rows: tuple[torch.Tensor | None, ...]) -> dict[str, int]:
@@ -303,7 +318,7 @@ def plan_backward(
     are made and summed for ``span_bytes`` at once, so that they stay in the GPU's cache.
     """
     (batch, L, E), N = u.shape, A.shape[1]
-    shape = shape or backward_shape(batch, E)
+    shape = shape or backward_shape(batch, E, N)
     dy, u, delta, B, C = (_dense(t) for t in (dy, u, delta, B, C))
     z = None if z is None else _dense(z)
     A = A.contiguous()
@@ -347,7 +362,7 @@ def plan_backward(
                 macros,
                 (blocks, batch),
                 threads(N, shape),
-                _backward_shared(N, shape),
+                _backward_shared(N, shape, u.element_size(), z is not None),
                 pack(*addresses, L, E, first, end, *_strides(*rows)),
             )
         )
@@ -373,11 +388,12 @@ def _summed(grads: Grads) -> Grads:
     return grads._replace(A=dA, D=dD, delta_bias=dbias)
 
 
-def _backward_shared(N: int, shape: Shape) -> int:
+def _backward_shared(N: int, shape: Shape, element: int, gated: bool) -> int:
     """Bytes of ``BackwardShared`` in backward.cuh."""
     elements = TILE * shape.channels
-    tile = 4 * (elements * (2 + 1 + 2 + 1) + TILE * 2 * N)
-    return 2 * tile + 4 * (elements * N // shape.states * 3 + TILE * 2 * N)
+    tile = 4 * (elements * (2 + 1 + 2) + TILE * 2 * N)
+    sums = 4 * (elements * N // shape.states * 3 + TILE * 2 * N)
+    return 2 * tile + sums + _inputs(N, shape, element, 4 if gated else 3, gated)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -27,9 +27,13 @@ struct BackwardTile {
   float2 step[T * CH];    // (step / ln 2, step * u)
   float dy[T * CH];       // gradient of y before the gate
   float bc[T * BC_ROW];
-  // For the thread that wrote it: dstep/ddelta of two channels, dz/y of two; u.
-  float4 factors[T * COLUMNS];
-  float2 u[T * COLUMNS];
+  float4 factors[T * COLUMNS];  // for the thread that wrote it: dstep/ddelta of two channels, dz/y of two
+};
+
+// What a thread fetched of a tile, for itself alone.
+struct BackwardInputs {
+  Pair dy[ROUNDS][THREADS], u[ROUNDS][THREADS], delta[ROUNDS][THREADS], z[GATED ? ROUNDS : 1][THREADS];
+  Pair B[BC_ROUNDS][THREADS], C[BC_ROUNDS][THREADS];
 };
 
 struct BackwardShared {
@@ -37,6 +41,7 @@ struct BackwardShared {
   float2 part[T * G * CH];  // each group's share of the gradients of step * u and of step
   float part_y[T * G * CH];
   float sums[T * 2 * N];    // dB, dC
+  BackwardInputs inputs[AHEAD];
 };
 
 static_assert(CH == 32, "a warp's lanes are the channels that are summed");
@@ -162,49 +167,49 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
 
   const u8* resets = RESETS ? p.resets + batch * L : nullptr;
 
-  Pair dy_raw[ROUNDS], u_raw[ROUNDS], delta_raw[ROUNDS], z_raw[ROUNDS], B_raw[BC_ROUNDS], C_raw[BC_ROUNDS];
   float next_state[S];
 
   // Whether this thread's pair of round k is in that half of the tile; with few threads a matter of k alone.
   auto in_half = [&](int k, int half) {
     return ROUND <= HALF ? k * ROUND / HALF == half : row_of_tile(row, k) && (row + k * ROUND) / HALF == half;
   };
-  // Loads come tile by tile, last to first, the second half first; after the first half the pointers move back.
-  auto load = [&](int tile, int half) {
+  // Tile by tile, last to first.
+  auto fetch = [&](int tile) {
+    BackwardInputs& to = shared.inputs[tile & (AHEAD - 1)];
     const int left = tile >= first && count > 0 ? L - tile * T - row : 0;
 #pragma unroll
     for (int k = 0; k < ROUNDS; ++k) {
-      if (!in_half(k, half)) continue;
-      const int n = left > k * ROUND ? count : 0;
-      dy_raw[k] = load_pair(dy + k * ROUND * p.dy_row, n);
-      u_raw[k] = load_pair(u + k * ROUND * p.u_row, n);
-      delta_raw[k] = load_pair(delta + k * ROUND * p.delta_row, n);
-      if (GATED) z_raw[k] = load_pair(z + k * ROUND * p.z_row, n);
+      const int n = row_of_tile(row, k) && left > k * ROUND ? count : 0;
+      fetch_pair(&to.dy[k][thread], dy + k * ROUND * p.dy_row, n);
+      fetch_pair(&to.u[k][thread], u + k * ROUND * p.u_row, n);
+      fetch_pair(&to.delta[k][thread], delta + k * ROUND * p.delta_row, n);
+      if constexpr (GATED) fetch_pair(&to.z[k][thread], z + k * ROUND * p.z_row, n);
     }
-    if (half == 0) {
-      dy -= T * p.dy_row, u -= T * p.u_row, delta -= T * p.delta_row;
-      if (GATED) z -= T * p.z_row;
-    }
-  };
-  auto load_states = [&](int tile) {
-    const int left = tile >= first ? L - tile * T - bc_row : 0;
+    const int left_bc = tile >= first ? L - tile * T - bc_row : 0;
 #pragma unroll
     for (int k = 0; k < BC_ROUNDS; ++k) {
-      const int n = bc_row_of_tile(bc_row, k) && left > k * BC_ROUND ? 2 : 0;
-      B_raw[k] = load_pair(B + k * BC_ROUND * p.B_row, n);
-      C_raw[k] = load_pair(C + k * BC_ROUND * p.C_row, n);
+      const int n = bc_row_of_tile(bc_row, k) && left_bc > k * BC_ROUND ? 2 : 0;
+      fetch_pair(&to.B[k][thread], B + k * BC_ROUND * p.B_row, n);
+      fetch_pair(&to.C[k][thread], C + k * BC_ROUND * p.C_row, n);
     }
+    commit_copies();
+    dy -= T * p.dy_row, u -= T * p.u_row, delta -= T * p.delta_row, B -= T * p.B_row, C -= T * p.C_row;
+    if constexpr (GATED) z -= T * p.z_row;
+  };
+  auto load_state = [&](int tile) {
 #pragma unroll
-    for (int i = 0; i < S; ++i) next_state[i] = inside && tile >= first ? read_only(checkpoint + (i64)i * E) : 0.0f;
-    B -= T * p.B_row, C -= T * p.C_row, checkpoint -= (i64)N * E;
+    for (int i = 0; i < S; ++i) next_state[i] = inside && tile >= first ? read_now(checkpoint + (i64)i * E) : 0.0f;
+    checkpoint -= (i64)N * E;
   };
   auto prepare = [&](BackwardTile& to, int tile, int half) {  // phase A
+    const BackwardInputs& from = shared.inputs[tile & (AHEAD - 1)];
     const int steps = limit - tile * T - row;  // rows from this thread's first on that have a step
 #pragma unroll
     for (int k = 0; k < ROUNDS; ++k) {
       if (!in_half(k, half)) continue;
       const int t = row + k * ROUND, index = t * COLUMNS + column / 2;
-      float2 uu = unpack(u_raw[k]), x = unpack(delta_raw[k]), g = unpack(dy_raw[k]), dz = make_float2(0.0f, 0.0f);
+      float2 uu = unpack(from.u[k][thread]), x = unpack(from.delta[k][thread]), g = unpack(from.dy[k][thread]);
+      float2 dz = make_float2(0.0f, 0.0f);
       x.x += bias.x, x.y += bias.y;
       const float2 v = make_float2(exp_minus_abs(x.x), exp_minus_abs(x.y));
       float2 d = make_float2(softplus2(x.x, v.x), softplus2(x.y, v.y));
@@ -212,7 +217,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
       slope.x *= x.x < 0.0f ? v.x : 1.0f, slope.y *= x.y < 0.0f ? v.y : 1.0f;
       if (steps <= k * ROUND) d = slope = make_float2(0.0f, 0.0f);
       if (GATED) {
-        const float2 gate = unpack(z_raw[k]), on = make_float2(sigmoid(gate.x), sigmoid(gate.y));
+        const float2 gate = unpack(from.z[k][thread]), on = make_float2(sigmoid(gate.x), sigmoid(gate.y));
         const float2 silu = make_float2(gate.x * on.x, gate.y * on.y);
         dz = make_float2(g.x * fmaf(silu.x, 1.0f - on.x, on.x), g.y * fmaf(silu.y, 1.0f - on.y, on.y));
         g.x *= silu.x, g.y *= silu.y;
@@ -220,16 +225,16 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
       *(float4*)&to.step[t * CH + column] = make_float4(d.x, d.x * LN_2 * uu.x, d.y, d.y * LN_2 * uu.y);
       *(float2*)&to.dy[t * CH + column] = g;
       to.factors[index] = make_float4(slope.x, slope.y, dz.x, dz.y);
-      to.u[index] = uu;
     }
   };
-  auto prepare_states = [&](BackwardTile& to) {
+  auto prepare_states = [&](BackwardTile& to, int tile) {
+    const BackwardInputs& from = shared.inputs[tile & (AHEAD - 1)];
     float* bc = &to.bc[bc_to];
 #pragma unroll
     for (int k = 0; k < BC_ROUNDS; ++k) {
       if (!bc_row_of_tile(bc_row, k)) continue;
-      *(float2*)&bc[k * BC_ROUND * BC_ROW] = unpack(B_raw[k]);
-      *(float2*)&bc[k * BC_ROUND * BC_ROW + S] = unpack(C_raw[k]);
+      *(float2*)&bc[k * BC_ROUND * BC_ROW] = unpack(from.B[k][thread]);
+      *(float2*)&bc[k * BC_ROUND * BC_ROW + S] = unpack(from.C[k][thread]);
     }
   };
   auto finish = [&](const BackwardTile& from, int tile, int half) {  // phase C
@@ -239,7 +244,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
       if (!in_half(k, half)) continue;
       const int t = row + k * ROUND, index = t * COLUMNS + column / 2;
       const float4 step = *(const float4*)&from.step[t * CH + column], factors = from.factors[index];
-      const float2 g = *(const float2*)&from.dy[t * CH + column], uu = from.u[index];
+      const float2 g = *(const float2*)&from.dy[t * CH + column], uu = unpack(shared.inputs[tile & (AHEAD - 1)].u[k][thread]);
       float4 total = *(const float4*)&shared.part[t * G * CH + column];  // step * u, step; of two channels
 #pragma unroll
       for (int other = 1; other < G; ++other) {
@@ -272,13 +277,14 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
   };
 
   u8 reset_raw = RESETS ? load_reset(resets, (end - 1) * T, limit, lane) : (u8)0;
-  load(end - 1, 1), load(end - 1, 0), load_states(end - 1);
-  prepare(shared.tile[(end - 1) & 1], end - 1, 1), prepare(shared.tile[(end - 1) & 1], end - 1, 0);
-  prepare_states(shared.tile[(end - 1) & 1]);
+  fetch(end - 1), fetch(end - 2), fetch(end - 3), load_state(end - 1);
+  wait_copies<2>();
+  BackwardTile& start = shared.tile[(end - 1) & 1];
+  prepare(start, end - 1, 1), prepare(start, end - 1, 0), prepare_states(start, end - 1);
   float h[T + 1][S], decay[T][S];
 #pragma unroll
   for (int i = 0; i < S; ++i) h[0][i] = next_state[i];
-  load(end - 2, 1), load(end - 2, 0), load_states(end - 2);
+  load_state(end - 2);
 
   float2* const part = &shared.part[thread];
   float* const part_y = &shared.part_y[thread];
@@ -289,29 +295,39 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
     const u32 dropped = RESETS ? ballot(reset_raw != 0) : 0u;
     if (RESETS) reset_raw = load_reset(resets, (tile - 1) * T, tile > first ? limit : 0, lane);
     __syncthreads();
-    if (tile < end - 1) finish(other, tile + 1, 0);
-    prepare(other, tile - 1, 1);  // before the first tile: zeros that nobody reads
-    load(tile - 2, 1);
-    if (RESETS && dropped)
-      run_forward<true>(h, decay, w.A, &now.step[lane], bc, dropped);
-    else
-      run_forward<false>(h, decay, w.A, &now.step[lane], bc, 0u);
-    if (RESETS && !KEEP && dropped)
-      walk_back<true, HALF>(w, h, decay, now, bc, lane, part, part_y, sums, dropped);
-    else
-      walk_back<false, HALF>(w, h, decay, now, bc, lane, part, part_y, sums, 0u);
+    wait_copies<1>();  // for the next tile
+    take_turns(
+        [&] {
+          if (tile < end - 1) finish(other, tile + 1, 0);
+          prepare(other, tile - 1, 1);  // before the first tile: zeros that nobody reads
+          fetch(tile - 3);              // where the tile before was
+        },
+        [&] {
+          if (RESETS && dropped)
+            run_forward<true>(h, decay, w.A, &now.step[lane], bc, dropped);
+          else
+            run_forward<false>(h, decay, w.A, &now.step[lane], bc, 0u);
+          if (RESETS && !KEEP && dropped)
+            walk_back<true, HALF>(w, h, decay, now, bc, lane, part, part_y, sums, dropped);
+          else
+            walk_back<false, HALF>(w, h, decay, now, bc, lane, part, part_y, sums, 0u);
+        });
     __syncthreads();
-    finish(now, tile, 1);
-    prepare(other, tile - 1, 0);
-    prepare_states(other);
-    load(tile - 2, 0);
-    if (RESETS && !KEEP && dropped)
-      walk_back<true, 0>(w, h, decay, now, bc, lane, part, part_y, sums, dropped);
-    else
-      walk_back<false, 0>(w, h, decay, now, bc, lane, part, part_y, sums, 0u);
+    take_turns(
+        [&] {
+          finish(now, tile, 1);
+          prepare(other, tile - 1, 0);
+          prepare_states(other, tile - 1);
+        },
+        [&] {
+          if (RESETS && !KEEP && dropped)
+            walk_back<true, 0>(w, h, decay, now, bc, lane, part, part_y, sums, dropped);
+          else
+            walk_back<false, 0>(w, h, decay, now, bc, lane, part, part_y, sums, 0u);
+        });
 #pragma unroll
     for (int i = 0; i < S; ++i) h[0][i] = next_state[i];
-    load_states(tile - 2);
+    load_state(tile - 2);
   }
   __syncthreads();
   finish(shared.tile[first & 1], first, 0);

@@ -12,7 +12,7 @@
 // memory: softplus, products and gates before the states (phase A), the sums over the groups after them (phase C).
 // Between two barriers a block does phase C of a tile, phase A of the next but one and the states of the one between,
 // each on its own buffers: so one barrier a tile is enough, and the special functions of one phase overlap the
-// arithmetic of another.
+// arithmetic of another. What a thread reads from global memory it fetches into shared memory two tiles ahead.
 
 constexpr int T = 16;
 constexpr int G = N / S;
@@ -24,6 +24,10 @@ constexpr int BC_ROUND = THREADS / (N / 2);                       // likewise fo
 constexpr int BC_ROUNDS = (T + BC_ROUND - 1) / BC_ROUND;
 constexpr int BC_ROW = 2 * N;                                     // for each group S of B, then S of C
 constexpr int PART_ROW = G * CH + (CH == 16 ? 16 : 0);            // padded: half-warps read two rows at once
+constexpr int AHEAD = 4;  // tiles whose inputs are in shared memory: of phases A and C, and on their way
+// Every other four warps (one of each scheduler) take the states before phases A and C, so that those wait while these
+// compute, even if the block is alone on its multiprocessor.
+constexpr bool TURNS = THREADS >= 256;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
@@ -50,12 +54,12 @@ DEVICE Io first(Pair x) { return (Io)(x & 0xffffu); }
 DEVICE Io second(Pair x) { return (Io)(x >> 16); }
 #endif
 
-// The first ``count`` (0, 1, 2 or more) elements of the two at ``x``; zeros for the others.
-DEVICE Pair load_pair(const Io* x, int count) {
+// Fetches two neighbours to where this thread will read them after wait_copies; zeros for those beyond ``count``.
+DEVICE void fetch_pair(Pair* to, const Io* x, int count) {
 #if WIDE
-  return count > 0 ? read_only((const Pair*)x) : Pair{};
+  copy_async(to, (const Pair*)x, count > 0);
 #else
-  return join(count > 0 ? read_only(x) : Io{}, count > 1 ? read_only(x + 1) : Io{});
+  *to = join(count > 0 ? read_only(x) : Io{}, count > 1 ? read_only(x + 1) : Io{});
 #endif
 }
 
@@ -125,8 +129,25 @@ DEVICE float2 sum_groups(const float* x) {
   return total;
 }
 
+// Runs both, ``states`` first in every other four warps.
+template <class Elements, class States>
+DEVICE void take_turns(Elements elements, States states) {
+  if constexpr (TURNS) {
+    const int when = threadIdx.x / 128 % 2 == 0;
+#pragma unroll 1
+    for (int turn = 0; turn < 2; ++turn)
+      if (turn == when)
+        states();
+      else
+        elements();
+  } else {
+    elements();
+    states();
+  }
+}
+
 // Bit t: the state is dropped before token ``start + t``. Padding drops nothing. All lanes of a warp call this.
 DEVICE u8 load_reset(const u8* resets, int start, int limit, int lane) {
   int t = start + lane;
-  return lane < T && t >= 0 && t < limit ? read_only(resets + t) : (u8)0;
+  return lane < T && t >= 0 && t < limit ? read_now(resets + t) : (u8)0;
 }

@@ -37,9 +37,19 @@ DEVICE void walk(float (&h)[S], const float (&A)[S], const float2* step, const f
   }
 }
 
+// What a thread fetched of a tile, for itself alone.
+struct ForwardInputs {
+  Pair u[ROUNDS][THREADS], delta[ROUNDS][THREADS], z[GATED ? ROUNDS : 1][THREADS], B[BC_ROUNDS][THREADS], C[BC_ROUNDS][THREADS];
+};
+
+struct ForwardShared {
+  ForwardTile tile[2];  // used in turn
+  ForwardInputs inputs[AHEAD];
+};
+
 KERNEL(THREADS, BLOCKS) scan_forward(PARAMETERS(Forward) p) {
   SHARED_MEMORY(memory);
-  ForwardTile* const tiles_shared = (ForwardTile*)memory;  // two, used in turn
+  ForwardShared& shared = *(ForwardShared*)memory;
   const int thread = threadIdx.x, lane = thread % 32;
   const int L = (int)p.L, E = (int)p.E;
   const i64 batch = blockIdx.y;
@@ -77,36 +87,35 @@ KERNEL(THREADS, BLOCKS) scan_forward(PARAMETERS(Forward) p) {
 
   const u8* resets = RESETS ? p.resets + batch * L : nullptr;
 
-  Pair u_raw[ROUNDS], delta_raw[ROUNDS], z_raw[ROUNDS], u_kept[ROUNDS], u_done[ROUNDS], B_raw[BC_ROUNDS], C_raw[BC_ROUNDS];
-
-  // The tile that the pointers stand at; ``left``: rows of it and later that exist, from this thread's first on.
-  auto load = [&](int left, int left_bc) {
+  // Tile by tile; ``left``: rows of it and later that exist, from this thread's first on.
+  auto fetch = [&](int tile, int left) {
+    ForwardInputs& to = shared.inputs[tile & (AHEAD - 1)];
 #pragma unroll
     for (int k = 0; k < ROUNDS; ++k) {
       const int n = row_of_tile(row, k) && left > k * ROUND ? count : 0;
-      u_raw[k] = load_pair(u + k * u_round, n);
-      delta_raw[k] = load_pair(delta + k * delta_round, n);
+      fetch_pair(&to.u[k][thread], u + k * u_round, n);
+      fetch_pair(&to.delta[k][thread], delta + k * delta_round, n);
+      if constexpr (GATED) fetch_pair(&to.z[k][thread], z + k * z_round, n);
     }
+    const int left_bc = L - tile * T - bc_row;
 #pragma unroll
     for (int k = 0; k < BC_ROUNDS; ++k) {
       const int n = bc_row_of_tile(bc_row, k) && left_bc > k * BC_ROUND ? 2 : 0;
-      B_raw[k] = load_pair(B + k * B_round, n);
-      C_raw[k] = load_pair(C + k * C_round, n);
+      fetch_pair(&to.B[k][thread], B + k * B_round, n);
+      fetch_pair(&to.C[k][thread], C + k * C_round, n);
     }
+    commit_copies();
     u += p.u_row * T, delta += p.delta_row * T, B += p.B_row * T, C += p.C_row * T;
+    if constexpr (GATED) z += p.z_row * T;
   };
-  auto load_gate = [&](int left) {
-#pragma unroll
-    for (int k = 0; k < ROUNDS; ++k)
-      z_raw[k] = load_pair(z + k * z_round, row_of_tile(row, k) && left > k * ROUND ? count : 0);
-    z += p.z_row * T;
-  };
-  auto prepare = [&](ForwardTile& tile, int left) {  // phase A; ``left`` counts rows with a step
+  auto prepare = [&](int index, int left) {  // phase A; ``left`` counts rows with a step
+    ForwardTile& tile = shared.tile[index & 1];
+    const ForwardInputs& from = shared.inputs[index & (AHEAD - 1)];
     float2* step = &tile.step[row * CH + column];
 #pragma unroll
     for (int k = 0; k < ROUNDS; ++k) {
       if (!row_of_tile(row, k)) continue;
-      float2 uu = unpack(u_raw[k]), x = unpack(delta_raw[k]);
+      float2 uu = unpack(from.u[k][thread]), x = unpack(from.delta[k][thread]);
       x.x += bias.x, x.y += bias.y;
       float2 d = make_float2(softplus2(x.x, exp_minus_abs(x.x)), softplus2(x.y, exp_minus_abs(x.y)));
       if (left <= k * ROUND) d = make_float2(0.0f, 0.0f);
@@ -116,19 +125,20 @@ KERNEL(THREADS, BLOCKS) scan_forward(PARAMETERS(Forward) p) {
 #pragma unroll
     for (int k = 0; k < BC_ROUNDS; ++k) {
       if (!bc_row_of_tile(bc_row, k)) continue;
-      *(float2*)&bc[k * BC_ROUND * BC_ROW] = unpack(B_raw[k]);
-      *(float2*)&bc[k * BC_ROUND * BC_ROW + S] = unpack(C_raw[k]);
+      *(float2*)&bc[k * BC_ROUND * BC_ROW] = unpack(from.B[k][thread]);
+      *(float2*)&bc[k * BC_ROUND * BC_ROW + S] = unpack(from.C[k][thread]);
     }
   };
-  auto finish = [&](const ForwardTile& tile, int left) {  // phase C
-    const float* part = &tile.part[row * PART_ROW + column];
+  auto finish = [&](int index, int left) {  // phase C
+    const ForwardInputs& from = shared.inputs[index & (AHEAD - 1)];
+    const float* part = &shared.tile[index & 1].part[row * PART_ROW + column];
 #pragma unroll
     for (int k = 0; k < ROUNDS; ++k) {
       if (!row_of_tile(row, k)) continue;
-      float2 total = sum_groups(&part[k * ROUND * PART_ROW]), uu = unpack(u_done[k]);
+      float2 total = sum_groups(&part[k * ROUND * PART_ROW]), uu = unpack(from.u[k][thread]);
       total.x = fmaf(skip.x, uu.x, total.x), total.y = fmaf(skip.y, uu.y, total.y);
       if constexpr (GATED) {
-        float2 gate = unpack(z_raw[k]);
+        float2 gate = unpack(from.z[k][thread]);
         total.x *= gate.x * sigmoid(gate.x), total.y *= gate.y * sigmoid(gate.y);
       }
       store_pair(y + k * y_round, total, left > k * ROUND ? count : 0);
@@ -137,38 +147,38 @@ KERNEL(THREADS, BLOCKS) scan_forward(PARAMETERS(Forward) p) {
   };
 
   u8 reset_raw = RESETS ? load_reset(resets, 0, L - padding, lane) : (u8)0;
-  load(rows, L - bc_row);
-  prepare(tiles_shared[0], rows - padding);
-#pragma unroll
-  for (int k = 0; k < ROUNDS; ++k) u_kept[k] = u_raw[k], z_raw[k] = Pair{}, u_done[k] = Pair{};
-  load(rows - T, L - T - bc_row);
+  fetch(0, rows), fetch(1, rows - T), fetch(2, rows - 2 * T);
+  wait_copies<2>();
+  prepare(0, rows - padding);
 
   for (int tile = 0; tile < tiles; ++tile, rows -= T) {
-    ForwardTile& now = tiles_shared[tile & 1];
-    ForwardTile& other = tiles_shared[~tile & 1];  // of the tile before, and then of the next
-    __syncthreads();
-    if (tile > 0) finish(other, T);
-    prepare(other, rows - padding - T);  // after the last tile: zeros that nobody reads
+    ForwardTile& now = shared.tile[tile & 1];
     const u32 dropped = RESETS ? ballot(reset_raw != 0) : 0u;
-#pragma unroll
-    for (int k = 0; k < ROUNDS; ++k) u_done[k] = u_kept[k], u_kept[k] = u_raw[k];
-    load(rows - 2 * T, L - (tile + 2) * T - bc_row);
-    if constexpr (GATED) load_gate(rows);
     if (RESETS) reset_raw = load_reset(resets, (tile + 1) * T, L - padding, lane);
-    if (SAVE && inside) {
+    __syncthreads();
+    wait_copies<1>();  // for the next tile
+    auto elements = [&] {
+      if (tile > 0) finish(tile - 1, T);
+      prepare(tile + 1, rows - padding - T);  // after the last tile: zeros that nobody reads
+      fetch(tile + 3, rows - 3 * T);          // where the tile before was
+    };
+    auto states = [&] {
+      if (SAVE && inside) {
 #pragma unroll
-      for (int i = 0; i < S; ++i) p.checkpoints[((batch * tiles + tile) * N + group * S + i) * E + channel] = h[i];
-    }
-    const float2* step = &now.step[thread % CH];
-    const float* bc = &now.bc[group * 2 * S];
-    float* part = &now.part[group * CH + thread % CH];
-    if (RESETS && dropped)
-      walk<true>(h, A, step, bc, part, dropped);
-    else
-      walk<false>(h, A, step, bc, part, 0u);
+        for (int i = 0; i < S; ++i) p.checkpoints[((batch * tiles + tile) * N + group * S + i) * E + channel] = h[i];
+      }
+      const float2* step = &now.step[thread % CH];
+      const float* bc = &now.bc[group * 2 * S];
+      float* part = &now.part[group * CH + thread % CH];
+      if (RESETS && dropped)
+        walk<true>(h, A, step, bc, part, dropped);
+      else
+        walk<false>(h, A, step, bc, part, 0u);
+    };
+    take_turns(elements, states);
   }
   __syncthreads();
-  finish(tiles_shared[~tiles & 1], rows + T);
+  finish(tiles - 1, rows + T);
   if (inside) {
 #pragma unroll
     for (int i = 0; i < S; ++i) p.final_state[at + i] = h[i];

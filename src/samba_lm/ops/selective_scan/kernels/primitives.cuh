@@ -48,9 +48,35 @@ DEVICE u32 pack_f16(float2 v) {
 DEVICE u32 ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
+// Copies 4 or 8 bytes from global to shared memory without waiting, or zeros if not ``there``: then ``from`` is not read.
+// Copies belong to the group that commit_copies closes; wait_copies<n> waits for all of this thread's but the last n.
+template <class X>
+DEVICE void copy_async(X* to, const X* from, bool there) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from),
+               "n"(sizeof(X)), "r"(there ? (u32)sizeof(X) : 0u)
+               : "memory");
+}
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
 template <class X>
 DEVICE X read_only(const X* x) {
   return __ldg(x);
+}
+
+// Where it stands: the compiler moves other loads towards their use, and with them their latency.
+DEVICE u8 read_now(const u8* x) {
+  u32 v;
+  asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(v) : "l"(x));
+  return (u8)v;
+}
+DEVICE float read_now(const float* x) {
+  float v;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(x));
+  return v;
 }
 
 // x as far as the tensor cores see it: 10 bits of mantissa.
