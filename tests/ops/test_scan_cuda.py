@@ -98,13 +98,15 @@ def fill(tensors: Any) -> None:
         t.fill_(float("nan"))
 
 
+HELPED = Shape(4, 32, 1, 128)
 EMULATED = [
     # Odd sizes; channels beyond the last; several tiles; single elements read and written.
-    pytest.param((2, 37, 33, 16), torch.float32, (Shape(4, 32), Shape(4, 32)), (), id="fp32"),
+    pytest.param((2, 70, 33, 16), torch.float32, (Shape(4, 32), Shape(4, 32)), (), id="fp32"),
+    pytest.param((2, 85, 33, 16), torch.float32, (HELPED, HELPED), (), id="fp32, helped"),
     pytest.param((1, 20, 34, 16), torch.bfloat16, (Shape(2, 16), Shape(2, 32)), ("lengths",), id="bf16"),
-    pytest.param((1, 33, 20, 8), torch.float16, (Shape(2, 16), Shape(4, 32)), ("resets",), id="fp16, 8 states"),
-    pytest.param((2, 1, 5, 16), torch.bfloat16, (Shape(4, 32), Shape(2, 32)), (), id="one token"),
-    pytest.param((1, 17, 6, 64), torch.float32, (Shape(4, 32), Shape(4, 32)), (), id="64 states"),
+    pytest.param((1, 33, 20, 8), torch.float16, (Shape(2, 16), HELPED), ("resets",), id="fp16, 8 states"),
+    pytest.param((2, 1, 5, 16), torch.bfloat16, (Shape(8, 32), Shape(2, 32)), (), id="one token"),
+    pytest.param((1, 17, 6, 64), torch.float32, (HELPED, Shape(4, 32)), (), id="64 states"),
     pytest.param(
         (1, 18, 32, 32),
         torch.float32,
@@ -147,13 +149,10 @@ def test_gradient_of_the_final_state_alone() -> None:
 
 
 VARIANTS = [
-    (N, dtype, forward, backward)
-    for N, dtype, forward, backward in [
-        *((N, torch.bfloat16, Shape(4, 32), Shape(4, 32, 3 if N < 64 else 1)) for N in scan.STATES),
-        *((N, torch.bfloat16, Shape(2, 16), Shape(2, 32, 1)) for N in (8, 16, 32)),
-        (16, torch.float32, Shape(4, 32), Shape(4, 32, 3)),
-        (16, torch.float16, Shape(2, 16), Shape(2, 32, 1)),
-    ]
+    *((N, torch.bfloat16, Shape(4, 32), scan.backward_shape(8, 3072, N)) for N in scan.STATES),
+    *((N, torch.bfloat16, scan.forward_shape(1, 64), scan.backward_shape(1, 64, N)) for N in scan.STATES),
+    (16, torch.float32, Shape(4, 32), scan.backward_shape(8, 3072, 16)),
+    (16, torch.float16, Shape(2, 16), Shape(2, 32, 1)),
 ]
 
 

@@ -18,7 +18,7 @@ AHEAD = 4
 STATES = (8, 16, 32, 64)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The dtypes of the inputs, and their number ``IO`` in common.cuh."""
-SPAN_BYTES = 1 << 27
+SPAN_BYTES = 1 << 29
 """Memory for the backward's partial sums: as many tokens are done in one launch as fit."""
 MAX_BATCH = 65535
 """Of a grid's second axis."""
@@ -35,18 +35,20 @@ class Shape(NamedTuple):
     """Of one block."""
     blocks: int = 0
     """Blocks that a multiprocessor must hold, which bounds the registers of a thread; 0: by the number of threads."""
+    helpers: int = 0
+    """``HELP`` in common.cuh: threads besides those that own states."""
 
 
 def forward_shape(batch: int, E: int) -> Shape:
-    """Where there are few blocks, of more warps, which then take turns (``TURNS`` in common.cuh)."""
-    return Shape(4, 32) if batch * -(-E // 32) >= FILL else Shape(2, 32)
+    """Few blocks are each alone on a multiprocessor: helpers keep the owners of states at their work."""
+    return Shape(4, 32) if batch * -(-E // 32) >= FILL else Shape(4, 32, 1, 128)
 
 
 def backward_shape(batch: int, E: int, N: int) -> Shape:
     """Always 32 channels: the sums over them are a warp's."""
     if N == 64:
         return Shape(4, 32, 1)
-    return Shape(4, 32, max(1, 3 * 16 // N)) if batch * -(-E // 32) >= FILL else Shape(2, 32, 1)
+    return Shape(4, 32, max(1, 3 * 16 // N)) if batch * -(-E // 32) >= FILL else Shape(4, 32, 1, 128)
 
 
 def fits(u: torch.Tensor, N: int) -> bool:
@@ -185,6 +187,11 @@ def files(kernel: str) -> tuple[Path, ...]:
 
 
 def threads(N: int, shape: Shape) -> int:
+    """Of a block."""
+    return _owners(N, shape) + shape.helpers
+
+
+def _owners(N: int, shape: Shape) -> int:
     return shape.channels * N // shape.states
 
 
@@ -195,21 +202,22 @@ def pack(*values: int) -> bytes:
 
 def _forward_shared(N: int, shape: Shape, element: int, gated: bool) -> int:
     """Bytes of ``ForwardShared`` in forward.cuh."""
-    part_row = threads(N, shape) + (16 if shape.channels == 16 else 0)
+    part_row = _owners(N, shape) + (16 if shape.channels == 16 else 0)
     tile = 4 * TILE * (2 * shape.channels + 2 * N + part_row)
     return 2 * tile + _inputs(N, shape, element, 3 if gated else 2, gated)
 
 
 def _inputs(N: int, shape: Shape, element: int, tensors: int, gated: bool) -> int:
     """Bytes of ``AHEAD`` tiles' inputs: pairs for each thread, of ``tensors`` with E columns and of B and C."""
-    rounds = -(-TILE * shape.channels // 2 // threads(N, shape))
-    bc_rounds = -(-TILE * N // 2 // threads(N, shape))
-    return AHEAD * threads(N, shape) * 2 * element * (tensors * rounds + (0 if gated else 1) + 2 * bc_rounds)
+    workers = shape.helpers or _owners(N, shape)
+    rounds, bc_rounds = (-(-TILE * width // 2 // workers) for width in (shape.channels, N))
+    return AHEAD * workers * 2 * element * (tensors * rounds + (0 if gated else 1) + 2 * bc_rounds)
 
 
 def _common(u: torch.Tensor, N: int, shape: Shape, rows: tuple[torch.Tensor | None, ...]) -> dict[str, int]:
     """The macros of common.cuh."""
-    return {"IO": TYPES[u.dtype], "N": N, "S": shape.states, "CH": shape.channels, "WIDE": int(_wide(u.shape[2], rows))}
+    cut = {"S": shape.states, "CH": shape.channels, "HELP": shape.helpers}
+    return {"IO": TYPES[u.dtype], "N": N, **cut, "WIDE": int(_wide(u.shape[2], rows))}
 
 
 def _wide(E: int, rows: tuple[torch.Tensor | None, ...]) -> bool:
@@ -345,7 +353,7 @@ def plan_backward(
         **_common(u, N, shape, rows),
         "GATED": z is not None,
         "RESETS": resets is not None,
-        "KEEP": shape.states == 2,
+        "KEEP": shape.states == 2 or shape.helpers > 0,
         "BLOCKS": shape.blocks or 1,
     }
     macros = tuple((name, int(value)) for name, value in defines.items())

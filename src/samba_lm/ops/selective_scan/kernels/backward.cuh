@@ -32,8 +32,8 @@ struct BackwardTile {
 
 // What a thread fetched of a tile, for itself alone.
 struct BackwardInputs {
-  Pair dy[ROUNDS][THREADS], u[ROUNDS][THREADS], delta[ROUNDS][THREADS], z[GATED ? ROUNDS : 1][THREADS];
-  Pair B[BC_ROUNDS][THREADS], C[BC_ROUNDS][THREADS];
+  Pair dy[ROUNDS][WORKERS], u[ROUNDS][WORKERS], delta[ROUNDS][WORKERS], z[GATED ? ROUNDS : 1][WORKERS];
+  Pair B[BC_ROUNDS][WORKERS], C[BC_ROUNDS][WORKERS];
 };
 
 struct BackwardShared {
@@ -121,6 +121,8 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
   SHARED_MEMORY(memory);
   BackwardShared& shared = *(BackwardShared*)memory;
   const int thread = threadIdx.x, lane = thread % 32;
+  const bool works = HELP == 0 || thread >= OWNERS;
+  const int worker = HELP == 0 ? thread : max(thread - OWNERS, 0);
   const int L = (int)p.L, E = (int)p.E, first = (int)p.first, end = (int)p.end;
   const i64 batch = blockIdx.y;
   const int limit = p.lengths ? (int)min(max(p.lengths[batch], (i64)0), p.L) : L;
@@ -129,7 +131,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
 
   // As owner of states.
   const int group = thread / CH, channel = blockIdx.x * CH + lane;
-  const bool inside = channel < E;
+  const bool inside = channel < E && thread < OWNERS;
   const i64 at = (batch * E + channel) * N + group * S;
   Walker w;
 #pragma unroll
@@ -147,7 +149,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
   const float* checkpoint = p.checkpoints + ((batch * tiles + end - 1) * N + group * S) * E + channel;
 
   // As worker on a pair of channels.
-  const int column = thread % COLUMNS * 2, row = thread / COLUMNS, pair = blockIdx.x * CH + column;
+  const int column = worker % COLUMNS * 2, row = worker / COLUMNS, pair = blockIdx.x * CH + column;
   const int count = min(E - pair, 2);
   const float2 bias = pair_or_zero(p.bias, pair, count), skip = pair_or_zero(p.D, pair, count);
   float2 dskip = make_float2(0.0f, 0.0f), dbias = make_float2(0.0f, 0.0f);
@@ -159,11 +161,11 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
   i64 own = (batch * L + last + row) * E + pair;
 
   // As reader of B and C.
-  const int bc_row = thread / (N / 2), bc_state = thread % (N / 2) * 2;
+  const int bc_row = worker / (N / 2), bc_state = worker % (N / 2) * 2;
   const Io* B = p.B + batch * p.B_batch + (last + bc_row) * p.B_row + bc_state;
   const Io* C = p.C + batch * p.C_batch + (last + bc_row) * p.C_row + bc_state;
   const int bc_to = bc_row * BC_ROW + bc_column(bc_state);
-  float* partial = p.partial + ((i64)blockIdx.x * gridDim.y + batch) * ((end - first) * T) * (2 * N) + (end - 1 - first) * T * 2 * N + thread * (S / 2);
+  float* partial = p.partial + ((i64)blockIdx.x * gridDim.y + batch) * ((end - first) * T) * (2 * N) + (end - 1 - first) * T * 2 * N + worker;
 
   const u8* resets = RESETS ? p.resets + batch * L : nullptr;
 
@@ -180,17 +182,17 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
 #pragma unroll
     for (int k = 0; k < ROUNDS; ++k) {
       const int n = row_of_tile(row, k) && left > k * ROUND ? count : 0;
-      fetch_pair(&to.dy[k][thread], dy + k * ROUND * p.dy_row, n);
-      fetch_pair(&to.u[k][thread], u + k * ROUND * p.u_row, n);
-      fetch_pair(&to.delta[k][thread], delta + k * ROUND * p.delta_row, n);
-      if constexpr (GATED) fetch_pair(&to.z[k][thread], z + k * ROUND * p.z_row, n);
+      fetch_pair(&to.dy[k][worker], dy + k * ROUND * p.dy_row, n);
+      fetch_pair(&to.u[k][worker], u + k * ROUND * p.u_row, n);
+      fetch_pair(&to.delta[k][worker], delta + k * ROUND * p.delta_row, n);
+      if constexpr (GATED) fetch_pair(&to.z[k][worker], z + k * ROUND * p.z_row, n);
     }
     const int left_bc = tile >= first ? L - tile * T - bc_row : 0;
 #pragma unroll
     for (int k = 0; k < BC_ROUNDS; ++k) {
       const int n = bc_row_of_tile(bc_row, k) && left_bc > k * BC_ROUND ? 2 : 0;
-      fetch_pair(&to.B[k][thread], B + k * BC_ROUND * p.B_row, n);
-      fetch_pair(&to.C[k][thread], C + k * BC_ROUND * p.C_row, n);
+      fetch_pair(&to.B[k][worker], B + k * BC_ROUND * p.B_row, n);
+      fetch_pair(&to.C[k][worker], C + k * BC_ROUND * p.C_row, n);
     }
     commit_copies();
     dy -= T * p.dy_row, u -= T * p.u_row, delta -= T * p.delta_row, B -= T * p.B_row, C -= T * p.C_row;
@@ -208,7 +210,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
     for (int k = 0; k < ROUNDS; ++k) {
       if (!in_half(k, half)) continue;
       const int t = row + k * ROUND, index = t * COLUMNS + column / 2;
-      float2 uu = unpack(from.u[k][thread]), x = unpack(from.delta[k][thread]), g = unpack(from.dy[k][thread]);
+      float2 uu = unpack(from.u[k][worker]), x = unpack(from.delta[k][worker]), g = unpack(from.dy[k][worker]);
       float2 dz = make_float2(0.0f, 0.0f);
       x.x += bias.x, x.y += bias.y;
       const float2 v = make_float2(exp_minus_abs(x.x), exp_minus_abs(x.y));
@@ -217,7 +219,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
       slope.x *= x.x < 0.0f ? v.x : 1.0f, slope.y *= x.y < 0.0f ? v.y : 1.0f;
       if (steps <= k * ROUND) d = slope = make_float2(0.0f, 0.0f);
       if (GATED) {
-        const float2 gate = unpack(from.z[k][thread]), on = make_float2(sigmoid(gate.x), sigmoid(gate.y));
+        const float2 gate = unpack(from.z[k][worker]), on = make_float2(sigmoid(gate.x), sigmoid(gate.y));
         const float2 silu = make_float2(gate.x * on.x, gate.y * on.y);
         dz = make_float2(g.x * fmaf(silu.x, 1.0f - on.x, on.x), g.y * fmaf(silu.y, 1.0f - on.y, on.y));
         g.x *= silu.x, g.y *= silu.y;
@@ -233,8 +235,8 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
 #pragma unroll
     for (int k = 0; k < BC_ROUNDS; ++k) {
       if (!bc_row_of_tile(bc_row, k)) continue;
-      *(float2*)&bc[k * BC_ROUND * BC_ROW] = unpack(from.B[k][thread]);
-      *(float2*)&bc[k * BC_ROUND * BC_ROW + S] = unpack(from.C[k][thread]);
+      *(float2*)&bc[k * BC_ROUND * BC_ROW] = unpack(from.B[k][worker]);
+      *(float2*)&bc[k * BC_ROUND * BC_ROW + S] = unpack(from.C[k][worker]);
     }
   };
   auto finish = [&](const BackwardTile& from, int tile, int half) {  // phase C
@@ -244,7 +246,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
       if (!in_half(k, half)) continue;
       const int t = row + k * ROUND, index = t * COLUMNS + column / 2;
       const float4 step = *(const float4*)&from.step[t * CH + column], factors = from.factors[index];
-      const float2 g = *(const float2*)&from.dy[t * CH + column], uu = unpack(shared.inputs[tile & (AHEAD - 1)].u[k][thread]);
+      const float2 g = *(const float2*)&from.dy[t * CH + column], uu = unpack(shared.inputs[tile & (AHEAD - 1)].u[k][worker]);
       float4 total = *(const float4*)&shared.part[t * G * CH + column];  // step * u, step; of two channels
 #pragma unroll
       for (int other = 1; other < G; ++other) {
@@ -265,22 +267,19 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
         store_pair(p.dz + to, y, n);
       }
     }
-    const float* from_sums = &shared.sums[half * HALF * 2 * N + thread * (S / 2)];
-    float* to = partial + half * HALF * (2 * N);
-    if constexpr (S == 2)
-      *to = *from_sums;
-    else if constexpr (S == 4)
-      *(float2*)to = *(const float2*)from_sums;
-    else
-      *(float4*)to = *(const float4*)from_sums;
+#pragma unroll
+    for (int i = 0; i < HALF * 2 * N; i += WORKERS) partial[half * HALF * 2 * N + i] = shared.sums[half * HALF * 2 * N + worker + i];
     if (half == 0) own -= (i64)T * E, partial -= T * 2 * N;
   };
 
   u8 reset_raw = RESETS ? load_reset(resets, (end - 1) * T, limit, lane) : (u8)0;
-  fetch(end - 1), fetch(end - 2), fetch(end - 3), load_state(end - 1);
-  wait_copies<2>();
-  BackwardTile& start = shared.tile[(end - 1) & 1];
-  prepare(start, end - 1, 1), prepare(start, end - 1, 0), prepare_states(start, end - 1);
+  load_state(end - 1);
+  if (works) {
+    fetch(end - 1), fetch(end - 2), fetch(end - 3);
+    wait_copies<2>();
+    BackwardTile& start = shared.tile[(end - 1) & 1];
+    prepare(start, end - 1, 1), prepare(start, end - 1, 0), prepare_states(start, end - 1);
+  }
   float h[T + 1][S], decay[T][S];
 #pragma unroll
   for (int i = 0; i < S; ++i) h[0][i] = next_state[i];
@@ -295,9 +294,9 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
     const u32 dropped = RESETS ? ballot(reset_raw != 0) : 0u;
     if (RESETS) reset_raw = load_reset(resets, (tile - 1) * T, tile > first ? limit : 0, lane);
     __syncthreads();
-    wait_copies<1>();  // for the next tile
-    take_turns(
+    run_both(
         [&] {
+          wait_copies<1>();  // for the next tile
           if (tile < end - 1) finish(other, tile + 1, 0);
           prepare(other, tile - 1, 1);  // before the first tile: zeros that nobody reads
           fetch(tile - 3);              // where the tile before was
@@ -313,7 +312,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
             walk_back<false, HALF>(w, h, decay, now, bc, lane, part, part_y, sums, 0u);
         });
     __syncthreads();
-    take_turns(
+    run_both(
         [&] {
           finish(now, tile, 1);
           prepare(other, tile - 1, 0);
@@ -330,7 +329,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
     load_state(tile - 2);
   }
   __syncthreads();
-  finish(shared.tile[first & 1], first, 0);
+  if (works) finish(shared.tile[first & 1], first, 0);
 
   if (inside) {
 #pragma unroll
@@ -341,7 +340,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
   }
   __syncthreads();
   float4* const all = (float4*)shared.part;
-  all[thread] = make_float4(dskip.x, dskip.y, dbias.x, dbias.y);
+  if (works) all[worker] = make_float4(dskip.x, dskip.y, dbias.x, dbias.y);
   __syncthreads();
   if (thread < CH && channel < E) {  // one channel each, the threads that worked on it in order
     float ds = 0.0f, db = 0.0f;

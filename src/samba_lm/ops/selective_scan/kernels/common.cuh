@@ -5,6 +5,7 @@
 //   CH    channels of a block (32, or 16: then a warp is two halves with different states)
 //   WIDE  1: pairs of neighbouring channels are read and written at once, as alignment allows
 //   GATED 1: there is a z
+//   HELP  threads that own no states, see below; 0 or a multiple of 32
 //
 // A block walks its CH channels through a whole span of time, T tokens (a tile) after the other. Thread = channel c of
 // CH, group g of G = N / S: it owns the states g * S ... of its channel. What depends on the channel but not on the
@@ -14,20 +15,24 @@
 // each on its own buffers: so one barrier a tile is enough, and the special functions of one phase overlap the
 // arithmetic of another. What a thread reads from global memory it fetches into shared memory two tiles ahead.
 
+// Where a block is alone on its multiprocessor, HELP more threads do phases A and C, and the states' owners nothing else.
+
 constexpr int T = 16;
 constexpr int G = N / S;
-constexpr int THREADS = CH * G;
-constexpr int COLUMNS = CH / 2;                                   // pairs of channels in a row
-constexpr int ROUND = THREADS / COLUMNS;                          // rows that all threads cover at once
-constexpr int ROUNDS = (T + ROUND - 1) / ROUND;                   // a thread's pairs of a tile: rows apart by ROUND
-constexpr int BC_ROUND = THREADS / (N / 2);                       // likewise for pairs of states of B and C
+constexpr int OWNERS = CH * G;                     // threads that own states: the first ones
+constexpr int THREADS = OWNERS + HELP;
+constexpr int WORKERS = HELP ? HELP : OWNERS;      // threads that work on pairs of channels
+constexpr int COLUMNS = CH / 2;                    // pairs of channels in a row
+constexpr int ROUND = WORKERS / COLUMNS;           // rows that all workers cover at once
+constexpr int ROUNDS = (T + ROUND - 1) / ROUND;    // a worker's pairs of a tile: rows apart by ROUND
+constexpr int BC_ROUND = WORKERS / (N / 2);        // likewise for pairs of states of B and C
 constexpr int BC_ROUNDS = (T + BC_ROUND - 1) / BC_ROUND;
 constexpr int BC_ROW = 2 * N;                                     // for each group S of B, then S of C
 constexpr int PART_ROW = G * CH + (CH == 16 ? 16 : 0);            // padded: half-warps read two rows at once
 constexpr int AHEAD = 4;  // tiles whose inputs are in shared memory: of phases A and C, and on their way
 // Every other four warps (one of each scheduler) take the states before phases A and C, so that those wait while these
 // compute, even if the block is alone on its multiprocessor.
-constexpr bool TURNS = THREADS >= 256;
+constexpr bool TURNS = HELP == 0 && THREADS >= 256;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
@@ -129,10 +134,15 @@ DEVICE float2 sum_groups(const float* x) {
   return total;
 }
 
-// Runs both, ``states`` first in every other four warps.
+// Runs both, in the threads whose task they are; with TURNS ``states`` first in every other four warps.
 template <class Elements, class States>
-DEVICE void take_turns(Elements elements, States states) {
-  if constexpr (TURNS) {
+DEVICE void run_both(Elements elements, States states) {
+  if constexpr (HELP != 0) {
+    if (threadIdx.x >= OWNERS)
+      elements();
+    else
+      states();
+  } else if constexpr (TURNS) {
     const int when = threadIdx.x / 128 % 2 == 0;
 #pragma unroll 1
     for (int turn = 0; turn < 2; ++turn)

@@ -39,7 +39,7 @@ DEVICE void walk(float (&h)[S], const float (&A)[S], const float2* step, const f
 
 // What a thread fetched of a tile, for itself alone.
 struct ForwardInputs {
-  Pair u[ROUNDS][THREADS], delta[ROUNDS][THREADS], z[GATED ? ROUNDS : 1][THREADS], B[BC_ROUNDS][THREADS], C[BC_ROUNDS][THREADS];
+  Pair u[ROUNDS][WORKERS], delta[ROUNDS][WORKERS], z[GATED ? ROUNDS : 1][WORKERS], B[BC_ROUNDS][WORKERS], C[BC_ROUNDS][WORKERS];
 };
 
 struct ForwardShared {
@@ -51,13 +51,15 @@ KERNEL(THREADS, BLOCKS) scan_forward(PARAMETERS(Forward) p) {
   SHARED_MEMORY(memory);
   ForwardShared& shared = *(ForwardShared*)memory;
   const int thread = threadIdx.x, lane = thread % 32;
+  const bool works = HELP == 0 || thread >= OWNERS;
+  const int worker = HELP == 0 ? thread : max(thread - OWNERS, 0);
   const int L = (int)p.L, E = (int)p.E;
   const i64 batch = blockIdx.y;
   const int tiles = (L + T - 1) / T;
 
   // As owner of states.
   const int group = thread / CH, channel = blockIdx.x * CH + thread % CH;
-  const bool inside = channel < E;
+  const bool inside = channel < E && thread < OWNERS;
   const i64 at = (batch * E + channel) * N + group * S;
   float A[S], h[S];
 #pragma unroll
@@ -67,7 +69,7 @@ KERNEL(THREADS, BLOCKS) scan_forward(PARAMETERS(Forward) p) {
   }
 
   // As worker on a pair of channels, in row ``row`` of each tile and every ROUND rows on.
-  const int column = thread % COLUMNS * 2, row = thread / COLUMNS, pair = blockIdx.x * CH + column;
+  const int column = worker % COLUMNS * 2, row = worker / COLUMNS, pair = blockIdx.x * CH + column;
   const int count = min(E - pair, 2);
   const float2 bias = pair_or_zero(p.bias, pair, count), skip = pair_or_zero(p.D, pair, count);
   const Io* u = p.u + batch * p.u_batch + row * p.u_row + pair;
@@ -79,7 +81,7 @@ KERNEL(THREADS, BLOCKS) scan_forward(PARAMETERS(Forward) p) {
   int rows = count > 0 ? L - row : 0;  // from this thread's first row of the loop's tile on; none outside of E
 
   // As reader of B and C.
-  const int bc_row = thread / (N / 2), bc_state = thread % (N / 2) * 2;
+  const int bc_row = worker / (N / 2), bc_state = worker % (N / 2) * 2;
   const Io* B = p.B + batch * p.B_batch + bc_row * p.B_row + bc_state;
   const Io* C = p.C + batch * p.C_batch + bc_row * p.C_row + bc_state;
   const i64 B_round = p.B_row * BC_ROUND, C_round = p.C_row * BC_ROUND;
@@ -93,16 +95,16 @@ KERNEL(THREADS, BLOCKS) scan_forward(PARAMETERS(Forward) p) {
 #pragma unroll
     for (int k = 0; k < ROUNDS; ++k) {
       const int n = row_of_tile(row, k) && left > k * ROUND ? count : 0;
-      fetch_pair(&to.u[k][thread], u + k * u_round, n);
-      fetch_pair(&to.delta[k][thread], delta + k * delta_round, n);
-      if constexpr (GATED) fetch_pair(&to.z[k][thread], z + k * z_round, n);
+      fetch_pair(&to.u[k][worker], u + k * u_round, n);
+      fetch_pair(&to.delta[k][worker], delta + k * delta_round, n);
+      if constexpr (GATED) fetch_pair(&to.z[k][worker], z + k * z_round, n);
     }
     const int left_bc = L - tile * T - bc_row;
 #pragma unroll
     for (int k = 0; k < BC_ROUNDS; ++k) {
       const int n = bc_row_of_tile(bc_row, k) && left_bc > k * BC_ROUND ? 2 : 0;
-      fetch_pair(&to.B[k][thread], B + k * B_round, n);
-      fetch_pair(&to.C[k][thread], C + k * C_round, n);
+      fetch_pair(&to.B[k][worker], B + k * B_round, n);
+      fetch_pair(&to.C[k][worker], C + k * C_round, n);
     }
     commit_copies();
     u += p.u_row * T, delta += p.delta_row * T, B += p.B_row * T, C += p.C_row * T;
@@ -115,7 +117,7 @@ KERNEL(THREADS, BLOCKS) scan_forward(PARAMETERS(Forward) p) {
 #pragma unroll
     for (int k = 0; k < ROUNDS; ++k) {
       if (!row_of_tile(row, k)) continue;
-      float2 uu = unpack(from.u[k][thread]), x = unpack(from.delta[k][thread]);
+      float2 uu = unpack(from.u[k][worker]), x = unpack(from.delta[k][worker]);
       x.x += bias.x, x.y += bias.y;
       float2 d = make_float2(softplus2(x.x, exp_minus_abs(x.x)), softplus2(x.y, exp_minus_abs(x.y)));
       if (left <= k * ROUND) d = make_float2(0.0f, 0.0f);
@@ -125,8 +127,8 @@ KERNEL(THREADS, BLOCKS) scan_forward(PARAMETERS(Forward) p) {
 #pragma unroll
     for (int k = 0; k < BC_ROUNDS; ++k) {
       if (!bc_row_of_tile(bc_row, k)) continue;
-      *(float2*)&bc[k * BC_ROUND * BC_ROW] = unpack(from.B[k][thread]);
-      *(float2*)&bc[k * BC_ROUND * BC_ROW + S] = unpack(from.C[k][thread]);
+      *(float2*)&bc[k * BC_ROUND * BC_ROW] = unpack(from.B[k][worker]);
+      *(float2*)&bc[k * BC_ROUND * BC_ROW + S] = unpack(from.C[k][worker]);
     }
   };
   auto finish = [&](int index, int left) {  // phase C
@@ -135,10 +137,10 @@ KERNEL(THREADS, BLOCKS) scan_forward(PARAMETERS(Forward) p) {
 #pragma unroll
     for (int k = 0; k < ROUNDS; ++k) {
       if (!row_of_tile(row, k)) continue;
-      float2 total = sum_groups(&part[k * ROUND * PART_ROW]), uu = unpack(from.u[k][thread]);
+      float2 total = sum_groups(&part[k * ROUND * PART_ROW]), uu = unpack(from.u[k][worker]);
       total.x = fmaf(skip.x, uu.x, total.x), total.y = fmaf(skip.y, uu.y, total.y);
       if constexpr (GATED) {
-        float2 gate = unpack(from.z[k][thread]);
+        float2 gate = unpack(from.z[k][worker]);
         total.x *= gate.x * sigmoid(gate.x), total.y *= gate.y * sigmoid(gate.y);
       }
       store_pair(y + k * y_round, total, left > k * ROUND ? count : 0);
@@ -147,17 +149,19 @@ KERNEL(THREADS, BLOCKS) scan_forward(PARAMETERS(Forward) p) {
   };
 
   u8 reset_raw = RESETS ? load_reset(resets, 0, L - padding, lane) : (u8)0;
-  fetch(0, rows), fetch(1, rows - T), fetch(2, rows - 2 * T);
-  wait_copies<2>();
-  prepare(0, rows - padding);
+  if (works) {
+    fetch(0, rows), fetch(1, rows - T), fetch(2, rows - 2 * T);
+    wait_copies<2>();
+    prepare(0, rows - padding);
+  }
 
   for (int tile = 0; tile < tiles; ++tile, rows -= T) {
     ForwardTile& now = shared.tile[tile & 1];
     const u32 dropped = RESETS ? ballot(reset_raw != 0) : 0u;
     if (RESETS) reset_raw = load_reset(resets, (tile + 1) * T, L - padding, lane);
     __syncthreads();
-    wait_copies<1>();  // for the next tile
     auto elements = [&] {
+      wait_copies<1>();  // for the next tile
       if (tile > 0) finish(tile - 1, T);
       prepare(tile + 1, rows - padding - T);  // after the last tile: zeros that nobody reads
       fetch(tile + 3, rows - 3 * T);          // where the tile before was
@@ -175,10 +179,10 @@ KERNEL(THREADS, BLOCKS) scan_forward(PARAMETERS(Forward) p) {
       else
         walk<false>(h, A, step, bc, part, 0u);
     };
-    take_turns(elements, states);
+    run_both(elements, states);
   }
   __syncthreads();
-  finish(tiles - 1, rows + T);
+  if (works) finish(tiles - 1, rows + T);
   if (inside) {
 #pragma unroll
     for (int i = 0; i < S; ++i) p.final_state[at + i] = h[i];
