@@ -7,6 +7,7 @@ import torch
 from samba_lm.config import ModelConfig, SwiGLU
 from samba_lm.mixers.base import Mixer, Tensors
 from samba_lm.mixers.registry import register_mixer
+from samba_lm.nn.cast import cast
 from samba_lm.nn.init import Init
 from samba_lm.nn.linear import Linear
 from samba_lm.ops.swiglu import swiglu_linear
@@ -23,7 +24,7 @@ class SwiGLUMLP(Mixer):
         self.w3 = Linear(spec.width, config.d_model)
 
     def mix(self, x: torch.Tensor, tensors: Tensors, span: Span) -> tuple[torch.Tensor, Tensors]:
-        return swiglu_linear(self.w12(x), self.w3.weight.to(x.dtype)), {}
+        return swiglu_linear(self.w12(x), cast(self.w3.weight, x.dtype)), {}
 
     def init_tensors(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensors:
         return {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from samba_lm.nn.cast import cast
 from samba_lm.ops.linear import linear, linear_halves
 
 
@@ -20,8 +21,8 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return linear(x, self.weight.to(x.dtype), bias)
+        return linear(x, cast(self.weight, x.dtype), bias)
 
     def halves(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The upper and the lower half of the outputs, each [..., n_out / 2]; no bias."""
-        return linear_halves(x, self.weight.to(x.dtype))
+        return linear_halves(x, cast(self.weight, x.dtype))

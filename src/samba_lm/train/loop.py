@@ -14,6 +14,7 @@ from samba_lm.data.loader import Batch, Loader
 from samba_lm.errors import UserError
 from samba_lm.loss import IGNORE_INDEX, valid_tokens
 from samba_lm.model import SambaLM
+from samba_lm.nn.cast import cast_once
 from samba_lm.ops.linear_cross_entropy import linear_cross_entropy
 from samba_lm.train.metrics import device_peak, mfu
 from samba_lm.train.observer import Observer, Plan, StepRecord
@@ -185,33 +186,41 @@ def train_step(
     valid = parallel.sum(valid_tokens(batch.targets)).clamp(min=1)
     total = torch.zeros((), dtype=torch.float32, device=parallel.device)
     optimizer.zero_grad(set_to_none=True)
-    for micro in micro_batches(batch, settings.micro_batch_size // parallel.world):
-        loss_sum, _ = batch_loss(model, micro, parallel.device)
-        torch.autograd.backward(loss_sum / valid)
-        total += loss_sum.detach()
+    with cast_once():
+        for micro in micro_batches(batch, settings.micro_batch_size // parallel.world):
+            loss_sum, _ = batch_loss(model, micro, parallel.device)
+            torch.autograd.backward(loss_sum / valid)
+            total += loss_sum.detach()
     mean = parallel.sum(total) / valid
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     finite = mean.isfinite() & norm.isfinite()
-    if settings.clip:
-        # A bad gradient is left as it is, to be named.
-        bound = torch.where(finite, norm, 0.0)
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), settings.clip, bound)
-    _update(optimizer, finite)
+    _update(optimizer, finite, norm / settings.clip if settings.clip else None)
     loss, grad_norm = torch.stack((mean.double(), norm.double())).tolist()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise NonFiniteError(_non_finite(model, step, loss, grad_norm))
     return loss, grad_norm
 
 
-def _update(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """One step of the optimizer if ``finite`` (bool scalar), decided on the device where the optimizer can."""
+def _update(optimizer: torch.optim.Optimizer, finite: Tensor, excess: Tensor | None) -> None:
+    """One step of the optimizer if ``finite`` (bool scalar), decided on the device where the optimizer can.
+
+    ``excess``: the gradient's norm as a multiple of the allowed one; above 1 the gradient is divided by it, in the
+    optimizer's own pass over memory where that is possible.
+    """
+    divisor = None if excess is None else torch.where(finite, excess, 1.0).clamp(min=1.0).float()
     if getattr(optimizer, "_step_supports_amp_scaling", False):  # what torch.amp.GradScaler asks: fused AdamW can
         vars(optimizer)["found_inf"] = (~finite).float()
+        if divisor is not None:
+            vars(optimizer)["grad_scale"] = divisor
         try:
             optimizer.step()
         finally:
-            del vars(optimizer)["found_inf"]
+            vars(optimizer).pop("found_inf")
+            vars(optimizer).pop("grad_scale", None)
     elif bool(finite):
+        if divisor is not None:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            torch._foreach_div_(gradients, divisor)
         optimizer.step()
 
 
