@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 MAX_THREADS = 1024
 
-What = Literal["scan", "model", "memory", "ops", "train", "prefill"]
+What = Literal["scan", "model", "memory", "ops", "train", "prefill", "curve"]
 ON_CPU: tuple[What, ...] = ("scan", "model", "memory")
-ON_GPU = ("ops", "train", "prefill")
+ON_GPU = ("ops", "train", "prefill", "curve")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Bench:
     bandwidth, and the peak memory of reading a million tokens. Run it on a machine that does nothing else.
 
     On a CUDA GPU, each with options of its own (`samba-lm bench ops --help`): `ops`, every operation's kernels;
-    `train`, training steps; `prefill`, reading 131,072 tokens."""
+    `train`, training steps; `prefill`, reading 131,072 tokens; `curve`, a training run beside the CPU's."""
 
     what: Annotated[tuple[What, ...], tyro.conf.Positional] = ()
     """Which ones; all of the CPU's (scan, model, memory) without it."""
@@ -42,6 +42,11 @@ class Bench:
 
 def main(argv: list[str]) -> None:
     """Run the command."""
+    if argv and argv[0] == "curve":
+        from samba_lm.cli import bench_curve
+
+        bench_curve.main(argv[1:])
+        return
     if argv and argv[0] in ON_GPU:
         from samba_lm.cli import bench_gpu
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -27,6 +29,27 @@ GPU_ONLY = ("triton", "cuda", "fla")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Kernels run in Triton's interpreter, on CPU tensors: how the tests check them without a GPU."""
 
+_preferred: Literal["reference", "cpu"] | None = None
+
+
+@contextlib.contextmanager
+def preferring(backend: Literal["reference", "cpu"] | None) -> Iterator[None]:
+    """Within it, ``auto`` means this backend, or the fastest in PyTorch where an operation lacks it; None: as ever.
+
+    For comparing whole models with the definitions, on any device. It holds for the whole process, all its threads.
+    """
+    global _preferred
+    before, _preferred = _preferred, backend
+    try:
+        yield
+    finally:
+        _preferred = before
+
+
+def preferred() -> Literal["reference", "cpu"] | None:
+    """What :func:`preferring` asks for at present."""
+    return _preferred
+
 
 def choose(backend: Backend, available: tuple[str, ...], operation: str, x: torch.Tensor) -> str:
     """The implementation to run on tensors like ``x``. ``available`` lists the operation's own, fastest last.
@@ -36,6 +59,8 @@ def choose(backend: Backend, available: tuple[str, ...], operation: str, x: torc
     """
     if backend == "auto":
         plain = [name for name in available if name not in GPU_ONLY]
+        if _preferred is not None:
+            return _preferred if _preferred in plain else plain[-1]
         fits = HAS_TRITON and not INTERPRETED and x.is_cuda and x.dtype != torch.float64
         return available[-1] if fits else plain[-1]
     if backend not in available:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from samba_lm.ops.backend import Backend, choose
+from samba_lm.ops.backend import Backend, choose, preferred
 
 BACKENDS = ("reference", "cpu")
 MIN_ROWS = 16
@@ -41,7 +41,8 @@ def linear(
     """
     rows = x.numel() // x.shape[-1]
     if backend == "auto":
-        fast = x.device.type == "cpu" and x.dtype == torch.float32 and rows >= MIN_ROWS and ONEDNN_IS_FASTER
+        fits = x.device.type == "cpu" and x.dtype == torch.float32 and rows >= MIN_ROWS
+        fast = fits and ONEDNN_IS_FASTER and preferred() != "reference"
     else:
         fast = choose(backend, BACKENDS, "linear", x) == "cpu"
     if not fast:

@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 # Elements of one [T, B, N, E] buffer: 2 MB in fp32, so that the three or four in use stay in the last-level cache.
 BLOCK_ELEMENTS = 1 << 19
+# On other devices there is no such cache, and few blocks mean few kernels.
+BLOCK_ELEMENTS_ELSEWHERE = 1 << 24
 
 
 @torch.compiler.disable  # the walk over time is Python; tracing it would unroll every token
@@ -119,7 +121,8 @@ class _Block:
 
 def _blocks(u: torch.Tensor, N: int) -> list[tuple[int, int]]:
     batch, length, E = u.shape
-    size = max(4, min(64, BLOCK_ELEMENTS // max(1, batch * E * N)))
+    elements = BLOCK_ELEMENTS if u.device.type == "cpu" else BLOCK_ELEMENTS_ELSEWHERE
+    size = max(4, min(64, elements // max(1, batch * E * N)))
     return [(s, min(s + size, length)) for s in range(0, length, size)]
 
 
