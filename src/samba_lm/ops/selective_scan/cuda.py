@@ -18,7 +18,7 @@ AHEAD = 4
 STATES = (8, 16, 32, 64)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The dtypes of the inputs, and their number ``IO`` in common.cuh."""
-SPAN_BYTES = 1 << 29
+SPAN_BYTES = 1 << 28
 """Memory for the backward's partial sums: as many tokens are done in one launch as fit."""
 MAX_BATCH = 65535
 """Of a grid's second axis."""
@@ -46,8 +46,8 @@ def forward_shape(batch: int, E: int) -> Shape:
 
 def backward_shape(batch: int, E: int, N: int) -> Shape:
     """Always 32 channels: the sums over them are a warp's."""
-    if N == 64:
-        return Shape(4, 32, 1)
+    if N == 64:  # then a block fills a multiprocessor, and helpers need less shared memory for inputs
+        return Shape(4, 32, 1, 128)
     return Shape(4, 32, max(1, 3 * 16 // N)) if batch * -(-E // 32) >= FILL else Shape(4, 32, 1, 128)
 
 
@@ -57,8 +57,10 @@ def fits(u: torch.Tensor, N: int) -> bool:
         return False
     if torch.cuda.get_device_capability(u.device) < (8, 0) or nvrtc.why_not():
         return False
-    shape = backward_shape(u.shape[0], u.shape[2], N)
-    return _backward_shared(N, shape, u.element_size(), True) <= nvrtc.shared_limit(u.device)
+    batch, _, E = u.shape
+    forward = _forward_shared(N, forward_shape(batch, E), u.element_size(), True)
+    backward = _backward_shared(N, backward_shape(batch, E, N), u.element_size(), True)
+    return max(forward, backward) <= nvrtc.shared_limit(u.device)
 
 
 def scan_cuda(
@@ -353,7 +355,7 @@ def plan_backward(
         **_common(u, N, shape, rows),
         "GATED": z is not None,
         "RESETS": resets is not None,
-        "KEEP": shape.states == 2 or shape.helpers > 0,
+        "KEEP": shape.states == 2 or (shape.helpers > 0 and threads(N, shape) <= 256),
         "BLOCKS": shape.blocks or 1,
     }
     macros = tuple((name, int(value)) for name, value in defines.items())
