@@ -310,7 +310,7 @@ def read_curves(path: Path, run: Run) -> tuple[dict[str, Curve], dict[str, Any]]
     """
     told = read_json(path)
     try:
-        identity, found = told["identity"], told["curves"]
+        identity, found = dict(told["identity"]), told["curves"]
         curves = {
             name: Curve(**{key: value for key, value in found[name].items() if key != "way"})
             for name in found
@@ -318,7 +318,7 @@ def read_curves(path: Path, run: Run) -> tuple[dict[str, Curve], dict[str, Any]]
         }
         steps = [len(curve.losses) for name, curve in curves.items() if name == "cpu"]
         origin = {key: told.get(key) for key in ("command", "torch", "python", "platform", "threads", "time", "commit")}
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path} is not what `samba-lm bench curve --json` writes: give such a file.") from None
     for key, ours in run.identity().items():
         theirs = identity.get(key)

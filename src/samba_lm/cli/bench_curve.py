@@ -131,6 +131,8 @@ def _check(args: Curve) -> None:
     ):
         if value is not None and not 1 <= value <= 1 << 24:
             raise UserError(f"--{name} {value} must be from 1 to {1 << 24}.")
+    if args.figure is not None and args.figure.is_dir():
+        raise UserError(f"--figure {args.figure} is a folder: give a file in it, such as curve.png.")
     if args.path == "gpu" and args.against is None:
         raise UserError("--path gpu needs --against FILE: what `samba-lm bench curve --path cpu --json FILE` wrote.")
     if args.path != "gpu" and args.against is not None:
