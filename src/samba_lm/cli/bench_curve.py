@@ -27,8 +27,8 @@ REPORT_EVERY = 50
 @dataclass(frozen=True)
 class Curve:
     """Train one small model on the CPU in fp32 and on a CUDA GPU in fp32 and in bf16 (on fp32 weights), from the same
-    initial weights on the same batches, and compare the losses step by step with what rounding does between two bf16
-    runs: one by kernels, one without.
+    initial weights on the same batches, and compare the losses step by step. Noise is what a bf16 run without our
+    kernels is from the CPU.
 
     The two parts may run on different machines: `--path cpu --weights W --json A` on one, then, with the same options,
     `--path gpu --against A --weights W` on the other."""
