@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-_open: dict[tuple[int, torch.dtype], torch.Tensor] | None = None
+T = TypeVar("T")
+_open: dict[tuple[int, object], Any] | None = None
 
 
 def cast(parameter: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
@@ -18,6 +20,16 @@ def cast(parameter: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
     key = id(parameter), dtype
     if key not in _open:
         _open[key] = parameter.to(dtype)
+    return _open[key]
+
+
+def made_once(parameter: nn.Parameter, make: Callable[[nn.Parameter], T]) -> T:
+    """``make(parameter)``, some form of it that gets no gradient, at most once while :func:`cast_once` is open."""
+    if _open is None or torch.compiler.is_compiling():
+        return make(parameter)
+    key = id(parameter), make
+    if key not in _open:
+        _open[key] = make(parameter)
     return _open[key]
 
 
