@@ -148,6 +148,37 @@ def test_gradient_of_the_final_state_alone() -> None:
     assert not found["z"].any()
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("without", [(), ("state", "z", "delta_bias", "lengths", "resets")])
+def test_segments_of_a_long_row(dtype: torch.dtype, without: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows cut into three segments that run at once: documents at and beside the cuts, padding over whole segments."""
+    monkeypatch.setattr(nvrtc, "launch", lambda what, device: run(what))
+    monkeypatch.setattr(scan, "segments_of", lambda batch, L, E: 3)
+    given = inputs(2, 96, 34, 16, dtype, without=without)
+    if not without:
+        given["resets"] = torch.zeros(2, 96, dtype=torch.bool)
+        given["resets"][0, 32] = given["resets"][0, 63] = given["resets"][1, 5] = True
+        given["lengths"] = torch.tensor([96, 20])
+    dy, dfinal = torch.randn(2, 96, 34).to(dtype), torch.randn(2, 34, 16)
+    expected = truth(given, dy, dfinal)
+    own = leaves(given)
+    used = [name for name in INPUTS if own[name] is not None]
+    y, final = scan.scan_cuda(**own)
+    grads = torch.autograd.grad((y, final), [own[name] for name in used], (dy, dfinal))
+    found = {"y": y.detach(), "final": final.detach(), **dict(zip(used, grads, strict=True))}
+    for name, value in expected.items():
+        close(found[name], value, name)
+
+
+def test_how_many_segments() -> None:
+    assert scan.segments_of(8, 4096, 3072) == 1
+    assert scan.segments_of(1, 131072, 4096) == 4
+    assert scan.segments_of(1, 1000, 4096) == 1  # not into equal ones
+    for batch, L, E in [(1, 4096, 4096), (2, 48000, 1024), (1, 17, 64), (3, 999, 8)]:
+        assert L % (16 * scan.segments_of(batch, L, E)) == 0 or scan.segments_of(batch, L, E) == 1
+
+
 VARIANTS = [
     *((N, torch.bfloat16, Shape(4, 32), scan.backward_shape(8, 3072, N)) for N in scan.STATES),
     *((N, torch.bfloat16, scan.forward_shape(1, 64), scan.backward_shape(1, 64, N)) for N in scan.STATES),
@@ -173,11 +204,14 @@ def test_variants_compile(
     launch, _, _, checkpoints, _ = scan.plan_forward(**given, save=True, shape=forward)
     rest = {name: t for name, t in given.items() if name != "state"}
     launches, *_ = scan.plan_backward(given["u"], None, **rest, checkpoints=checkpoints, shape=backward)
-    for each in (launch, launches[0]):
+    segments, *_ = scan.plan_segments(
+        *(given[name] for name in ("u", "delta", "A", "B", "z", "delta_bias", "resets", "lengths")), reverse=True
+    )
+    for each in (launch, launches[0], segments):
         code = nvrtc.compiled(each.files, each.defines, arch)
         assert code[:4] == b"\x7fELF"
         assert nvrtc.compiled(each.files, each.defines, arch) == code
-    assert len(list(tmp_path.rglob("*.cubin"))) == 2
+    assert len(list(tmp_path.rglob("*.cubin"))) == 3
     assert not list(tmp_path.rglob("*.part"))
 
 
@@ -233,6 +267,7 @@ GPU = [
     ((1, 100, 48, 32), torch.float32, ("z", "D", "delta_bias", "state")),
     ((1, 100, 48, 64), torch.bfloat16, ()),
     ((40, 90, 320, 16), torch.bfloat16, ()),
+    ((1, 1024, 40, 16), torch.bfloat16, ()),  # in segments
 ]
 
 

@@ -39,6 +39,11 @@ class Shape(NamedTuple):
     """``HELP`` in common.cuh: threads besides those that own states."""
 
 
+SEGMENTS_SHAPE = Shape(4, 32, 5)
+SEGMENT_BLOCKS = 512
+"""Blocks of 32 channels that a long row is cut into segments for."""
+
+
 def forward_shape(batch: int, E: int) -> Shape:
     """Few blocks are each alone on a multiprocessor: helpers keep the owners of states at their work."""
     return Shape(4, 32) if batch * -(-E // 32) >= FILL else Shape(4, 32, 1, 128)
@@ -110,11 +115,43 @@ def _forward(
     lengths: torch.Tensor | None,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    (batch, L, E), N = u.shape, A.shape[1]
+    segments = segments_of(batch, L, E)
+    if segments > 1:
+        A, delta_bias, resets, lengths = _plain(A, delta_bias, resets, lengths)
+        u, delta, B, C, z, resets = cut(segments, u, delta, B, C, z, resets)
+        lengths = cut_lengths(lengths, segments, L // segments)
+        state = _forward_states(u, delta, A, B, delta_bias, state, resets, lengths, segments)
     launch, y, final, checkpoints, _keep = plan_forward(
         u, delta, A, B, C, D, z, delta_bias, state, resets, lengths, save
     )
     nvrtc.launch(launch, u.device)
+    if segments > 1:
+        y, final = y.view(batch, L, E), final.unflatten(0, (batch, segments))[:, -1].clone()
+        checkpoints = checkpoints.view(batch, -1, N, E) if save else checkpoints
     return y, final, checkpoints
+
+
+def _forward_states(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    delta_bias: torch.Tensor | None,
+    state: torch.Tensor | None,
+    resets: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    segments: int,
+) -> torch.Tensor:
+    """The state that each segment starts from."""
+    u, delta, B = (_dense(t) for t in (u, delta, B))
+    launch, local, steps, _keep = plan_segments(u, delta, A, B, None, delta_bias, resets, lengths, reverse=False)
+    nvrtc.launch(launch, u.device)
+    return entered(state, local, steps, A, segments, reverse=False)
+
+
+def _plain(*tensors: Any) -> Any:
+    return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
 @_forward.register_fake
@@ -184,6 +221,77 @@ def plan_forward(
     return launch, y, final, checkpoints, [*pointers]
 
 
+def plan_segments(
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    w: torch.Tensor,
+    z: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    resets: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    *,
+    reverse: bool,
+    shape: Shape = SEGMENTS_SHAPE,
+) -> tuple[nvrtc.Launch, torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
+    """The launch that finds what each row of the batch does to a state (x = u, w = B) or, in reverse, to a state's
+    gradient (x = dy, w = C, z): its results local [B, E, N] and steps [B, E], and the inputs that must outlive it."""
+    (batch, L, E), N = x.shape, A.shape[1]
+    local, steps = A.new_empty(batch, E, N), A.new_empty(batch, E)
+    rows = (x, delta, w, z)
+    pointers = (*rows, A, delta_bias, resets, lengths, local, steps)
+    defines = {
+        **_common(x, N, shape, rows),
+        "GATED": z is not None,
+        "RESETS": resets is not None,
+        "REVERSE": reverse,
+        "BLOCKS": shape.blocks,
+    }
+    inputs = _inputs(N, shape, x.element_size(), 3 if z is not None else 2, z is not None, weights=1)
+    launch = nvrtc.Launch(
+        "scan_segments",
+        files("segments"),
+        tuple((name, int(value)) for name, value in defines.items()),
+        (-(-E // shape.channels), batch),
+        threads(N, shape),
+        2 * 4 * TILE * (2 * shape.channels + N) + inputs,
+        pack(*(0 if t is None else t.data_ptr() for t in pointers), L, E, *_strides(*rows)),
+    )
+    return launch, local, steps, [*pointers]
+
+
+def segments_of(batch: int, L: int, E: int) -> int:
+    """Into how many segments of equal length, multiples of TILE, a row is cut so that its blocks fill the GPU."""
+    blocks = batch * -(-E // 32)
+    wanted = min(SEGMENT_BLOCKS // blocks, L // (8 * TILE)) if blocks < FILL else 1
+    return next((n for n in range(wanted, 1, -1) if L % (n * TILE) == 0), 1)
+
+
+def cut(segments: int, *tensors: torch.Tensor | None) -> Any:
+    """Each [B, L, ...] as [B * segments, L / segments, ...], views where the batch's rows follow each other."""
+    return [None if t is None else t.unflatten(1, (segments, -1)).flatten(0, 1) for t in tensors]
+
+
+def cut_lengths(lengths: torch.Tensor | None, segments: int, span: int) -> torch.Tensor | None:
+    """The number of valid tokens in each segment."""
+    if lengths is None:
+        return None
+    starts = torch.arange(segments, device=lengths.device) * span
+    return (lengths[:, None] - starts).clamp(0, span).flatten()
+
+
+def entered(
+    first: torch.Tensor | None, local: torch.Tensor, steps: torch.Tensor, A: torch.Tensor, segments: int, reverse: bool
+) -> torch.Tensor:
+    """What each segment is entered with, [B * segments, E, N]: ``first`` [B, E, N] (None: zeros) by the first of them,
+    in reverse by the last. local, steps: of all the segments, see ``plan_segments``."""
+    from samba_lm.ops.selective_scan.triton import chain
+
+    local, steps = local.unflatten(0, (-1, segments)), steps.unflatten(0, (-1, segments))
+    first = torch.zeros_like(local[:, 0]) if first is None else first.contiguous()
+    return chain(local, steps, A, first, reverse=reverse).flatten(0, 1)
+
+
 def files(kernel: str) -> tuple[Path, ...]:
     return tuple(KERNELS / f"{name}.cuh" for name in ("primitives", "common", kernel))
 
@@ -209,11 +317,11 @@ def _forward_shared(N: int, shape: Shape, element: int, gated: bool) -> int:
     return 2 * tile + _inputs(N, shape, element, 3 if gated else 2, gated)
 
 
-def _inputs(N: int, shape: Shape, element: int, tensors: int, gated: bool) -> int:
-    """Bytes of ``AHEAD`` tiles' inputs: pairs for each thread, of ``tensors`` with E columns and of B and C."""
+def _inputs(N: int, shape: Shape, element: int, tensors: int, gated: bool, weights: int = 2) -> int:
+    """Bytes of ``AHEAD`` tiles' inputs: pairs for each thread, of ``tensors`` with E columns and ``weights`` with N."""
     workers = shape.helpers or _owners(N, shape)
     rounds, bc_rounds = (-(-TILE * width // 2 // workers) for width in (shape.channels, N))
-    return AHEAD * workers * 2 * element * (tensors * rounds + (0 if gated else 1) + 2 * bc_rounds)
+    return AHEAD * workers * 2 * element * (tensors * rounds + (0 if gated else 1) + weights * bc_rounds)
 
 
 def _common(u: torch.Tensor, N: int, shape: Shape, rows: tuple[torch.Tensor | None, ...]) -> dict[str, int]:
@@ -273,12 +381,23 @@ def _backward(
     lengths: torch.Tensor | None,
     checkpoints: torch.Tensor,
 ) -> list[torch.Tensor]:
+    batch, L, E = u.shape
+    segments = segments_of(batch, L, E)
+    if segments > 1:
+        A, delta_bias, resets, lengths = _plain(A, delta_bias, resets, lengths)
+        dy, u, delta, B, C, z, resets, checkpoints = cut(segments, dy, u, delta, B, C, z, resets, checkpoints)
+        dy, delta, C = (_dense(t) for t in (dy, delta, C))
+        z = None if z is None else _dense(z)
+        lengths = cut_lengths(lengths, segments, L // segments)
+        launch, local, steps, _inputs = plan_segments(dy, delta, A, C, z, delta_bias, resets, lengths, reverse=True)
+        nvrtc.launch(launch, u.device)
+        dfinal = entered(dfinal, local, steps, A, segments, reverse=True)
     launches, grads, _keep = plan_backward(
         dy, dfinal, u, delta, A, B, C, D, z, delta_bias, resets, lengths, checkpoints
     )
     for each in launches:
         nvrtc.launch(each, u.device)
-    return [*_summed(grads)]
+    return [*_whole(_summed(grads), batch, segments)]
 
 
 @_backward.register_fake
@@ -396,6 +515,18 @@ def _summed(grads: Grads) -> Grads:
     """The gradients, with those of A, D and delta_bias summed over the batch."""
     dA, dD, dbias = (t.sum(0) for t in (grads.A, grads.D, grads.delta_bias))
     return grads._replace(A=dA, D=dD, delta_bias=dbias)
+
+
+def _whole(grads: Grads, batch: int, segments: int) -> Grads:
+    """The gradients of segments as those of rows; the state's is the first segment's."""
+    if segments == 1:
+        return grads
+    rows = {
+        name: getattr(grads, name).unflatten(0, (batch, segments)).flatten(1, 2)
+        for name in ("u", "delta", "B", "C", "z")
+        if getattr(grads, name).numel()
+    }
+    return grads._replace(**rows, state=grads.state.unflatten(0, (batch, segments))[:, 0].clone())
 
 
 def _backward_shared(N: int, shape: Shape, element: int, gated: bool) -> int:

@@ -135,7 +135,7 @@ def scan_backward(
             length, span, segments, *_batch_strides(delta, z, C, dy),
             **_row_strides(delta=delta, z=z, C=C, dy=dy), E=channels, BE=block, N=n, **options, num_warps=warps,
         )  # fmt: skip
-        carries = _chain(local, steps, A, dfinal, reverse=True)
+        carries = chain(local, steps, A, dfinal, reverse=True)
     block, warps, group = _backward_block(n)
     blocks = triton.cdiv(channels, block)
     du, ddelta = (torch.empty(batch, length, channels, dtype=t.dtype, device=t.device) for t in (u, delta))
@@ -215,10 +215,11 @@ def _chained(
         **_row_strides(u=u, delta=delta, B=B), E=channels, BE=block, N=n,
         HAS_RESETS=resets is not None, HAS_LENGTHS=lengths is not None, num_warps=warps,
     )  # fmt: skip
-    return _chain(local, steps, A, state, reverse=False)
+    return chain(local, steps, A, state, reverse=False)
 
 
-def _chain(local: Tensor, steps: Tensor, A: Tensor, begin: Tensor, *, reverse: bool) -> Tensor:
+def chain(local: Tensor, steps: Tensor, A: Tensor, begin: Tensor, *, reverse: bool) -> Tensor:
+    """What each segment is entered with [B, segments, E, N]: see ``chain_kernel``."""
     batch, segments, channels, n = local.shape
     out = torch.empty_like(local)
     cells = channels * n
