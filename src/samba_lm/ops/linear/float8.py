@@ -320,13 +320,14 @@ def _gradients(ctx: Any, dfirst: torch.Tensor | None, dsecond: torch.Tensor | No
     nothing = None, None, None, None, None
     if dfirst is None and dsecond is None:
         return None, None, *nothing
-    _, scale, _, w_scale = ctx.saved_tensors
+    kept = ctx.saved_tensors  # read once: what activation checkpointing makes again is there only once
+    _, scale, _, w_scale = kept
     split = w_scale.shape[0] // (2 if ctx.halves else 1)
     if dfirst is None:
         dfirst = scale.new_zeros(scale.shape[0], split, dtype=ctx.dtype)
     if dsecond is None:
         dsecond = scale.new_zeros(scale.shape[0], w_scale.shape[0] - split, dtype=ctx.dtype)
-    dx, dweight = _linear_backward(dfirst, dsecond, *ctx.saved_tensors, ctx.wide, ctx.kernels)
+    dx, dweight = _linear_backward(dfirst, dsecond, *kept, ctx.wide, ctx.kernels)
     return dx, dweight, *nothing
 
 

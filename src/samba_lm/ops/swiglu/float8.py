@@ -144,12 +144,12 @@ def _mlp_backward(
     """dx and the gradients of w12 and w3; ``wide``: in fp32."""
     dq, dqt, d_scale = cast_gradient([dy], act_scale, kernels)
     dact = product(dq, q3t, d_scale[:1], scale3[:1], dy.dtype, FAST_DX)
-    *dboth, actt = cast_gradients(both, dact, scale, act_scale, kernels)
+    dboth, dbotht, dboth_scale, actt = cast_gradients(both, dact, scale, act_scale, kernels)
     del dact
     one = torch.ones(1, device=dy.device)
     dw3 = product(dqt, actt, d_scale[1:], one, torch.float32 if wide3 else dy.dtype, FAST_DW)
     del dq, dqt, actt
-    dx, dw12 = linear_gradients(*dboth, qt, q12t, scale12, dy.dtype, wide12)
+    dx, dw12 = linear_gradients(dboth, dbotht, dboth_scale, qt, q12t, scale12, dy.dtype, wide12)
     return dx, dw12, dw3
 
 
