@@ -150,17 +150,19 @@ def test_gradient_of_the_final_state_alone() -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("without", [(), ("state", "z", "delta_bias", "lengths", "resets")])
-def test_segments_of_a_long_row(dtype: torch.dtype, without: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("batch", "without"), [(2, ()), (1, ("state", "z", "delta_bias", "lengths", "resets"))])
+def test_segments_of_a_long_row(
+    dtype: torch.dtype, batch: int, without: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows cut into three segments that run at once: documents at and beside the cuts, padding over whole segments."""
     monkeypatch.setattr(nvrtc, "launch", lambda what, device: run(what))
     monkeypatch.setattr(scan, "segments_of", lambda batch, L, E: 3)
-    given = inputs(2, 96, 34, 16, dtype, without=without)
+    given = inputs(batch, 96, 34, 16, dtype, without=without)
     if not without:
         given["resets"] = torch.zeros(2, 96, dtype=torch.bool)
         given["resets"][0, 32] = given["resets"][0, 63] = given["resets"][1, 5] = True
         given["lengths"] = torch.tensor([96, 20])
-    dy, dfinal = torch.randn(2, 96, 34).to(dtype), torch.randn(2, 34, 16)
+    dy, dfinal = torch.randn(batch, 96, 34).to(dtype), torch.randn(batch, 34, 16)
     expected = truth(given, dy, dfinal)
     own = leaves(given)
     used = [name for name in INPUTS if own[name] is not None]

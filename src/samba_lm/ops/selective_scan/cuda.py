@@ -232,14 +232,19 @@ def plan_segments(
     lengths: torch.Tensor | None,
     *,
     reverse: bool,
+    row: slice = slice(None),
     shape: Shape = SEGMENTS_SHAPE,
 ) -> tuple[nvrtc.Launch, torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
     """The launch that finds what each row of the batch does to a state (x = u, w = B) or, in reverse, to a state's
-    gradient (x = dy, w = C, z): its results local [B, E, N] and steps [B, E], and the inputs that must outlive it."""
-    (batch, L, E), N = x.shape, A.shape[1]
-    local, steps = A.new_empty(batch, E, N), A.new_empty(batch, E)
+    gradient (x = dy, w = C, z): its results local [B, E, N] and steps [B, E], and the inputs that must outlive it.
+    Only those of the rows ``row`` are written."""
+    (_, L, E), N = x.shape, A.shape[1]
+    local, steps = A.new_empty(x.shape[0], E, N), A.new_empty(x.shape[0], E)
+    x, delta, w = x[row], delta[row], w[row]
+    z, resets, lengths = (None if t is None else t[row] for t in (z, resets, lengths))
     rows = (x, delta, w, z)
-    pointers = (*rows, A, delta_bias, resets, lengths, local, steps)
+    batch = x.shape[0]
+    pointers = (*rows, A, delta_bias, resets, lengths, local[row], steps[row])
     defines = {
         **_common(x, N, shape, rows),
         "GATED": z is not None,
@@ -270,6 +275,13 @@ def segments_of(batch: int, L: int, E: int) -> int:
 def cut(segments: int, *tensors: torch.Tensor | None) -> Any:
     """Each [B, L, ...] as [B * segments, L / segments, ...], views where the batch's rows follow each other."""
     return [None if t is None else t.unflatten(1, (segments, -1)).flatten(0, 1) for t in tensors]
+
+
+def needed(segments: int, rows: int, reverse: bool) -> slice:
+    """The segments whose effect another one waits for: of a single row all but the last one taken."""
+    if rows != segments:
+        return slice(None)
+    return slice(1, None) if reverse else slice(0, -1)
 
 
 def cut_lengths(lengths: torch.Tensor | None, segments: int, span: int) -> torch.Tensor | None:
