@@ -123,6 +123,24 @@ def test_kernel_gives_an_fp32_weight_its_fp32_gradient(dtype: torch.dtype, monke
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("V", [1, 37, 1000, 5000])
+def test_gradients_in_the_memory_of_the_logits_are_the_same(V: int, dtype: torch.dtype) -> None:
+    width, rows = -(-V // kernels.ALIGN) * kernels.ALIGN, 7
+    memory = torch.randn(rows, width, device=DEVICE) * 3
+    logits, apart = memory[:, :V], torch.empty(rows, width, dtype=dtype, device=DEVICE)[:, :V]
+    targets = torch.randint(0, V, (rows,), device=DEVICE)
+    targets[2] = IGNORED
+    losses = torch.empty(2, rows, device=DEVICE)
+    kernels.softmax_loss(logits, targets, losses[0], apart, IGNORED)
+    inside = memory.view(dtype)[:, :V]
+    kernels.softmax_loss(logits, targets, losses[1], inside, IGNORED)
+    assert inside.data_ptr() == logits.data_ptr()
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(inside, apart)
+
+
+@needs_triton
 def test_kernel_without_gradients_and_with_one() -> None:
     hidden, weight, targets = inputs((13,), 8, 70, torch.float32)
     want = truth(hidden, weight, targets)

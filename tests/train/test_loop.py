@@ -1,19 +1,27 @@
 from __future__ import annotations
 
+import functools
 import math
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from kernels import DEVICE, needs_triton
 from torch._dynamo.utils import counters
 
 from samba_lm import checkpoint, zoo
 from samba_lm.data.loader import Batch, Loader
 from samba_lm.data.shards import TokenDataset
+from samba_lm.mixers import mamba
 from samba_lm.model import SambaLM
+from samba_lm.nn import recompute
+from samba_lm.nn.cast import cast_once
+from samba_lm.ops.selective_scan import selective_scan
 from samba_lm.train.loop import (
     NonFiniteError,
     Progress,
@@ -21,6 +29,7 @@ from samba_lm.train.loop import (
     evaluate,
     fit,
     make_optimizer,
+    on_device,
     prepare_model,
     train_step,
 )
@@ -28,7 +37,7 @@ from samba_lm.train.observer import Observer, Plan, StepRecord
 from samba_lm.train.optim import optimizer_tensors
 from samba_lm.train.parallel import connect
 from samba_lm.train.recipe import Recipe, TrainSection
-from samba_lm.train.transforms import checkpoint_activations, compile_layers
+from samba_lm.train.transforms import checkpoint_activations, compile_layers, remake_cheap_activations
 from samba_lm.train.validation import ValidationWindows
 
 CPU = connect("cpu")
@@ -81,11 +90,12 @@ def test_loss_is_the_mean_over_valid_tokens() -> None:
     assert loss == pytest.approx(want.item(), rel=1e-5)
 
 
-def test_activation_checkpointing_changes_no_gradient(data: Path) -> None:
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_activation_checkpointing_changes_no_gradient(data: Path, how: str) -> None:
     loader = Loader(TokenDataset.open(data / "train"), 4, 32, 0, documents=True)
     plain, recomputed = nano(), nano()
     fit(plain, loader, settings(steps=2))
-    fit(recomputed, loader, settings(steps=2, activation_checkpointing=True))
+    fit(recomputed, loader, settings(steps=2, activation_checkpointing=how))
     assert list(plain.state_dict()) == list(recomputed.state_dict())
     for name, value in plain.state_dict().items():
         assert torch.equal(value, recomputed.state_dict()[name]), name
@@ -102,6 +112,66 @@ def test_activation_checkpointing_computes_again_in_backward() -> None:
     assert len(calls) == 1
     total.backward()
     assert len(calls) == 2
+
+
+class Counted(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that are kept for backward, each tensor's once."""
+
+    kept: ClassVar[dict[tuple[int, torch.Size], torch.Tensor]] = {}
+
+    def __init__(self, pack: Callable[..., Any] = lambda t: t, unpack: Callable[..., Any] = lambda t: t) -> None:
+        def counted(tensor: torch.Tensor) -> Any:
+            packed = pack(tensor)
+            if packed is not None:
+                self.kept[packed.data_ptr(), packed.shape] = packed
+            return packed
+
+        super().__init__(counted, unpack)
+
+    @classmethod
+    def total(cls) -> int:
+        """Bytes since the last call."""
+        total = sum(tensor.nbytes for tensor in cls.kept.values())
+        cls.kept.clear()
+        return total
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("once", [True, False])
+def test_selective_checkpointing_keeps_no_steps(
+    dtype: torch.dtype, once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mamba, "selective_scan", functools.partial(selective_scan, backend="triton"))
+    monkeypatch.setattr(recompute, "saved_tensors_hooks", Counted)
+    batch = on_device(padded_batch(), torch.device(DEVICE))
+    found = []
+    for selective in (False, True):
+        model = nano().to(DEVICE)
+        model.compute_dtype = dtype
+        if selective:
+            remake_cheap_activations(model.layers)
+        with cast_once() if once else nullcontext():
+            with Counted():
+                total, _ = batch_loss(model, batch, torch.device(DEVICE))
+            kept = Counted.total()
+            total.backward()
+        found.append((kept, [p.grad for p in model.parameters()]))
+    (all_of_it, plain), (less, remade) = found
+    steps = [m for m in model.modules() if isinstance(m, mamba.S6)]
+    assert all_of_it - less == sum(batch.input_ids.numel() * s6.inner * dtype.itemsize for s6 in steps) > 0
+    for a, b in zip(plain, remade, strict=True):
+        assert torch.equal(a, b)  # type: ignore[arg-type]
+
+
+def test_both_kinds_of_checkpointing_together() -> None:
+    batch, plain, both = padded_batch(), nano(), nano()
+    remake_cheap_activations(both.layers)
+    checkpoint_activations(both.layers)
+    loss, want = gradients(plain, batch)
+    same, got = gradients(both, batch)
+    assert same == loss
+    assert all(torch.equal(want[name], got[name]) for name in want)
 
 
 def test_bf16_keeps_fp32_parameters_and_learns(data: Path) -> None:

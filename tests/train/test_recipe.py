@@ -81,6 +81,10 @@ def test_round_trip_and_differences() -> None:
         ("[train]\nbatch_size = 6\nmicro_batch = 4\n", ["micro_batch = 4", "batch_size = 6"]),
         ("[train]\nbetas = [0.9, 1.5]\n", ["betas", "1.5"]),
         ('[train]\ndtype = "float16"\n', ["train.dtype", "float16", "bfloat16"]),
+        (
+            "[train]\nactivation_checkpointing = true\n",
+            ["activation_checkpointing = True", "'none', 'selective' or 'full'"],
+        ),
         ("[train\n", ["not valid TOML", "line 1"]),
     ],
 )

@@ -74,7 +74,7 @@ def check(config: ModelConfig, settings: TrainSection, device: torch.device) -> 
     """
     small = narrow(config)
     batch = random_batch(PARITY_BATCH, PARITY_LENGTH, small.vocab_size)
-    plain = settings.model_copy(update={"compile": False, "activation_checkpointing": False})
+    plain = settings.model_copy(update={"compile": False, "activation_checkpointing": "none"})
     model = create(small)
     ours = gradients(copy.deepcopy(model), batch, settings, device)
     noise = gradients(copy.deepcopy(model), batch, plain, torch.device("cpu"))

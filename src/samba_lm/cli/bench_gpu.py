@@ -63,8 +63,8 @@ class Train:
     """Timed steps, after some to warm up; the median counts."""
     compile: bool = False
     """Compile each layer with torch.compile."""
-    activation_checkpointing: bool = False
-    """Compute each layer again in backward instead of keeping its activations."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What backward computes again instead of keeping it: nothing, what is cheap, or each layer."""
     profile: bool = False
     """Also profile one step: a table of its kernels, by time."""
     json: JsonFile = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
@@ -10,9 +12,12 @@ from torch import nn
 from samba_lm.config import Mamba, ModelConfig
 from samba_lm.mixers.base import Mixer, Tensors, state_dtype
 from samba_lm.mixers.registry import register_mixer
+from samba_lm.nn.cast import cast
 from samba_lm.nn.init import Init
 from samba_lm.nn.linear import Linear
+from samba_lm.nn.recompute import remade
 from samba_lm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+from samba_lm.ops.linear import linear
 from samba_lm.ops.selective_scan import selective_scan, selective_scan_step
 from samba_lm.span import Span
 
@@ -51,6 +56,9 @@ class S6(nn.Module):
     State: ``conv`` [B, k-1, E] the last inputs, ``ssm`` [B, E, N] in fp32.
     """
 
+    remake_step = False
+    """Make the step again in backward, a thin product, instead of keeping E numbers a token for it."""
+
     def __init__(self, inner: int, rank: int, state: int, conv: int) -> None:
         super().__init__()
         self.inner, self.rank, self.state = inner, rank, state
@@ -73,20 +81,29 @@ class S6(nn.Module):
             lengths=span.lengths,
         )
         low, B, C = self.x_proj(u).split((self.rank, self.state, self.state), dim=-1)
-        y, ssm = selective_scan(
-            u,
-            self.dt_proj(low),
-            self.selection.A(state_dtype(h.dtype)),
-            B,
-            C,
-            self.selection.D,
-            gate,
-            self.selection.dt_bias,
-            state=tensors["ssm"],
-            resets=span.resets,
-            lengths=span.lengths,
-        )
+        delta = self.dt_proj(low)
+        with self._keeping(low, delta):
+            y, ssm = selective_scan(
+                u,
+                delta,
+                self.selection.A(state_dtype(h.dtype)),
+                B,
+                C,
+                self.selection.D,
+                gate,
+                self.selection.dt_bias,
+                state=tensors["ssm"],
+                resets=span.resets,
+                lengths=span.lengths,
+            )
         return y, {"conv": conv, "ssm": ssm}
+
+    def _keeping(self, low: torch.Tensor, delta: torch.Tensor) -> AbstractContextManager[object]:
+        """How the scan keeps delta = dt_proj(low) for its backward."""
+        if not self.remake_step or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return nullcontext()
+        weight = cast(self.dt_proj.weight, low.dtype)
+        return remade(delta, partial(linear, low.detach(), weight.detach()))
 
     def _step(self, h: torch.Tensor, gate: torch.Tensor | None, tensors: Tensors) -> tuple[torch.Tensor, Tensors]:
         """One token, without gradients: h [B, E]."""

@@ -22,7 +22,7 @@ from samba_lm.train.optim import build_optimizer, optimizer_tensors, set_learnin
 from samba_lm.train.parallel import Parallel, connect
 from samba_lm.train.recipe import TrainSection
 from samba_lm.train.schedule import learning_rate
-from samba_lm.train.transforms import checkpoint_activations, compile_layers
+from samba_lm.train.transforms import checkpoint_activations, compile_layers, remake_cheap_activations
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,10 @@ class NonFiniteError(UserError):
 
 def prepare_model(model: SambaLM, settings: TrainSection, parallel: Parallel) -> SambaLM:
     """Checkpoint activations, compile, then place the model, as the settings say. In place; returns the model."""
-    if settings.activation_checkpointing:
+    if settings.activation_checkpointing == "full":
         checkpoint_activations(model.layers)
+    elif settings.activation_checkpointing == "selective":
+        remake_cheap_activations(model.layers)
     if settings.compile:
         compile_layers(model.layers)
     parallel.wrap(model)

@@ -104,8 +104,9 @@ class TrainSection(Section):
     """Largest global norm of the gradient; 0: no clipping."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters and optimizer stay float32."""
-    activation_checkpointing: bool = False
-    """Keep only each layer's input and compute the layer again in backward: much less memory, about a third slower."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What backward computes again to save memory. none: nothing; selective: what costs next to nothing, on a GPU and
+    without compile; full: each layer from its input, much less memory, about a third slower."""
     compile: bool = False
     """Compile each layer with torch.compile: slow start, faster steps on a GPU."""
     seed: int = Field(default=0, ge=0, lt=2**32)

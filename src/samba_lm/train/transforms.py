@@ -1,4 +1,4 @@
-"""What is done to a model from outside, layer by layer: first activation checkpointing, then compilation."""
+"""What is done to a model from outside, layer by layer: first what backward makes again, then compilation."""
 
 from __future__ import annotations
 
@@ -10,11 +10,24 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from samba_lm.mixers.mamba import S6
+
 
 def checkpoint_activations(layers: Iterable[nn.Module]) -> None:
     """Keep only each layer's inputs for backward and compute the rest again there. In place; parameter names stay."""
     for layer in layers:
         layer.forward = _recomputed(layer.forward)
+
+
+def remake_cheap_activations(layers: Iterable[nn.Module]) -> None:
+    """Keep all for backward but what is cheap to make again: the steps of Mamba's scans. In place.
+
+    Compiled layers and the scan's PyTorch backends keep what they always do.
+    """
+    for layer in layers:
+        for module in layer.modules():
+            if isinstance(module, S6):
+                module.remake_step = True
 
 
 def compile_layers(layers: Iterable[nn.Module]) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from samba_lm.ops.triton_math import LOG2_E, exp2
 
-LOGITS_BYTES = 1 << 30
-"""fp32 logits held at once: 8,192 tokens of a vocabulary of 32,000, enough rows to fill a GPU many times over."""
+LOGITS_BYTES = 1 << 29
+"""fp32 logits held at once: 4,096 tokens of a vocabulary of 32,000, where products are as fast as with more."""
 
 ALIGN = 16
 """Rows of logits start at multiples of this many elements: wide loads, and fast products, for any vocabulary."""
@@ -55,7 +55,10 @@ def _linear_cross_entropy(
     all_logits = torch.empty(held, width, dtype=torch.float32, device=hidden.device)
     all_logits[:, vocab:].zero_()
     grad = hidden_grad or weight_grad
-    all_d_logits = torch.empty(held if grad else 0, width, dtype=hidden.dtype, device=hidden.device)
+    if pick(vocab)[1]:  # each row's gradient goes where its logits were: of 16 bits, into the first half
+        all_d_logits = all_logits.view(hidden.dtype)
+    else:
+        all_d_logits = torch.empty(held if grad else 0, width, dtype=hidden.dtype, device=hidden.device)
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
         h = hidden[part]
@@ -130,7 +133,8 @@ def softmax_loss(
 ) -> None:
     """losses [N] from logits [N, V] fp32, and where asked for d_logits [N, V] = softmax - one-hot.
 
-    Both have rows of the same stride, all of which may be read and written: the padding too.
+    The stride of ``logits``, the padding included, is what may be read of its rows and written of those of
+    ``d_logits``. The rows of ``d_logits`` may begin where those of ``logits`` do, if a program holds a whole row.
     """
     rows, vocab = logits.shape
     block, whole, warps = config or pick(vocab)
@@ -142,6 +146,7 @@ def softmax_loss(
             d_logits,
             vocab,
             logits.stride(0),
+            0 if d_logits is None else d_logits.stride(0),
             ignore_index,
             GRADIENT=d_logits is not None,
             BLOCK=block,
@@ -159,10 +164,10 @@ def pick(vocab: int) -> tuple[int, bool, int]:
 
 
 @triton.jit
-def _load(logits, column, V, row_stride):
+def _load(logits, column, V, width):
     # Whole rows, padding included, so that loads are wide for any V. What stands for the padding is below any logit,
     # yet finite, so that no difference of two of them is NaN.
-    x = tl.load(logits + column, mask=column < row_stride, other=0.0)
+    x = tl.load(logits + column, mask=column < width, other=0.0)
     return tl.where(column < V, x * LOG2_E, -1e38)
 
 
@@ -173,21 +178,22 @@ def _softmax_loss(
     losses,
     d_logits,
     V,
-    row_stride,
+    width,  # of a row of logits with its padding
+    d_stride,  # from one row of d_logits to the next
     ignore_index,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    logits += row * row_stride
+    logits += row * width
     target = tl.load(targets + row)
     valid = target != ignore_index
     inside = (target >= 0) & (target < V)
     own = tl.load(logits + target, mask=inside, other=float("nan"))
     lane = tl.arange(0, BLOCK)
     if WHOLE:
-        x = _load(logits, lane, V, row_stride)
+        x = _load(logits, lane, V, width)
         top = tl.max(x, 0)
         e = exp2(x - top)
         total = tl.sum(e, 0)
@@ -196,7 +202,7 @@ def _softmax_loss(
         tops = tl.full([BLOCK], -3e38, tl.float32)
         sums = tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
-            x = _load(logits, start + lane, V, row_stride)
+            x = _load(logits, start + lane, V, width)
             gap = exp2(-tl.abs(x - tops))  # NaN when x is
             sums = tl.where(x > tops, sums * gap + 1.0, sums + gap)
             tops = tl.maximum(tops, x)
@@ -206,15 +212,17 @@ def _softmax_loss(
     loss = log_sum / LOG2_E - own
     tl.store(losses + row, tl.where(valid, loss, 0.0))
     if GRADIENT:
-        d_logits += row * row_stride
+        d_logits += row * d_stride
         if WHOLE:
+            # This may be the memory of the row itself. Nothing of that is read any more: every load stands before the
+            # reductions, at which all of the program's threads meet, and no other program reads the row.
             p = e * (1.0 / total)
             d = tl.where(valid, tl.where(lane == target, p - 1.0, p), 0.0)
-            tl.store(d_logits + lane, d.to(d_logits.dtype.element_ty), mask=lane < row_stride)
+            tl.store(d_logits + lane, d.to(d_logits.dtype.element_ty), mask=lane < width)
         else:
             for start in range(0, V, BLOCK):
                 column = start + lane
-                x = _load(logits, column, V, row_stride)
+                x = _load(logits, column, V, width)
                 p = exp2(x - log_sum)
                 d = tl.where(valid, tl.where(column == target, p - 1.0, p), 0.0)
-                tl.store(d_logits + column, d.to(d_logits.dtype.element_ty), mask=column < row_stride)
+                tl.store(d_logits + column, d.to(d_logits.dtype.element_ty), mask=column < width)
