@@ -61,6 +61,8 @@ class Train:
     """Sequences computed at once, one or several sizes to try; by default what the memory bar allows."""
     steps: int = 8
     """Timed steps, after some to warm up; the median counts."""
+    float8: bool = False
+    """Compute the large linear maps by float8 products."""
     compile: bool = False
     """Compile each layer with torch.compile."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
@@ -142,7 +144,12 @@ def _train(argv: list[str]) -> None:
     from samba_lm.bench.training import run_train
     from samba_lm.train.recipe import TrainSection
 
-    settings = TrainSection(compile=args.compile, activation_checkpointing=args.activation_checkpointing)
+    settings = TrainSection(
+        dtype="bfloat16",
+        float8=args.float8,
+        compile=args.compile,
+        activation_checkpointing=args.activation_checkpointing,
+    )
     session.clock.close()
     figures: dict[str, list[Figure]] = {}
     for config, batch in zip(configs, batches, strict=True):

@@ -15,6 +15,7 @@ from samba_lm.errors import UserError
 from samba_lm.loss import IGNORE_INDEX, valid_tokens
 from samba_lm.model import SambaLM
 from samba_lm.nn.cast import cast_once
+from samba_lm.ops.linear.float8 import require_float8
 from samba_lm.ops.linear_cross_entropy import linear_cross_entropy
 from samba_lm.train.metrics import device_peak, mfu
 from samba_lm.train.observer import Observer, Plan, StepRecord
@@ -22,7 +23,7 @@ from samba_lm.train.optim import build_optimizer, optimizer_tensors, set_learnin
 from samba_lm.train.parallel import Parallel, connect
 from samba_lm.train.recipe import TrainSection
 from samba_lm.train.schedule import learning_rate
-from samba_lm.train.transforms import checkpoint_activations, compile_layers, remake_cheap_activations
+from samba_lm.train.transforms import checkpoint_activations, compile_layers, remake_cheap_activations, use_float8
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,13 @@ class NonFiniteError(UserError):
 
 
 def prepare_model(model: SambaLM, settings: TrainSection, parallel: Parallel) -> SambaLM:
-    """Checkpoint activations, compile, then place the model, as the settings say. In place; returns the model."""
+    """Use float8, checkpoint activations, compile, then place the model, as the settings say. In place; returns it.
+
+    Raises UserError where the device multiplies no float8 numbers.
+    """
+    if settings.float8:
+        require_float8(parallel.device)
+        use_float8(model.layers)
     if settings.activation_checkpointing == "full":
         checkpoint_activations(model.layers)
     elif settings.activation_checkpointing == "selective":

@@ -104,6 +104,9 @@ class TrainSection(Section):
     """Largest global norm of the gradient; 0: no clipping."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters and optimizer stay float32."""
+    float8: bool = False
+    """Compute the large linear maps by float8 products, forward and backward: on NVIDIA GPUs of compute capability 8.9
+    or higher (H100), with dtype bfloat16. Parameters, optimizer, head and everything else stay as they are."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What backward computes again to save memory. none: nothing; selective: what costs next to nothing, on a GPU and
     without compile; full: each layer from its input, much less memory, about a third slower."""
@@ -135,6 +138,8 @@ class TrainSection(Section):
             )
         if self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch = {self.micro_batch} does not divide batch_size = {self.batch_size}")
+        if self.float8 and self.dtype != "bfloat16":
+            raise ValueError(f'float8 = true needs dtype = "bfloat16", not "{self.dtype}"')
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas = {list(self.betas)} must both be at least 0 and below 1")
         return self

@@ -1,4 +1,5 @@
-"""What is done to a model from outside, layer by layer: first what backward makes again, then compilation."""
+"""What is done to a model from outside, layer by layer: first float8 products, then what backward makes again, then
+compilation."""
 
 from __future__ import annotations
 
@@ -10,7 +11,34 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from samba_lm.mixers.base import Tensors
 from samba_lm.mixers.mamba import S6
+from samba_lm.mixers.mlp import SwiGLUMLP
+from samba_lm.nn.cast import made_once
+from samba_lm.nn.linear import Linear
+from samba_lm.ops.linear.float8 import LEAST, float8_linear, float8_linear_halves, float8_weight, pays
+from samba_lm.ops.swiglu.float8 import float8_swiglu_mlp
+from samba_lm.span import Span
+
+
+def use_float8(layers: Iterable[nn.Module], least: float = LEAST) -> int:
+    """Compute the large linear maps of the layers, and whole SwiGLU MLPs, by float8 products; returns how many maps.
+
+    Which ones: those without a bias for which ``ops.linear.float8.pays(n_in, n_out, least)``. In place; parameters
+    and their names stay. Without gradients (validation, generation) the layers compute as before.
+    """
+    count = 0
+    for layer in layers:
+        modules = list(layer.modules())
+        maps = [module for module in modules if isinstance(module, Linear) and _fits(module, least)]
+        for module in maps:
+            vars(module)["forward"] = _float8(module.forward, functools.partial(_linear, module))
+            vars(module)["halves"] = _float8(module.halves, functools.partial(_halves, module))
+        for mlp in modules:
+            if isinstance(mlp, SwiGLUMLP) and mlp.w12 in maps and mlp.w3 in maps:
+                vars(mlp)["mix"] = _float8(mlp.mix, functools.partial(_mlp, mlp))
+        count += len(maps)
+    return count
 
 
 def checkpoint_activations(layers: Iterable[nn.Module]) -> None:
@@ -44,3 +72,30 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     return call
+
+
+def _fits(module: Linear, least: float) -> bool:
+    n_out, n_in = module.weight.shape
+    return module.bias is None and pays(n_in, n_out, least)
+
+
+def _float8(plain: Callable[..., Any], float8: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def call(*args: Any) -> Any:
+        return (float8 if torch.is_grad_enabled() else plain)(*args)
+
+    return call
+
+
+def _linear(module: Linear, x: torch.Tensor) -> torch.Tensor:
+    return float8_linear(x, module.weight, made_once(module.weight, float8_weight))
+
+
+def _halves(module: Linear, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return float8_linear_halves(x, module.weight, made_once(module.weight, float8_weight))
+
+
+def _mlp(module: SwiGLUMLP, x: torch.Tensor, tensors: Tensors, span: Span) -> tuple[torch.Tensor, Tensors]:
+    w12, w3 = module.w12.weight, module.w3.weight
+    casts = made_once(w12, float8_weight), made_once(w3, float8_weight)
+    return float8_swiglu_mlp(x, w12, w3, casts), {}
