@@ -323,7 +323,7 @@ def read_curves(path: Path, run: Run) -> tuple[dict[str, Curve], dict[str, Any]]
             if not WAYS[name].on_gpu
         }
         steps = [len(curve.losses) for name, curve in curves.items() if name == "cpu"]
-        origin = {key: told.get(key) for key in ("command", "torch", "python", "platform", "threads", "time", "commit")}
+        origin = {key: told.get(key) for key in ("torch", "python", "platform", "threads", "time", "commit")}
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path} is not what `samba-lm bench curve --json` writes: give such a file.") from None
     for key, ours in run.identity().items():
