@@ -87,7 +87,7 @@ def test_a_training_step_waits_for_the_gpu_once(documents: bool) -> None:
             train_step(model, optimizer, batch, section, connect("cuda"), step=2)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [str(w.message) for w in caught if "synchronizing" in str(w.message)]
+    waits = [str(w.message) for w in caught if "called a synchronizing" in str(w.message)]
     assert len(waits) == 1, waits
 
 

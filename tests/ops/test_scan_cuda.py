@@ -106,6 +106,7 @@ EMULATED = [
     pytest.param((1, 20, 34, 16), torch.bfloat16, (Shape(2, 16), Shape(2, 32)), ("lengths",), id="bf16"),
     pytest.param((1, 33, 20, 8), torch.float16, (Shape(2, 16), HELPED), ("resets",), id="fp16, 8 states"),
     pytest.param((2, 1, 5, 16), torch.bfloat16, (Shape(8, 32), Shape(2, 32)), (), id="one token"),
+    pytest.param((1, 50, 20, 16), torch.bfloat16, (Shape(1, 16, 2, 64), HELPED), (), id="one state a thread"),
     pytest.param((1, 17, 6, 64), torch.float32, (HELPED, Shape(4, 32)), (), id="64 states"),
     pytest.param(
         (1, 18, 32, 32),

@@ -102,7 +102,10 @@ DEVICE float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(x * -LOG2_E))
 DEVICE int bc_column(int n) { return n / S * (2 * S) + n % S; }
 
 DEVICE void load_bc(const float* row, float (&b)[S], float (&c)[S]) {
-  if constexpr (S == 2) {
+  if constexpr (S == 1) {
+    float2 both = *(const float2*)row;
+    b[0] = both.x, c[0] = both.y;
+  } else if constexpr (S == 2) {
     float4 both = *(const float4*)row;
     b[0] = both.x, b[1] = both.y, c[0] = both.z, c[1] = both.w;
   } else {

@@ -127,8 +127,13 @@ KERNEL(THREADS, BLOCKS) scan_forward(PARAMETERS(Forward) p) {
 #pragma unroll
     for (int k = 0; k < BC_ROUNDS; ++k) {
       if (!bc_row_of_tile(bc_row, k)) continue;
-      *(float2*)&bc[k * BC_ROUND * BC_ROW] = unpack(from.B[k][worker]);
-      *(float2*)&bc[k * BC_ROUND * BC_ROW + S] = unpack(from.C[k][worker]);
+      const float2 b = unpack(from.B[k][worker]), c = unpack(from.C[k][worker]);
+      if constexpr (S == 1) {
+        *(float4*)&bc[k * BC_ROUND * BC_ROW] = make_float4(b.x, c.x, b.y, c.y);
+      } else {
+        *(float2*)&bc[k * BC_ROUND * BC_ROW] = b;
+        *(float2*)&bc[k * BC_ROUND * BC_ROW + S] = c;
+      }
     }
   };
   auto finish = [&](int index, int left) {  // phase C
