@@ -157,7 +157,7 @@ def test_segments_of_a_long_row(
 ) -> None:
     """Rows cut into three segments that run at once: documents at and beside the cuts, padding over whole segments."""
     monkeypatch.setattr(nvrtc, "launch", lambda what, device: run(what))
-    monkeypatch.setattr(scan, "segments_of", lambda batch, L, E: 3)
+    monkeypatch.setattr(scan, "segments_of", lambda batch, L, E, reverse: 3)
     given = inputs(batch, 96, 34, 16, dtype, without=without)
     if not without:
         given["resets"] = torch.zeros(2, 96, dtype=torch.bool)
@@ -175,11 +175,16 @@ def test_segments_of_a_long_row(
 
 
 def test_how_many_segments() -> None:
-    assert scan.segments_of(8, 4096, 3072) == 1
-    assert scan.segments_of(1, 131072, 4096) == 4
-    assert scan.segments_of(1, 1000, 4096) == 1  # not into equal ones
-    for batch, L, E in [(1, 4096, 4096), (2, 48000, 1024), (1, 17, 64), (3, 999, 8)]:
-        assert L % (16 * scan.segments_of(batch, L, E)) == 0 or scan.segments_of(batch, L, E) == 1
+    def both(batch: int, L: int, E: int) -> tuple[int, int]:
+        return scan.segments_of(batch, L, E, reverse=False), scan.segments_of(batch, L, E, reverse=True)
+
+    assert both(8, 4096, 3072) == (1, 1)
+    assert both(1, 131072, 4096) == (1, 8)
+    assert both(1, 131072, 512) == (32, 64)
+    assert both(1, 4096, 4096) == (1, 8)
+    assert both(1, 1000, 4096) == (1, 1)  # not into equal ones
+    for batch, L, E in [(2, 48000, 1024), (1, 17, 64), (3, 999, 8)]:
+        assert all(n == 1 or L % (16 * n) == 0 for n in both(batch, L, E))
 
 
 VARIANTS = [

@@ -219,7 +219,7 @@ def kernel_table(run: Any, device: torch.device) -> list[dict[str, object]]:
     activity = torch.profiler.ProfilerActivity
     activities = [activity.CUDA if on_gpu else activity.CPU]
     synchronize(device)
-    with torch.profiler.profile(activities=activities) as recorded:
+    with torch.profiler.profile(activities=activities, acc_events=True) as recorded:
         run()
         synchronize(device)
     rows = []
