@@ -27,7 +27,7 @@ class Config(NamedTuple):
 
 
 def forward_config(B: int, L: int, E: int) -> Config:
-    return _fit(Config(rows=64, unroll=8), B, L, E)
+    return _fit(Config(rows=128, unroll=8), B, L, E)
 
 
 def backward_config(B: int, L: int, E: int, roomy: bool) -> Config:

@@ -134,8 +134,14 @@ def product(
     if a_scale.numel() > 1 or b_scale.numel() > 1:
         a_scale, b_scale = a_scale[:, None], b_scale[None, :]
     if a.is_cuda and a.shape[0] > 0:
+        a_scale, b_scale = (_aligned(scale) for scale in (a_scale, b_scale))
         return torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=dtype, use_fast_accum=fast)
     return ((a.float() @ b.float().t()) * a_scale * b_scale).to(dtype)
+
+
+def _aligned(scale: torch.Tensor) -> torch.Tensor:
+    """``scale`` where cuBLASLt may want it: at a multiple of 16 bytes, which the second of two is not."""
+    return scale.clone() if scale.data_ptr() % 16 else scale
 
 
 # Casts. Each is there twice: in the kernels, and below as their definition.
