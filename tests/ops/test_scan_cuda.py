@@ -106,6 +106,7 @@ EMULATED = [
     pytest.param((1, 20, 34, 16), torch.bfloat16, (Shape(2, 16), Shape(2, 32)), ("lengths",), id="bf16"),
     pytest.param((1, 33, 20, 8), torch.float16, (Shape(2, 16), HELPED), ("resets",), id="fp16, 8 states"),
     pytest.param((2, 1, 5, 16), torch.bfloat16, (Shape(8, 32), Shape(2, 32)), (), id="one token"),
+    pytest.param((1, 37, 34, 16), torch.bfloat16, (Shape(8, 32, 6), Shape(4, 32)), (), id="eight states a thread"),
     pytest.param((1, 50, 20, 16), torch.bfloat16, (Shape(1, 16, 2, 64), HELPED), (), id="one state a thread"),
     pytest.param((1, 17, 6, 64), torch.float32, (HELPED, Shape(4, 32)), (), id="64 states"),
     pytest.param(
@@ -188,7 +189,7 @@ def test_how_many_segments() -> None:
 
 
 VARIANTS = [
-    *((N, torch.bfloat16, Shape(4, 32), scan.backward_shape(8, 3072, N)) for N in scan.STATES),
+    *((N, torch.bfloat16, scan.forward_shape(8, 3072), scan.backward_shape(8, 3072, N)) for N in scan.STATES),
     *((N, torch.bfloat16, scan.forward_shape(1, 64), scan.backward_shape(1, 64, N)) for N in scan.STATES),
     (16, torch.float32, Shape(4, 32), scan.backward_shape(8, 3072, 16)),
     (16, torch.float16, Shape(2, 16), Shape(2, 32, 1)),
