@@ -189,8 +189,8 @@ def test_how_many_segments() -> None:
 
 
 VARIANTS = [
-    *((N, torch.bfloat16, scan.forward_shape(8, 3072), scan.backward_shape(8, 3072, N)) for N in scan.STATES),
-    *((N, torch.bfloat16, scan.forward_shape(1, 64), scan.backward_shape(1, 64, N)) for N in scan.STATES),
+    *((N, torch.bfloat16, scan.forward_shape(8, 3072, N), scan.backward_shape(8, 3072, N)) for N in scan.STATES),
+    *((N, torch.bfloat16, scan.forward_shape(1, 64, N), scan.backward_shape(1, 64, N)) for N in scan.STATES),
     (16, torch.float32, Shape(4, 32), scan.backward_shape(8, 3072, 16)),
     (16, torch.float16, Shape(2, 16), Shape(2, 32, 1)),
 ]

@@ -45,12 +45,12 @@ class Shape(NamedTuple):
 SEGMENTS_SHAPE = Shape(4, 32, 5)
 
 
-def forward_shape(batch: int, E: int) -> Shape:
+def forward_shape(batch: int, E: int, N: int) -> Shape:
     """Few blocks are halved, and helpers keep the owners of states at their work; many may be small."""
     blocks = batch * -(-E // 32)
     if blocks < FILL:
         return Shape(2, 16, 2, 64)
-    return Shape(8, 32, 6) if blocks >= MANY else Shape(4, 32)
+    return Shape(8, 32, max(1, 96 // N)) if blocks >= MANY else Shape(4, 32)
 
 
 def backward_shape(batch: int, E: int, N: int) -> Shape:
@@ -67,7 +67,7 @@ def fits(u: torch.Tensor, N: int) -> bool:
     if torch.cuda.get_device_capability(u.device) < (8, 0) or nvrtc.why_not():
         return False
     batch, _, E = u.shape
-    forward = _forward_shared(N, forward_shape(batch, E), u.element_size(), True)
+    forward = _forward_shared(N, forward_shape(batch, E, N), u.element_size(), True)
     backward = _backward_shared(N, backward_shape(batch, E, N), u.element_size(), True)
     return max(forward, backward) <= nvrtc.shared_limit(u.device)
 
@@ -195,7 +195,7 @@ def plan_forward(
 ) -> tuple[nvrtc.Launch, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
     """The launch, its results (y, final state, checkpoints) and the inputs that must outlive it."""
     (batch, L, E), N = u.shape, A.shape[1]
-    shape = shape or forward_shape(batch, E)
+    shape = shape or forward_shape(batch, E, N)
     u, delta, B, C = (_dense(t) for t in (u, delta, B, C))
     z = None if z is None else _dense(z)
     A = A.contiguous()
