@@ -106,7 +106,8 @@ class TrainSection(Section):
     """Type of the computation; parameters and optimizer stay float32."""
     float8: bool = False
     """Compute the large linear maps by float8 products, forward and backward: on NVIDIA GPUs of compute capability 8.9
-    or higher (H100), with dtype bfloat16. Parameters, optimizer, head and everything else stay as they are."""
+    or higher (H100), with dtype bfloat16. Parameters, optimizer, head and everything else stay as they are.
+    Experimental: its speed and its loss on a GPU are not measured yet."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What backward computes again to save memory. none: nothing; selective: what costs next to nothing, on a GPU and
     without compile; full: each layer from its input, much less memory, about a third slower."""
