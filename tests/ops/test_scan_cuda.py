@@ -227,9 +227,9 @@ def test_variants_compile(
 @pytest.fixture
 def no_bindings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    nvrtc.why_not.cache_clear()
+    nvrtc._why_not.cache_clear()
     yield
-    nvrtc.why_not.cache_clear()
+    nvrtc._why_not.cache_clear()
 
 
 @pytest.mark.usefixtures("no_bindings")
@@ -244,6 +244,26 @@ def test_the_cuda_backend_wants_a_gpu() -> None:
         choose("cuda", ("cpu", "cuda"), "scan", torch.zeros(1))
     assert choose("auto", ("cpu", "triton", "cuda"), "scan", torch.zeros(1)) == "cpu"
     assert not scan.fits(torch.zeros(1, 1, 1), 16)
+
+
+def test_the_choice_of_this_backend_breaks_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it asks of the bindings is asked while a graph is traced, and is a constant in it."""
+    asked = []
+
+    def limit(device: torch.device) -> int:
+        asked.append(Path(__file__).read_text() != "")  # nothing that could be traced
+        return 1 << 20
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return x + len(nvrtc.why_not()) * 0 + nvrtc.shared_limit(x.device)
+
+    monkeypatch.setattr(nvrtc, "_shared_limit", limit)
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="eager")
+    for L in (3, 4, 9):
+        assert torch.equal(compiled(torch.zeros(L)), torch.full((L,), float(1 << 20)))
+    assert len(asked) == 1
+    torch.compiler.reset()
 
 
 def test_pairs_are_read_at_once_only_where_they_are_aligned() -> None:

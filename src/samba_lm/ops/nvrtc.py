@@ -21,6 +21,8 @@ import torch
 from samba_lm.errors import UserError, one_line
 
 OPTIONS = ("--std=c++17",)
+OLDEST = (8, 0)
+"""Compute capability that the kernels need: they copy to shared memory without waiting."""
 STATIC_SHARED_LIMIT = 48 * 1024
 """Bytes of shared memory that a block gets without asking."""
 
@@ -41,9 +43,14 @@ class Launch(NamedTuple):
     """The kernel's one parameter, a struct."""
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile could not trace the bindings
 def why_not() -> str:
     """Why kernels cannot be compiled in this process; "" where they can."""
+    return _why_not()
+
+
+@functools.cache
+def _why_not() -> str:
     try:
         _, nvrtc = _bindings()
     except ImportError as error:
@@ -66,6 +73,10 @@ def launch(what: Launch, device: torch.device) -> None:
     driver, _ = _bindings()
     with torch.cuda.device(device):
         index = torch.cuda.current_device()
+        if not int(
+            _check(driver.cuCtxGetCurrent())
+        ):  # the thread (autograd has its own) has called no CUDA runtime yet
+            _check(driver.cuCtxSetCurrent(_check(driver.cuDevicePrimaryCtxRetain(index))))
         function = _function(what.entry, what.files, what.defines, what.shared, index)
         block = ctypes.create_string_buffer(what.parameters, len(what.parameters))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(block))
@@ -74,13 +85,21 @@ def launch(what: Launch, device: torch.device) -> None:
         _check(driver.cuLaunchKernel(function, *what.grid, 1, what.threads, 1, 1, what.shared, stream, *arguments))
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def shared_limit(device: torch.device) -> int:
-    """Bytes of shared memory that a block may have on ``device``."""
+    """Bytes of shared memory that a block may have on ``device``, a CUDA GPU; 0 where kernels cannot run on it."""
+    return _shared_limit(device)
+
+
+@functools.cache
+def _shared_limit(device: torch.device) -> int:
+    if torch.cuda.get_device_capability(device) < OLDEST or why_not():
+        return 0
     driver, _ = _bindings()
     with torch.cuda.device(device):
-        attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-        return _check(driver.cuDeviceGetAttribute(attribute, _check(driver.cuCtxGetDevice())))
+        number = _check(driver.cuDeviceGet(torch.cuda.current_device()))
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    return _check(driver.cuDeviceGetAttribute(attribute, number))
 
 
 _modules: list[Any] = []

@@ -64,8 +64,6 @@ def fits(u: torch.Tensor, N: int) -> bool:
     """Whether the kernels take these inputs: otherwise Triton's do."""
     if not (u.is_cuda and u.dtype in TYPES and N in STATES and 0 < u.shape[0] <= MAX_BATCH and u.shape[1] > 0):
         return False
-    if torch.cuda.get_device_capability(u.device) < (8, 0) or nvrtc.why_not():
-        return False
     batch, _, E = u.shape
     forward = _forward_shared(N, forward_shape(batch, E, N), u.element_size(), True)
     backward = _backward_shared(N, backward_shape(batch, E, N), u.element_size(), True)
