@@ -69,6 +69,20 @@ def test_segments_may_lie_on_the_cpu() -> None:
         assert torch.equal(model.features(ids, None, segments)[0], model.features(ids, None, segments.cuda())[0])
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_gpu_that_is_not_the_current_one() -> None:
+    ids = torch.randint(0, 256, (2, 60))
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        model = create("samba-tiny").to(device)
+        logits, state = model(ids.to(device))
+        logits.float().logsumexp(-1).sum().backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([t.detach().cpu() for t in (logits, model.step(ids[:, 0].to(device), state), *grads)])
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("documents", [False, True])
 def test_a_training_step_waits_for_the_gpu_once(documents: bool) -> None:
     section = TrainSection(

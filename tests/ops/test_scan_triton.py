@@ -81,6 +81,27 @@ def test_without(missing: str) -> None:
     compare(inputs, torch.float32)
 
 
+def test_resets_and_lengths_may_be_views() -> None:
+    inputs = {k: t.to(DEVICE) for k, t in scan_inputs(3, 20, 16, 16).items()}
+    resets = (torch.rand(3, 40, device=DEVICE) < 0.3)[:, 5:25]
+    lengths = torch.tensor([20, 0, 7], device=DEVICE)
+    spread = lengths.repeat_interleave(2)[::2]
+    assert not resets.is_contiguous()
+    assert not spread.is_contiguous()
+    expected = selective_scan(**inputs, resets=resets.clone(), lengths=lengths, backend="triton")
+    actual = selective_scan(**inputs, resets=resets, lengths=spread, backend="triton")
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
+
+
+@pytest.mark.parametrize(("B", "L"), [(0, 3), (2, 0)])
+def test_nothing_to_read(B: int, L: int) -> None:
+    inputs = {k: t.to(DEVICE) for k, t in scan_inputs(B, L, 16, 16).items()}
+    y, state = selective_scan(**inputs, backend="triton")
+    assert y.shape == (B, L, 16)
+    assert torch.equal(state, inputs["state"])
+
+
 def test_segments_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A long row is cut: resets inside, at and beside the cuts, and padding that leaves whole segments empty."""
     from samba_lm.ops.selective_scan import triton

@@ -75,7 +75,8 @@ def _conv(
     positions: torch.Tensor | None,
     lengths: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return launch_forward(x, weight, bias, state, positions, lengths)
+    with torch.cuda.device_of(x):
+        return launch_forward(x, weight, bias, state, positions, lengths)
 
 
 @_conv.register_fake
@@ -141,7 +142,8 @@ def _conv_backward(
     lengths: torch.Tensor | None,
     with_dstate: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return launch_backward(dy, dfinal, x, weight, bias, state, positions, lengths, with_dstate)
+    with torch.cuda.device_of(x):
+        return launch_backward(dy, dfinal, x, weight, bias, state, positions, lengths, with_dstate)
 
 
 @_conv_backward.register_fake

@@ -51,20 +51,21 @@ def step_triton(
     (B, E), k = x.shape, weight.shape[1]
     x = x if x.stride(1) == 1 or E == 1 else x.contiguous()
     y, new_state = x.new_empty(B, E), x.new_empty(B, k - 1, E)
-    _step_kernel[triton.cdiv(E, BLOCK), B](
-        x,
-        weight.contiguous(),
-        bias.contiguous(),
-        state.to(x.dtype).contiguous(),
-        y,
-        new_state,
-        E,
-        x.stride(0),
-        K=k,
-        BLOCK=BLOCK,
-        num_warps=1,
-        num_stages=1,
-    )
+    with torch.cuda.device_of(x):
+        _step_kernel[triton.cdiv(E, BLOCK), B](
+            x,
+            weight.contiguous(),
+            bias.contiguous(),
+            state.to(x.dtype).contiguous(),
+            y,
+            new_state,
+            E,
+            x.stride(0),
+            K=k,
+            BLOCK=BLOCK,
+            num_warps=1,
+            num_stages=1,
+        )
     return y, new_state
 
 

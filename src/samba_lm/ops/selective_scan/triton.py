@@ -69,6 +69,7 @@ def scan_forward(
     u, delta, B, C = (_rows(t) for t in (u, delta, B, C))
     z = None if z is None else _rows(z)
     A, D, bias, state = A.contiguous(), _vector(D, A), _vector(delta_bias, A), state.contiguous()
+    resets, lengths = (None if t is None else t.contiguous() for t in (resets, lengths))
     y = torch.empty(batch, length, channels, dtype=u.dtype, device=u.device)
     final = torch.empty_like(state)
     tiles = triton.cdiv(length, TILE)
@@ -78,13 +79,14 @@ def scan_forward(
     if segments > 1:
         start = _chained(u, delta, A, B, bias, state, resets, lengths, span, segments)
     block, warps = _block(n)
-    scan_kernel[(triton.cdiv(channels, block), batch, segments)](
-        u, delta, A, B, C, D, z, bias, start, resets, lengths, y, final, checkpoints,
-        length, span, segments, tiles, *_batch_strides(u, delta, z, B, C),
-        **_row_strides(u=u, delta=delta, z=z, B=B, C=C), E=channels, BE=block, N=n, TILE=TILE,
-        HAS_Z=z is not None, HAS_RESETS=resets is not None,
-        HAS_LENGTHS=lengths is not None, KEEP=keep, num_warps=warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(u):
+        scan_kernel[(triton.cdiv(channels, block), batch, segments)](
+            u, delta, A, B, C, D, z, bias, start, resets, lengths, y, final, checkpoints,
+            length, span, segments, tiles, *_batch_strides(u, delta, z, B, C),
+            **_row_strides(u=u, delta=delta, z=z, B=B, C=C), E=channels, BE=block, N=n, TILE=TILE,
+            HAS_Z=z is not None, HAS_RESETS=resets is not None,
+            HAS_LENGTHS=lengths is not None, KEEP=keep, num_warps=warps,
+        )  # fmt: skip
     return y, final, checkpoints
 
 
@@ -118,6 +120,7 @@ def scan_backward(
     u, delta, B, C, dy = (_rows(t) for t in (u, delta, B, C, dy))
     z = None if z is None else _rows(z)
     A, D, bias = A.contiguous(), _vector(D, A), _vector(delta_bias, A)
+    resets, lengths = (None if t is None else t.contiguous() for t in (resets, lengths))
     dfinal = A.new_zeros(batch, channels, n) if dfinal is None else dfinal.contiguous()
     span, segments = segments_of(batch, length, channels)
     options: dict[str, Any] = {
@@ -130,11 +133,12 @@ def scan_backward(
         block, warps = _block(n)
         local = A.new_empty(batch, segments, channels, n)
         steps = A.new_empty(batch, segments, channels)
-        carry_kernel[(triton.cdiv(channels, block), batch, segments)](
-            delta, A, C, z, bias, resets, lengths, dy, local, steps,
-            length, span, segments, *_batch_strides(delta, z, C, dy),
-            **_row_strides(delta=delta, z=z, C=C, dy=dy), E=channels, BE=block, N=n, **options, num_warps=warps,
-        )  # fmt: skip
+        with torch.cuda.device_of(u):
+            carry_kernel[(triton.cdiv(channels, block), batch, segments)](
+                delta, A, C, z, bias, resets, lengths, dy, local, steps,
+                length, span, segments, *_batch_strides(delta, z, C, dy),
+                **_row_strides(delta=delta, z=z, C=C, dy=dy), E=channels, BE=block, N=n, **options, num_warps=warps,
+            )  # fmt: skip
         carries = chain(local, steps, A, dfinal, reverse=True)
     block, warps, group = _backward_block(n)
     blocks = triton.cdiv(channels, block)
@@ -144,14 +148,15 @@ def scan_backward(
     dD, dbias = A.new_empty(batch * segments, channels), A.new_empty(batch * segments, channels)
     dstate = torch.empty_like(dfinal)
     dBC = A.new_empty(blocks, batch, length, 2, n)
-    scan_backward_kernel[(blocks, batch, segments)](
-        u, delta, A, B, C, D, z, bias, resets, lengths, checkpoints, dy, carries,
-        du, ddelta, dz, dA, dD, dbias, dstate, dBC,
-        length, span, segments, checkpoints.shape[1], batch, *_batch_strides(u, delta, z, B, C, dy),
-        **_row_strides(u=u, delta=delta, z=z, B=B, C=C, dy=dy), E=channels,
-        BE=block, N=n, TILE=TILE, SUB=SUB, GROUP=group, PRECISION="ieee" if u.dtype == torch.float32 else "tf32",
-        **options, num_warps=warps, **_registers(168),
-    )  # fmt: skip
+    with torch.cuda.device_of(u):
+        scan_backward_kernel[(blocks, batch, segments)](
+            u, delta, A, B, C, D, z, bias, resets, lengths, checkpoints, dy, carries,
+            du, ddelta, dz, dA, dD, dbias, dstate, dBC,
+            length, span, segments, checkpoints.shape[1], batch, *_batch_strides(u, delta, z, B, C, dy),
+            **_row_strides(u=u, delta=delta, z=z, B=B, C=C, dy=dy), E=channels,
+            BE=block, N=n, TILE=TILE, SUB=SUB, GROUP=group, PRECISION="ieee" if u.dtype == torch.float32 else "tf32",
+            **options, num_warps=warps, **_registers(168),
+        )  # fmt: skip
     dB, dC = (dBC[:, :, :, i].sum(0) for i in (0, 1))
     return du, ddelta, dA.sum(0), dB.to(B.dtype), dC.to(C.dtype), dD.sum(0), dz, dbias.sum(0), dstate
 
@@ -209,12 +214,13 @@ def _chained(
     block, warps = _block(n)
     local = A.new_empty(batch, segments, channels, n)
     steps = A.new_empty(batch, segments, channels)
-    summary_kernel[(triton.cdiv(channels, block), batch, segments)](
-        u, delta, A, B, bias, resets, lengths, local, steps,
-        length, span, segments, *_batch_strides(u, delta, B),
-        **_row_strides(u=u, delta=delta, B=B), E=channels, BE=block, N=n,
-        HAS_RESETS=resets is not None, HAS_LENGTHS=lengths is not None, num_warps=warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(u):
+        summary_kernel[(triton.cdiv(channels, block), batch, segments)](
+            u, delta, A, B, bias, resets, lengths, local, steps,
+            length, span, segments, *_batch_strides(u, delta, B),
+            **_row_strides(u=u, delta=delta, B=B), E=channels, BE=block, N=n,
+            HAS_RESETS=resets is not None, HAS_LENGTHS=lengths is not None, num_warps=warps,
+        )  # fmt: skip
     return chain(local, steps, A, state, reverse=False)
 
 
@@ -223,9 +229,10 @@ def chain(local: Tensor, steps: Tensor, A: Tensor, begin: Tensor, *, reverse: bo
     batch, segments, channels, n = local.shape
     out = torch.empty_like(local)
     cells = channels * n
-    chain_kernel[(triton.cdiv(cells, CHAIN_BLOCK), batch)](
-        local, steps, A, begin, out, cells, segments, N=n, BLOCK=CHAIN_BLOCK, REVERSE=reverse
-    )
+    with torch.cuda.device_of(local):
+        chain_kernel[(triton.cdiv(cells, CHAIN_BLOCK), batch)](
+            local, steps, A, begin, out, cells, segments, N=n, BLOCK=CHAIN_BLOCK, REVERSE=reverse
+        )
     return out
 
 

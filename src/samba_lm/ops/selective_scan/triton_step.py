@@ -95,31 +95,32 @@ def step_triton(
     y, new_state = u.new_empty(batch, E), state.new_empty(state.shape)
     n_block = triton.next_power_of_2(N)
     block = max(1, min(TILE // n_block, triton.next_power_of_2(E)))
-    _step_kernel[triton.cdiv(E, block), batch](
-        u,
-        delta,
-        A.contiguous(),
-        B,
-        C,
-        D.contiguous(),
-        u if z is None else z,
-        delta_bias.contiguous(),
-        state.contiguous(),
-        y,
-        new_state,
-        E,
-        u.stride(0),
-        delta.stride(0),
-        B.stride(0),
-        C.stride(0),
-        0 if z is None else z.stride(0),
-        N=N,
-        N_BLOCK=n_block,
-        BLOCK=block,
-        HAS_Z=z is not None,
-        num_warps=WARPS,
-        num_stages=1,
-    )
+    with torch.cuda.device_of(u):
+        _step_kernel[triton.cdiv(E, block), batch](
+            u,
+            delta,
+            A.contiguous(),
+            B,
+            C,
+            D.contiguous(),
+            u if z is None else z,
+            delta_bias.contiguous(),
+            state.contiguous(),
+            y,
+            new_state,
+            E,
+            u.stride(0),
+            delta.stride(0),
+            B.stride(0),
+            C.stride(0),
+            0 if z is None else z.stride(0),
+            N=N,
+            N_BLOCK=n_block,
+            BLOCK=block,
+            HAS_Z=z is not None,
+            num_warps=WARPS,
+            num_stages=1,
+        )
     return y, new_state
 
 

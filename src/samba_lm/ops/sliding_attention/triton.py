@@ -55,6 +55,8 @@ def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float)
         return f"q, k, v must share one of bf16, fp16, fp32, not {q.dtype}, {k.dtype}, {v.dtype}"
     if k.shape != v.shape or q.shape[-1] > MAX_WIDTH:
         return f"keys and values must have one head dim of at most {MAX_WIDTH}, not {k.shape[-1]} and {v.shape[-1]}"
+    if q.numel() == 0:
+        return "they are empty"
     if scale < 0:
         return f"scale must not be negative, and it is {scale}"
     return None
@@ -248,7 +250,8 @@ def sliding_attention_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor | None, window: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`forward`."""
-    return forward(q, k, v, first, window, scale)
+    with torch.cuda.device_of(q):
+        return forward(q, k, v, first, window, scale)
 
 
 @sliding_attention_forward.register_fake
@@ -270,7 +273,8 @@ def sliding_attention_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`backward`."""
-    return backward(dout, q, k, v, out, lse, first, window, scale)
+    with torch.cuda.device_of(q):
+        return backward(dout, q, k, v, out, lse, first, window, scale)
 
 
 @sliding_attention_backward.register_fake

@@ -123,33 +123,34 @@ def attend_one_triton(
     tops, totals = (q.new_empty((batch, heads, splits), dtype=torch.float32) for _ in range(2))
     out = q.new_empty(q.shape)
     share = heads // groups
-    split_kernel[(splits, groups, batch)](
-        q,
-        k,
-        v,
-        filled,
-        parts,
-        tops,
-        totals,
-        slots,
-        chunk,
-        scale * LOG2_E,
-        *q.stride()[:2],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *((0, 0) if filled is None else filled.stride()),
-        SHARE=share,
-        HEADS=max(16, triton.next_power_of_2(share)),
-        DIM=dim,
-        WIDTH=width,
-        BLOCK=block,
-        FILLED=filled is not None,
-        num_warps=4,
-        num_stages=3,
-    )
-    join_kernel[(batch * heads,)](
-        parts, tops, totals, out, splits, DIM=dim, WIDTH=width, SPLITS=triton.next_power_of_2(splits), num_warps=4
-    )
+    with torch.cuda.device_of(q):
+        split_kernel[(splits, groups, batch)](
+            q,
+            k,
+            v,
+            filled,
+            parts,
+            tops,
+            totals,
+            slots,
+            chunk,
+            scale * LOG2_E,
+            *q.stride()[:2],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *((0, 0) if filled is None else filled.stride()),
+            SHARE=share,
+            HEADS=max(16, triton.next_power_of_2(share)),
+            DIM=dim,
+            WIDTH=width,
+            BLOCK=block,
+            FILLED=filled is not None,
+            num_warps=4,
+            num_stages=3,
+        )
+        join_kernel[(batch * heads,)](
+            parts, tops, totals, out, splits, DIM=dim, WIDTH=width, SPLITS=triton.next_power_of_2(splits), num_warps=4
+        )
     return out
 
 
