@@ -29,11 +29,11 @@ GPU_ONLY = ("triton", "cuda", "fla")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Kernels run in Triton's interpreter, on CPU tensors: how the tests check them without a GPU."""
 
-_preferred: Literal["reference", "cpu"] | None = None
+_preferred: Literal["reference", "cpu", "triton"] | None = None
 
 
 @contextlib.contextmanager
-def preferring(backend: Literal["reference", "cpu"] | None) -> Iterator[None]:
+def preferring(backend: Literal["reference", "cpu", "triton"] | None) -> Iterator[None]:
     """Within it, ``auto`` means this backend, or the fastest in PyTorch where an operation lacks it; None: as ever.
 
     For comparing whole models with the definitions, on any device. It holds for the whole process, all its threads.
@@ -46,7 +46,7 @@ def preferring(backend: Literal["reference", "cpu"] | None) -> Iterator[None]:
         _preferred = before
 
 
-def preferred() -> Literal["reference", "cpu"] | None:
+def preferred() -> Literal["reference", "cpu", "triton"] | None:
     """What :func:`preferring` asks for at present."""
     return _preferred
 
@@ -57,8 +57,13 @@ def choose(backend: Backend, available: tuple[str, ...], operation: str, x: torc
     ``auto`` takes the kernels for CUDA tensors of 32 bits or fewer, and otherwise the fastest in PyTorch. Raises
     UserError for a backend that the operation lacks or that cannot run here.
     """
+    if not x.is_floating_point():
+        raise UserError(f"{operation} takes floating-point tensors, not {x.dtype}")
     if backend == "auto":
         plain = [name for name in available if name not in GPU_ONLY]
+        if _preferred == "triton" and _preferred in available:
+            _require_triton(operation, x)
+            return _preferred
         if _preferred is not None:
             return _preferred if _preferred in plain else plain[-1]
         fits = HAS_TRITON and not INTERPRETED and x.is_cuda and x.dtype != torch.float64

@@ -7,6 +7,7 @@ import torch
 from samba_lm.ops.backend import Backend, choose
 from samba_lm.ops.causal_conv1d.cpu import conv_cpu, step_cpu
 from samba_lm.ops.causal_conv1d.reference import conv_reference
+from samba_lm.ops.shapes import require, require_rank, require_type
 
 BACKENDS = ("reference", "cpu", "triton")
 STEP_BACKENDS = ("cpu", "triton")
@@ -35,14 +36,32 @@ def causal_conv1d(
     Returns:
         y [B, L, E] in x's dtype, and the state after the last valid token [B, k-1, E] in x's dtype. Differentiable in
         x, weight, bias and state. Computed in fp32 at least.
+
+    Raises:
+        UserError: shapes, devices or dtypes that do not fit together, or a backend that cannot run here.
     """
+    require_rank("causal_conv1d", "x", x, "B, L, E")
+    require_rank("causal_conv1d", "weight", weight, "E, k")
+    (batch, length, E), k = x.shape, weight.shape[1]
+    rows = 1 if positions is not None and positions.shape[:1] == (1,) else batch
+    require(
+        "causal_conv1d",
+        x.device,
+        weight=(weight, (E, k)),
+        bias=(bias, (E,)),
+        state=(state, (batch, k - 1, E)),
+        positions=(positions, (rows, length)),
+        lengths=(lengths, (batch,)),
+    )
+    require_type("causal_conv1d", "positions", positions, torch.int64)
+    require_type("causal_conv1d", "lengths", lengths, torch.int64)
     chosen = choose(backend, BACKENDS, "causal_conv1d", x)
     if chosen == "triton":
         from samba_lm.ops.causal_conv1d.triton import conv_triton
 
         return conv_triton(x, weight, bias, None if state is None else state.to(x.dtype), positions, lengths)
     if state is None:
-        state = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
+        state = x.new_zeros(batch, k - 1, E)
     run = {"reference": conv_reference, "cpu": conv_cpu}[chosen]
     return run(x, weight, bias, state.to(x.dtype), positions, lengths)
 
@@ -54,6 +73,12 @@ def causal_conv1d_step(
 
     Returns y [B, E] and the new state; the given one stays as it was. No gradients on the triton backend.
     """
+    require_rank("causal_conv1d_step", "x", x, "B, E")
+    require_rank("causal_conv1d_step", "weight", weight, "E, k")
+    (batch, E), k = x.shape, weight.shape[1]
+    require(
+        "causal_conv1d_step", x.device, weight=(weight, (E, k)), bias=(bias, (E,)), state=(state, (batch, k - 1, E))
+    )
     if choose(backend, STEP_BACKENDS, "causal_conv1d_step", x) == "triton":
         from samba_lm.ops.causal_conv1d.triton_step import step_triton
 

@@ -8,6 +8,7 @@ from samba_lm.errors import UserError
 from samba_lm.ops.backend import Backend, choose
 from samba_lm.ops.linear_cross_entropy.cpu import chunked_loss_sum
 from samba_lm.ops.linear_cross_entropy.reference import loss_sum
+from samba_lm.ops.shapes import require, require_type
 
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -33,13 +34,16 @@ def linear_cross_entropy(
         all sums are fp32 at least. On a GPU a target outside the vocabulary makes the loss NaN.
 
     Raises:
-        UserError: shapes that do not fit together.
+        UserError: shapes, devices or dtypes that do not fit together.
     """
     if targets.shape != hidden.shape[:-1] or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise UserError(
             f"linear_cross_entropy: hidden {list(hidden.shape)} needs targets {list(hidden.shape[:-1])} and a weight "
             f"[V, {hidden.shape[-1]}], not {list(targets.shape)} and {list(weight.shape)}"
         )
+    device = hidden.device
+    require("linear_cross_entropy", device, weight=(weight, weight.shape), targets=(targets, targets.shape))
+    require_type("linear_cross_entropy", "targets", targets, torch.int64)
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     chosen = choose(backend, BACKENDS, "linear_cross_entropy", hidden)
     if chosen == "triton":

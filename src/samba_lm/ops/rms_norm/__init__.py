@@ -6,6 +6,7 @@ import torch
 
 from samba_lm.ops.backend import Backend, choose
 from samba_lm.ops.rms_norm.reference import add_rms_norm_reference, rms_norm_reference
+from samba_lm.ops.shapes import require
 
 BACKENDS = ("reference", "triton")
 MAX_WIDTH = 8192
@@ -22,6 +23,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5, *, backen
     Returns:
         [..., D] in x's dtype. Differentiable in x and weight.
     """
+    require("rms_norm", x.device, weight=(weight, x.shape[-1:]))
     if _backend(backend, x) == "reference":
         return rms_norm_reference(x, weight, eps)
     from samba_lm.ops.rms_norm.triton import rms_norm_triton
@@ -52,6 +54,7 @@ def add_rms_norm(
         both. Computed in fp32 at least. With a 16-bit ``dtype`` the kernels keep total / rms for backward in it,
         which is half the bytes and as exact as the gradient that arrives in 16 bits.
     """
+    require("add_rms_norm", x.device, branch=(branch, x.shape), weight=(weight, x.shape[-1:]))
     if _backend(backend, x) == "reference":
         return add_rms_norm_reference(x, branch, weight, eps, dtype)
     from samba_lm.ops.rms_norm.triton import add_rms_norm_triton, rms_norm_triton

@@ -11,6 +11,7 @@ from samba_lm.errors import UserError
 from samba_lm.ops.backend import Backend, choose, compute_dtype
 from samba_lm.ops.selective_scan.cpu import scan_cpu
 from samba_lm.ops.selective_scan.reference import scan_reference
+from samba_lm.ops.shapes import require, require_rank, require_type
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 STEP_BACKENDS = ("cpu", "triton")
@@ -46,16 +47,40 @@ def selective_scan(
     Returns:
         y [B, L, E] in u's dtype, final state [B, E, N] in fp32 (fp64 if any input is fp64). Differentiable in all of
         the tensors, the state included. Computed in fp32 at least.
+
+    Raises:
+        UserError: shapes, devices or dtypes that do not fit together, or a backend that cannot run here.
     """
+    require_rank("selective_scan", "u", u, "B, L, E")
+    require_rank("selective_scan", "A", A, "E, N")
+    (batch, length, E), N = u.shape, A.shape[1]
+    require(
+        "selective_scan",
+        u.device,
+        delta=(delta, (batch, length, E)),
+        A=(A, (E, N)),
+        B=(B, (batch, length, N)),
+        C=(C, (batch, length, N)),
+        D=(D, (E,)),
+        z=(z, (batch, length, E)),
+        delta_bias=(delta_bias, (E,)),
+        state=(state, (batch, E, N)),
+        resets=(resets, (batch, length)),
+        lengths=(lengths, (batch,)),
+    )
+    require_type("selective_scan", "resets", resets, torch.bool)
+    require_type("selective_scan", "lengths", lengths, torch.int64)
     dtype = compute_dtype(u, delta, A, state)
     padding = None
     if lengths is not None:
-        padding = torch.arange(u.shape[1], device=u.device) >= lengths[:, None]
+        padding = torch.arange(length, device=u.device) >= lengths[:, None]
         resets = None if resets is None else resets & ~padding
     if state is None:
-        state = torch.zeros(u.shape[0], u.shape[2], A.shape[1], device=u.device)
-    chosen = _choose(backend, u, A.shape[1])
+        state = torch.zeros(batch, E, N, device=u.device)
+    chosen = _choose(backend, u, N)
     A, state = A.to(dtype), state.to(dtype)
+    if u.numel() == 0:  # no kernel cuts an empty row
+        return torch.empty_like(u), state.clone()
     D, delta_bias = (None if t is None else t.to(dtype) for t in (D, delta_bias))
     if chosen == "cuda":
         from samba_lm.ops.selective_scan.cuda import scan_cuda
@@ -105,6 +130,21 @@ def selective_scan_step(
     Returns y [B, E] in u's dtype and the new state [B, E, N] in the state's, fp32 at least; the given one stays as it
     was. No gradients on the triton backend.
     """
+    require_rank("selective_scan_step", "u", u, "B, E")
+    require_rank("selective_scan_step", "A", A, "E, N")
+    (batch, E), N = u.shape, A.shape[1]
+    require(
+        "selective_scan_step",
+        u.device,
+        delta=(delta, (batch, E)),
+        A=(A, (E, N)),
+        B=(B, (batch, N)),
+        C=(C, (batch, N)),
+        D=(D, (E,)),
+        z=(z, (batch, E)),
+        delta_bias=(delta_bias, (E,)),
+        state=(state, (batch, E, N)),
+    )
     dtype = state.dtype
     if choose(backend, STEP_BACKENDS, "selective_scan_step", state) == "triton":
         from samba_lm.ops.selective_scan.triton_step import step_triton

@@ -7,10 +7,13 @@ import torch.nn.functional as F
 
 from samba_lm.errors import UserError
 from samba_lm.ops.backend import Backend, choose, compute_dtype
+from samba_lm.ops.shapes import require, require_rank
 from samba_lm.ops.sliding_attention.cpu import attention_cpu
 from samba_lm.ops.sliding_attention.reference import attention_reference
 
 BACKENDS = ("reference", "cpu", "triton")
+MAX_WINDOW = 1 << 30
+"""More is all keys; the kernels add to it in 32 bits."""
 
 
 def sliding_attention(
@@ -37,8 +40,28 @@ def sliding_attention(
     Returns:
         [B, L, H, Kv] in q's dtype; scores and softmax in fp32 at least.
 
-    Raises UserError if ``backend`` is "triton" and the kernels cannot take the tensors ("auto" then takes PyTorch).
+    Raises UserError for shapes, devices or dtypes that do not fit together, for a window below 1, and if ``backend`` is
+    "triton" and the kernels cannot take the tensors ("auto" then takes PyTorch).
     """
+    require_rank("sliding_attention", "q", q, "B, L, H, K")
+    require_rank("sliding_attention", "v", v, "B, P+L, G, Kv")
+    (batch, length, heads, width), (keys, groups) = q.shape, v.shape[1:3]
+    require(
+        "sliding_attention",
+        q.device,
+        k=(k, (batch, keys, groups, width)),
+        v=(v, (batch, keys, groups, v.shape[3])),
+        q_documents=(q_documents, (batch, length)),
+        k_documents=(k_documents, (batch, keys)),
+    )
+    if keys < length or (q_documents is None) != (k_documents is None):
+        raise UserError("sliding_attention: there must be a key for each query, and documents of both or of neither")
+    _require_groups("sliding_attention", heads, groups)
+    if window is not None and window < 1:
+        raise UserError(f"sliding_attention: a window of {window} keys sees none: give at least 1, or None for all")
+    if length == 0:
+        return q.new_empty(batch, 0, heads, v.shape[3])
+    window = None if window is None else min(window, MAX_WINDOW)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = choose(backend, BACKENDS, "sliding_attention", q)
     if chosen == "triton":
@@ -70,6 +93,17 @@ def attend_one(
     ``filled`` bool [B, C] marks the keys to see, one a row at least (None: all). Returns [B, H, Kv]. The triton backend
     serves decoding and has no gradient: "auto" takes it only where none is asked for.
     """
+    require_rank("attend_one", "q", q, "B, H, K")
+    require_rank("attend_one", "v", v, "B, C, G, Kv")
+    (batch, heads, width), (slots, groups) = q.shape, v.shape[1:3]
+    require(
+        "attend_one",
+        q.device,
+        k=(k, (batch, slots, groups, width)),
+        v=(v, (batch, slots, groups, v.shape[3])),
+        filled=(filled, (batch, slots)),
+    )
+    _require_groups("attend_one", heads, groups)
     chosen = choose(backend, ("cpu", "triton"), "attend_one", q)
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     if chosen == "triton" and not (backend == "auto" and differentiable):
@@ -86,3 +120,8 @@ def attend_one(
     mask = None if filled is None else filled[:, None, None, :]
     out = F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
     return out.flatten(1, 2)
+
+
+def _require_groups(operation: str, heads: int, groups: int) -> None:
+    if groups < 1 or heads % groups:
+        raise UserError(f"{operation}: {groups} key heads do not divide {heads} query heads")

@@ -6,6 +6,7 @@ import torch
 
 from samba_lm.ops.backend import Backend, choose
 from samba_lm.ops.linear import linear
+from samba_lm.ops.shapes import require, require_rank, require_type
 from samba_lm.ops.swiglu.reference import swiglu_reference
 
 BACKENDS = ("reference", "triton")
@@ -13,6 +14,8 @@ BACKENDS = ("reference", "triton")
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, *, backend: Backend = "auto") -> torch.Tensor:
     """SiLU(gate) * up, elementwise: two tensors [..., F] of one dtype, which it returns. Differentiable in both."""
+    require("swiglu", gate.device, up=(up, gate.shape))
+    require_type("swiglu", "up", up, gate.dtype)
     if choose(backend, BACKENDS, "swiglu", gate) == "reference":
         return swiglu_reference(gate, up)
     from samba_lm.ops.swiglu.triton import swiglu_triton
@@ -31,6 +34,10 @@ def swiglu_linear(gate_up: torch.Tensor, weight: torch.Tensor, *, backend: Backe
         [..., D] in the same dtype. Differentiable in both. On the GPU only the two arguments are kept for backward,
         which computes SiLU(gate) * up again in the pass over memory that gives their gradient.
     """
+    require_rank("swiglu_linear", "weight", weight, "D, F")
+    D, F = weight.shape
+    require("swiglu_linear", gate_up.device, gate_up=(gate_up, (*gate_up.shape[:-1], 2 * F)), weight=(weight, (D, F)))
+    require_type("swiglu_linear", "weight", weight, gate_up.dtype)
     if choose(backend, BACKENDS, "swiglu_linear", gate_up) == "reference":
         gate, up = gate_up.chunk(2, dim=-1)
         return linear(swiglu_reference(gate, up), weight)
