@@ -244,6 +244,7 @@ def test_other_weights_other_text_and_other_files_are_refused(
         ({"identity": None}, "is not what"),
         ({"curves": {"cpu": 3}}, "is not what"),
         ({"curves": {"nonsense": record["curves"]["cpu"]}}, "is not what"),
+        ({"curves": {"cpu": record["curves"]["cpu"] | {"losses": [None]}}}, "is not what"),
         ({"curves": {"definition": record["curves"]["definition"]}}, "holds no whole run of the CPU"),
     ):
         (part / "cpu.json").write_text(json.dumps(record | change))
@@ -252,7 +253,9 @@ def test_other_weights_other_text_and_other_files_are_refused(
     assert "--path gpu needs --against" in refusal("bench", "curve", str(data), "--path", "gpu")
     assert "makes the CPU's curve itself" in refusal("bench", "curve", str(data), "--against", "x")
     assert "is a folder: give a file in it" in refusal("bench", "curve", str(data), "--figure", str(part))
+    assert "is a file and no folder" in refusal("bench", "curve", str(data), "--figure", str(part / "cpu.json" / "x"))
     assert "--steps 0 must be from 1" in refusal("bench", "curve", str(data), "--steps", "0")
+    assert "--threads 4096 must be from 1 to 1024" in refusal("bench", "curve", str(data), "--threads", "4096")
     assert "`curve` is measured on a GPU" in refusal("bench", "scan", "curve")
 
 

@@ -310,7 +310,7 @@ def test_a_missing_gpu_is_one_line(command: str, capsys: pytest.CaptureFixture[s
         (["train", "samba-421"], "Did you mean 'samba-421m'"),
         (["train", "--steps", "7"], "--steps 7 must be from 8"),
         (["train", "--batch", "0"], "--batch 0 must be from 1"),
-        (["prefill", "--chunk", "0"], "--chunk 0 must be from 1"),
+        (["prefill", "--chunk", "0"], "--chunk 0 must be from 1 to 16777216"),
         (["prefill", "--tokens", "x"], "expected a whole number"),
         (["prefill", "nothing"], "Unknown model"),
         (["scan", "ops"], "`samba-lm bench ops`"),

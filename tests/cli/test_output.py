@@ -89,3 +89,16 @@ def test_what_cannot_be_a_file_is_told_before_the_work(
     said = capsys.readouterr()
     assert told in said.err
     assert (said.out, said.err.count("\n")) == ("", 1)
+
+
+def test_a_place_where_nothing_can_be_written_is_told_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["bench", "ops", "--json", str(tmp_path / "file" / "new" / "r.json")]) == 2
+    assert "file is a file and no folder" in capsys.readouterr().err
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    assert main(["bench", "ops", "--json", str(tmp_path / "new" / "r.json")]) == 2
+    told = capsys.readouterr().err
+    assert f"nothing may be written in {tmp_path}" in told
+    assert told.count("\n") == 1

@@ -322,6 +322,8 @@ def read_curves(path: Path, run: Run) -> tuple[dict[str, Curve], dict[str, Any]]
             for name in found
             if not WAYS[name].on_gpu
         }
+        for curve in curves.values():
+            curve.losses[:] = map(float, curve.losses)  # a NaN was written as null, which is no float
         steps = [len(curve.losses) for name, curve in curves.items() if name == "cpu"]
         origin = {key: told.get(key) for key in ("torch", "python", "platform", "threads", "time", "commit")}
     except (KeyError, TypeError, ValueError, AttributeError):

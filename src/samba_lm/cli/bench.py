@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
     console = Console()
     console.print(f"{torch.get_num_threads()} threads, torch {torch.__version__}", highlight=False)
     figures: dict[str, list[Figure]] = {}
-    for what in args.what or ON_CPU:
+    for what in dict.fromkeys(args.what or ON_CPU):
         with console.status(f"measuring {what}"):
             figures[what] = _runners()[what]()
         console.print(figures_table(figures[what]))

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from samba_lm.cli.bench_gpu import WIDE
 from samba_lm.cli.bench_table import figures_table
-from samba_lm.cli.output import JsonFile, write_json
+from samba_lm.cli.output import JsonFile, output_file, write_json
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from samba_lm.bench.curve import Run
     from samba_lm.bench.figure import Figure
 
+MAX_THREADS = 1024
 REPORT_EVERY = 50
 
 
@@ -127,12 +128,13 @@ def _check(args: Curve) -> None:
     for name, value in (
         *(("layers", args.layers), ("d-model", args.d_model), ("head-dim", args.head_dim), ("mlp", args.mlp)),
         *(("window", args.window), ("steps", args.steps), ("batch", args.batch), ("length", args.length)),
-        ("threads", args.threads),
     ):
-        if value is not None and not 1 <= value <= 1 << 24:
+        if not 1 <= value <= 1 << 24:
             raise UserError(f"--{name} {value} must be from 1 to {1 << 24}.")
-    if args.figure is not None and args.figure.is_dir():
-        raise UserError(f"--figure {args.figure} is a folder: give a file in it, such as curve.png.")
+    if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
+        raise UserError(f"--threads {args.threads} must be from 1 to {MAX_THREADS}.")
+    if args.figure is not None:
+        output_file(args.figure, "--figure", "curve.png")
     if args.path == "gpu" and args.against is None:
         raise UserError("--path gpu needs --against FILE: what `samba-lm bench curve --path cpu --json FILE` wrote.")
     if args.path != "gpu" and args.against is not None:

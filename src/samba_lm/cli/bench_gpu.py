@@ -132,7 +132,7 @@ def _train(argv: list[str]) -> None:
         _within(name, value, low, high)
     from samba_lm import zoo
 
-    configs = [zoo.get(name) for name in args.models]  # a wrong name is told before any work
+    configs = [zoo.get(name) for name in dict.fromkeys(args.models)]  # a wrong name is told before any work
     from samba_lm.bench.bars import default_batch
 
     batches = [args.batch or default_batch(config.name) for config in configs]
@@ -161,7 +161,7 @@ def _train(argv: list[str]) -> None:
                 session.device,
                 batch=batch,
                 length=args.length,
-                micro_batches=args.micro_batch,
+                micro_batches=tuple(dict.fromkeys(args.micro_batch)),
                 steps=args.steps,
                 settings=settings,
                 profile=args.profile,
@@ -194,7 +194,7 @@ def _prefill(argv: list[str]) -> None:
             session.ceilings,
             session.device,
             tokens=args.tokens,
-            chunks=args.chunk,
+            chunks=tuple(dict.fromkeys(args.chunk)),
             repeats=args.repeats,
             peers=args.peers,
         )
@@ -264,4 +264,5 @@ class _Session:
 
 def _within(name: str, value: float | None, low: float, high: float) -> None:
     if value is not None and not low <= value <= high:
-        raise UserError(f"--{name} {value:g} must be from {low:g} to {high:g}.")
+        given = f"{value:g}" if isinstance(value, float) else value
+        raise UserError(f"--{name} {given} must be from {low} to {high}.")

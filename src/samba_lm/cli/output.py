@@ -21,12 +21,23 @@ from samba_lm.files import write_text
 
 
 def json_file(path: str | os.PathLike[str]) -> Path:
-    """Return ``path`` as a Path. Raises UserError where no file can be written: nothing, a folder, too long a name."""
+    """Return ``path`` as a Path. Raises UserError where no file can be written: nothing, a folder, too long a name, or
+    a place where nothing may be made."""
+    return output_file(path, "--json", "figures.json")
+
+
+def output_file(path: str | os.PathLike[str], option: str, example: str) -> Path:
+    """:func:`json_file` for another ``option``, with the ``example`` of a file's name that its messages give."""
     text, path = os.fspath(path), Path(path)
     if not text:
-        raise UserError("--json is empty: give the file to write.")
+        raise UserError(f"{option} is empty: give the file to write.")
     if path.is_dir() or path.name == "..":  # raises OSError for a name that is too long
-        raise UserError(f"--json {text} is a folder: give a file in it, such as figures.json.")
+        raise UserError(f"{option} {text} is a folder: give a file in it, such as {example}.")
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not there.is_dir():
+        raise UserError(f"{option} {text}: {there} is a file and no folder: give another path.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {text}: nothing may be written in {there}: give another path.")
     return path
 
 
