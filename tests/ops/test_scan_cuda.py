@@ -107,6 +107,10 @@ EMULATED = [
     pytest.param((1, 33, 20, 8), torch.float16, (Shape(2, 16), HELPED), ("resets",), id="fp16, 8 states"),
     pytest.param((2, 1, 5, 16), torch.bfloat16, (Shape(8, 32), Shape(2, 32)), (), id="one token"),
     pytest.param((1, 37, 34, 16), torch.bfloat16, (Shape(8, 32, 6), Shape(4, 32)), (), id="eight states a thread"),
+    pytest.param(
+        (1, 21, 34, 8), torch.bfloat16, (scan.forward_shape(8, 3072, 8), HELPED), (), id="many rows, 8 states"
+    ),
+    pytest.param((1, 21, 34, 64), torch.bfloat16, (scan.forward_shape(8, 3072, 64), HELPED), (), id="many rows, 64"),
     pytest.param((1, 50, 20, 16), torch.bfloat16, (Shape(1, 16, 2, 64), HELPED), (), id="one state a thread"),
     pytest.param((1, 17, 6, 64), torch.float32, (HELPED, Shape(4, 32)), (), id="64 states"),
     pytest.param(
@@ -296,8 +300,22 @@ GPU = [
     ((1, 100, 48, 32), torch.float32, ("z", "D", "delta_bias", "state")),
     ((1, 100, 48, 64), torch.bfloat16, ()),
     ((40, 90, 320, 16), torch.bfloat16, ()),
-    ((1, 1024, 40, 16), torch.bfloat16, ()),  # in segments
+    ((1, 1024, 40, 16), torch.bfloat16, ()),  # in segments backwards
+    ((1, 4096, 40, 16), torch.bfloat16, ("lengths",)),  # in segments both ways
+    # Many rows, which have block shapes of their own.
+    ((72, 37, 320, 8), torch.float16, ()),
+    ((72, 37, 320, 16), torch.bfloat16, ()),
+    ((72, 37, 320, 32), torch.float32, ()),
+    ((72, 37, 320, 64), torch.bfloat16, ()),
 ]
+
+
+def test_every_block_shape_is_tried_on_the_gpu() -> None:
+    tried = [(b, L, E, N) for (b, L, E, N), _, _ in GPU]
+    shapes = {scan.forward_shape(b, E, N) for b, _, E, N in tried}
+    assert shapes >= {scan.forward_shape(b, 3072, N) for b in (1, 4, 8) for N in scan.STATES}
+    for reverse in (False, True):
+        assert any(scan.segments_of(b, L, E, reverse=reverse) > 1 for b, L, E, _ in tried)
 
 
 def leaves(given: dict[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,11 @@ def _scan_small(device: torch.device, dtype: torch.dtype) -> dict[str, Inputs]:
     packed = _scan_inputs(2, 131, 37, 16, device, dtype)
     packed["state"] = torch.randn(2, 37, 16, device=device)
     packed["resets"] = torch.rand(2, 131, device=device) < 0.05
-    return {"plain": _scan_inputs(2, 131, 40, 16, device, dtype), "state and documents": packed}
+    inputs = {"plain": _scan_inputs(2, 131, 40, 16, device, dtype), "state and documents": packed}
+    if device.type == "cuda":  # there the number and the length of rows decide how they are cut
+        inputs["many rows"] = _scan_inputs(72, 37, 320, 16, device, dtype)
+        inputs["a long row"] = _scan_inputs(1, 4096, 40, 16, device, dtype)
+    return inputs
 
 
 def _scan_case(batch: int, length: int, channels: int, states: int = 16) -> Case:
