@@ -254,3 +254,16 @@ def test_hidden_states_are_the_features(name: str, packed: bool) -> None:
     ids = torch.randint(0, 50, (2, 40))
     segments = torch.tensor([[0] * 15 + [1] * 25, [-1] * 4 + [0] * 36]) if packed else None
     assert torch.equal(model.hidden_states(ids, segments), model.features(ids, None, segments)[0])
+
+
+@pytest.mark.parametrize("name", ["samba-tiny", "mamba-tiny", "llama-tiny"])
+def test_a_model_computes_under_autocast(name: str) -> None:
+    model, ids = samba_lm.create(name), torch.randint(0, 256, (2, 40))
+    expected, _ = model(ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, state = model(ids)
+        logits.float().square().mean().backward()
+        with torch.no_grad():
+            model(ids[:, :1], state)
+    assert (logits.float() - expected).norm() < 0.05 * expected.norm()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -24,7 +24,8 @@ class SwiGLUMLP(Mixer):
         self.w3 = Linear(spec.width, config.d_model)
 
     def mix(self, x: torch.Tensor, tensors: Tensors, span: Span) -> tuple[torch.Tensor, Tensors]:
-        return swiglu_linear(self.w12(x), cast(self.w3.weight, x.dtype)), {}
+        gate_up = self.w12(x)  # under autocast in another dtype than x
+        return swiglu_linear(gate_up, cast(self.w3.weight, gate_up.dtype)), {}
 
     def init_tensors(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensors:
         return {}
