@@ -234,3 +234,11 @@ def test_an_unknown_backend_is_named() -> None:
         causal_conv1d_step(x[0], weight, weight[:, 0], torch.randn(2, 3, 3), backend="reference")
     with pytest.raises(UserError, match=r"selective_scan has no backend 'fla'; choose one of: auto, reference, cpu"):
         selective_scan(*(t for k, t in scan_inputs(1, 2, 2, 2).items() if k in "udeltaABC"), backend="fla")
+
+
+def test_a_batch_beyond_the_grid_is_named() -> None:
+    x, weight = torch.zeros(70_000, 1, 1), torch.ones(1, 2)
+    y, _ = causal_conv1d(x, weight)
+    assert y.shape == x.shape
+    with pytest.raises(UserError, match="the triton backend takes batches of at most 65535, and this is 70000"):
+        causal_conv1d(x, weight, backend="triton")

@@ -228,6 +228,17 @@ def test_variants_compile(
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_a_damaged_kernel_is_not_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "kernel.cubin"
+    assert nvrtc._kept(path) is None
+    nvrtc._keep(path, b"machine code")
+    assert nvrtc._kept(path) == b"machine code"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert nvrtc._kept(path) is None
+    path.write_bytes(b"")
+    assert nvrtc._kept(path) is None
+
+
 @pytest.fixture
 def no_bindings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)

@@ -26,6 +26,9 @@ HAS_FLA = importlib.util.find_spec("fla") is not None
 
 GPU_ONLY = ("triton", "cuda", "fla")
 
+MAX_ROWS = 65_535
+"""Of a grid's second axis, on NVIDIA's GPUs."""
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Kernels run in Triton's interpreter, on CPU tensors: how the tests check them without a GPU."""
 
@@ -51,8 +54,10 @@ def preferred() -> Literal["reference", "cpu", "triton"] | None:
     return _preferred
 
 
-def choose(backend: Backend, available: tuple[str, ...], operation: str, x: torch.Tensor) -> str:
+def choose(backend: Backend, available: tuple[str, ...], operation: str, x: torch.Tensor, rows: int = 1) -> str:
     """The implementation to run on tensors like ``x``. ``available`` lists the operation's own, fastest last.
+
+    ``rows``: the batch, where kernels give each row of it a place of its own in the grid's second axis.
 
     ``auto`` takes the kernels for CUDA tensors of 32 bits or fewer, and otherwise the fastest in PyTorch. Raises
     UserError for a backend that the operation lacks or that cannot run here.
@@ -66,10 +71,12 @@ def choose(backend: Backend, available: tuple[str, ...], operation: str, x: torc
             return _preferred
         if _preferred is not None:
             return _preferred if _preferred in plain else plain[-1]
-        fits = HAS_TRITON and not INTERPRETED and x.is_cuda and x.dtype != torch.float64
+        fits = HAS_TRITON and not INTERPRETED and x.is_cuda and x.dtype != torch.float64 and rows <= MAX_ROWS
         return available[-1] if fits else plain[-1]
     if backend not in available:
         raise UserError(f"{operation} has no backend {backend!r}; choose one of: auto, {', '.join(available)}")
+    if backend in GPU_ONLY and rows > MAX_ROWS:
+        raise UserError(f"{operation}: the {backend} backend takes batches of at most {MAX_ROWS}, and this is {rows}")
     if backend == "triton":
         _require_triton(operation, x)
     elif backend == "cuda":

@@ -134,10 +134,9 @@ def compiled(files: tuple[Path, ...], defines: tuple[tuple[str, int], ...], arch
     options = [f"--gpu-architecture={arch}", *OPTIONS, *(f"-D{name}={value}" for name, value in defines)]
     key = hashlib.sha256("\0".join([version, *options, text]).encode()).hexdigest()
     cached = _cache_folder() / f"{files[-1].stem}-{arch}-{key[:32]}.cubin"
-    try:
-        return cached.read_bytes()
-    except OSError:
-        pass
+    code = _kept(cached)
+    if code is not None:
+        return code
     code = _compile(nvrtc, text, options)
     _keep(cached, code)
     return code
@@ -165,9 +164,23 @@ def _compile(nvrtc: ModuleType, text: str, options: list[str]) -> bytes:
         nvrtc.nvrtcDestroyProgram(program)
 
 
+DIGEST = hashlib.sha256().digest_size
+"""Bytes before a kept kernel: its own digest, so that a file cut short by a crash is compiled again."""
+
+
 def _cache_folder() -> Path:
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(home) / "samba-lm" / "kernels"
+
+
+def _kept(path: Path) -> bytes | None:
+    """What :func:`_keep` wrote; None if there is nothing, or not all of it."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    code = data[DIGEST:]
+    return code if hashlib.sha256(code).digest() == data[:DIGEST] else None
 
 
 def _keep(path: Path, code: bytes) -> None:
@@ -177,7 +190,7 @@ def _keep(path: Path, code: bytes) -> None:
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(code)
+                file.write(hashlib.sha256(code).digest() + code)
             os.replace(name, path)
         except OSError:
             os.unlink(name)

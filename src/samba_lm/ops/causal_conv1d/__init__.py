@@ -55,7 +55,7 @@ def causal_conv1d(
     )
     require_type("causal_conv1d", "positions", positions, torch.int64)
     require_type("causal_conv1d", "lengths", lengths, torch.int64)
-    chosen = choose(backend, BACKENDS, "causal_conv1d", x)
+    chosen = choose(backend, BACKENDS, "causal_conv1d", x, batch)
     if chosen == "triton":
         from samba_lm.ops.causal_conv1d.triton import conv_triton
 

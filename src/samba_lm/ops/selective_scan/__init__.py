@@ -97,7 +97,7 @@ def selective_scan(
 
 def _choose(backend: Backend, u: torch.Tensor, N: int) -> str:
     """CUDA C++ where it runs, Triton on other GPUs, PyTorch for state sizes that have no kernels."""
-    chosen = choose(backend, BACKENDS, "selective_scan", u)
+    chosen = choose(backend, BACKENDS, "selective_scan", u, u.shape[0])
     if chosen in ("cuda", "triton") and N not in STATE_SIZES:
         if backend != "auto":
             raise UserError(f"selective_scan: the {backend} backend has kernels for N of {STATE_SIZES}, and N is {N}")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from samba_lm.ops import nvrtc
+from samba_lm.ops.backend import HAS_TRITON
 
 KERNELS = Path(__file__).parent / "kernels"
 TILE = 16
@@ -275,9 +276,9 @@ def segments_of(batch: int, L: int, E: int, *, reverse: bool) -> int:
     """
     blocks = batch * -(-E // 32)
     if reverse:
-        wanted = min(1024 // blocks, L // 512) if blocks < FILL else 1
+        wanted = min(1024 // blocks, L // 512) if blocks < FILL and HAS_TRITON else 1
     else:
-        wanted = min(512 // blocks, L // 2048) if blocks < FILL // 4 else 1
+        wanted = min(512 // blocks, L // 2048) if blocks < FILL // 4 and HAS_TRITON else 1
     return next((n for n in range(wanted, 1, -1) if L % (n * TILE) == 0), 1)
 
 
@@ -306,7 +307,7 @@ def entered(
 ) -> torch.Tensor:
     """What each segment is entered with, [B * segments, E, N]: ``first`` [B, E, N] (None: zeros) by the first of them,
     in reverse by the last. local, steps: of all the segments, see ``plan_segments``."""
-    from samba_lm.ops.selective_scan.triton import chain
+    from samba_lm.ops.selective_scan.triton import chain  # NVRTC comes with builds of PyTorch that bring Triton too
 
     local, steps = local.unflatten(0, (-1, segments)), steps.unflatten(0, (-1, segments))
     first = torch.zeros_like(local[:, 0]) if first is None else first.contiguous()
