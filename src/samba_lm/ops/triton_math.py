@@ -16,6 +16,25 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
+def _splat_conditions() -> None:
+    """Mend the interpreter of Triton 3.9: it gives a scalar condition the type of what was compared and spreads it over
+    a block as a number of that type, which is then refused as a mask."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    plain = InterpreterBuilder.create_splat
+
+    def create_splat(self, block_type, scalar):
+        if scalar.data.dtype == bool and scalar.dtype != tl.int1:
+            scalar = TensorHandle(scalar.data, tl.int1)
+        return plain(self, block_type, scalar)
+
+    InterpreterBuilder.create_splat = create_splat
+
+
+if INTERPRETED:
+    _splat_conditions()
+
+
 @triton.jit
 def exp2(x):
     """2^x, fp32, relative error 2^-22."""
