@@ -15,7 +15,8 @@ from samba_lm.errors import UserError
 from samba_lm.ops import nvrtc
 from samba_lm.ops.backend import choose
 from samba_lm.ops.selective_scan import cuda as scan
-from samba_lm.ops.selective_scan.cuda import Shape
+from samba_lm.ops.selective_scan import cuda_launch as plan
+from samba_lm.ops.selective_scan.cuda_launch import Shape
 from samba_lm.ops.selective_scan.reference import scan_reference
 
 needs_nvrtc = pytest.mark.skipif(bool(nvrtc.why_not()), reason="needs cuda-bindings and nvidia-cuda-nvrtc")
@@ -75,21 +76,21 @@ def emulate(
     dy: torch.Tensor,
     dfinal: torch.Tensor | None,
     shapes: tuple[Shape, Shape],
-    span: int = scan.SPAN_BYTES,
+    span: int = plan.SPAN_BYTES,
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
     """What the kernels give in the emulator, by name as in ``truth``."""
-    forward, *results, _ = scan.plan_forward(**given, save=True, shape=shapes[0])
+    forward, *results, _ = plan.plan_forward(**given, save=True, shape=shapes[0])
     fill(results)
     run(forward, seed)
     rest = {name: t for name, t in given.items() if name != "state"}
-    launches, grads, _ = scan.plan_backward(
+    launches, grads, _ = plan.plan_backward(
         dy, dfinal, **rest, checkpoints=results[2], shape=shapes[1], span_bytes=span
     )
     fill(grads)
     for launch in launches:
         run(launch, seed)
-    return {"y": results[0], "final": results[1], **scan._summed(grads)._asdict()}
+    return {"y": results[0], "final": results[1], **plan.summed(grads)._asdict()}
 
 
 def fill(tensors: Any) -> None:
@@ -108,9 +109,9 @@ EMULATED = [
     pytest.param((2, 1, 5, 16), torch.bfloat16, (Shape(8, 32), Shape(2, 32)), (), id="one token"),
     pytest.param((1, 37, 34, 16), torch.bfloat16, (Shape(8, 32, 6), Shape(4, 32)), (), id="eight states a thread"),
     pytest.param(
-        (1, 21, 34, 8), torch.bfloat16, (scan.forward_shape(8, 3072, 8), HELPED), (), id="many rows, 8 states"
+        (1, 21, 34, 8), torch.bfloat16, (plan.forward_shape(8, 3072, 8), HELPED), (), id="many rows, 8 states"
     ),
-    pytest.param((1, 21, 34, 64), torch.bfloat16, (scan.forward_shape(8, 3072, 64), HELPED), (), id="many rows, 64"),
+    pytest.param((1, 21, 34, 64), torch.bfloat16, (plan.forward_shape(8, 3072, 64), HELPED), (), id="many rows, 64"),
     pytest.param((1, 50, 20, 16), torch.bfloat16, (Shape(1, 16, 2, 64), HELPED), (), id="one state a thread"),
     pytest.param((1, 17, 6, 64), torch.float32, (HELPED, Shape(4, 32)), (), id="64 states"),
     pytest.param(
@@ -181,7 +182,7 @@ def test_segments_of_a_long_row(
 
 def test_how_many_segments() -> None:
     def both(batch: int, L: int, E: int) -> tuple[int, int]:
-        return scan.segments_of(batch, L, E, reverse=False), scan.segments_of(batch, L, E, reverse=True)
+        return plan.segments_of(batch, L, E, reverse=False), plan.segments_of(batch, L, E, reverse=True)
 
     assert both(8, 4096, 3072) == (1, 1)
     assert both(1, 131072, 4096) == (1, 8)
@@ -193,9 +194,9 @@ def test_how_many_segments() -> None:
 
 
 VARIANTS = [
-    *((N, torch.bfloat16, scan.forward_shape(8, 3072, N), scan.backward_shape(8, 3072, N)) for N in scan.STATES),
-    *((N, torch.bfloat16, scan.forward_shape(1, 64, N), scan.backward_shape(1, 64, N)) for N in scan.STATES),
-    (16, torch.float32, Shape(4, 32), scan.backward_shape(8, 3072, 16)),
+    *((N, torch.bfloat16, plan.forward_shape(8, 3072, N), plan.backward_shape(8, 3072, N)) for N in plan.STATES),
+    *((N, torch.bfloat16, plan.forward_shape(1, 64, N), plan.backward_shape(1, 64, N)) for N in plan.STATES),
+    (16, torch.float32, Shape(4, 32), plan.backward_shape(8, 3072, 16)),
     (16, torch.float16, Shape(2, 16), Shape(2, 32, 1)),
 ]
 
@@ -214,10 +215,10 @@ def test_variants_compile(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     given = inputs(1, 20, 64, N, dtype)
-    launch, _, _, checkpoints, _ = scan.plan_forward(**given, save=True, shape=forward)
+    launch, _, _, checkpoints, _ = plan.plan_forward(**given, save=True, shape=forward)
     rest = {name: t for name, t in given.items() if name != "state"}
-    launches, *_ = scan.plan_backward(given["u"], None, **rest, checkpoints=checkpoints, shape=backward)
-    segments, *_ = scan.plan_segments(
+    launches, *_ = plan.plan_backward(given["u"], None, **rest, checkpoints=checkpoints, shape=backward)
+    segments, *_ = plan.plan_segments(
         *(given[name] for name in ("u", "delta", "A", "B", "z", "delta_bias", "resets", "lengths")), reverse=True
     )
     for each in (launch, launches[0], segments):
@@ -251,7 +252,7 @@ def no_bindings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_without_the_packages_the_error_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(UserError, match="needs the packages cuda-bindings and nvidia-cuda-nvrtc"):
-        nvrtc.compiled(scan.files("forward"), (), "sm_90")
+        nvrtc.compiled(plan.files("forward"), (), "sm_90")
 
 
 def test_the_cuda_backend_wants_a_gpu() -> None:
@@ -283,11 +284,11 @@ def test_the_choice_of_this_backend_breaks_no_graph(monkeypatch: pytest.MonkeyPa
 
 def test_pairs_are_read_at_once_only_where_they_are_aligned() -> None:
     x = torch.zeros(2, 6, 16, dtype=torch.bfloat16)
-    assert scan._wide(8, (x[..., :8], x[..., 8:], None))
-    assert not scan._wide(8, (x[..., 1:9],))  # starts at an odd element
-    assert not scan._wide(7, (x[..., :7],))  # odd width
-    assert not scan._wide(8, (x.flatten()[: 2 * 6 * 15].view(2, 6, 15)[..., :8],))  # every other row is odd
-    assert scan._wide(8, (x[:, :1, :8],))
+    assert plan._wide(8, (x[..., :8], x[..., 8:], None))
+    assert not plan._wide(8, (x[..., 1:9],))  # starts at an odd element
+    assert not plan._wide(7, (x[..., :7],))  # odd width
+    assert not plan._wide(8, (x.flatten()[: 2 * 6 * 15].view(2, 6, 15)[..., :8],))  # every other row is odd
+    assert plan._wide(8, (x[:, :1, :8],))
 
 
 def test_spans_cover_every_tile_last_to_first() -> None:
@@ -295,7 +296,7 @@ def test_spans_cover_every_tile_last_to_first() -> None:
     del given["state"]
     one_tile = 2 * 16 * 2 * 16 * 4
     checkpoints = torch.empty(1, 7, 16, 40)
-    launches, *_ = scan.plan_backward(given["u"], None, **given, checkpoints=checkpoints, span_bytes=3 * one_tile)
+    launches, *_ = plan.plan_backward(given["u"], None, **given, checkpoints=checkpoints, span_bytes=3 * one_tile)
     names = [each.entry for each in launches]
     assert names == ["scan_backward", "sum_partials"] * 3
     # The parameters end in L, E, first, end and the strides of six tensors.
@@ -323,10 +324,10 @@ GPU = [
 
 def test_every_block_shape_is_tried_on_the_gpu() -> None:
     tried = [(b, L, E, N) for (b, L, E, N), _, _ in GPU]
-    shapes = {scan.forward_shape(b, E, N) for b, _, E, N in tried}
-    assert shapes >= {scan.forward_shape(b, 3072, N) for b in (1, 4, 8) for N in scan.STATES}
+    shapes = {plan.forward_shape(b, E, N) for b, _, E, N in tried}
+    assert shapes >= {plan.forward_shape(b, 3072, N) for b in (1, 4, 8) for N in plan.STATES}
     for reverse in (False, True):
-        assert any(scan.segments_of(b, L, E, reverse=reverse) > 1 for b, L, E, _ in tried)
+        assert any(plan.segments_of(b, L, E, reverse=reverse) > 1 for b, L, E, _ in tried)
 
 
 def leaves(given: dict[str, Any]) -> dict[str, Any]:
