@@ -9,6 +9,7 @@ import torch
 from kernels import DEVICE, needs_triton
 from tolerances import assert_close
 
+from samba_lm.errors import UserError
 from samba_lm.ops.selective_scan import selective_scan
 
 pytestmark = needs_triton
@@ -153,3 +154,11 @@ def test_small_steps_keep_their_digits() -> None:
     expected = run(inputs, "reference", torch.float32)["state"]
     actual = run(inputs, "triton", torch.float32)["state"]
     assert_close(actual, expected, "state", torch.float32, scale=0.2)
+
+
+def test_fp64_in_part_is_not_rounded() -> None:
+    inputs = {k: t.to(DEVICE) for k, t in scan_inputs(1, 5, 16, 16).items()}
+    inputs["A"] = inputs["A"].double()
+    assert selective_scan(**inputs)[1].dtype == torch.float64
+    with pytest.raises(UserError, match="computes in fp32, and an input is fp64"):
+        selective_scan(**inputs, backend="triton")

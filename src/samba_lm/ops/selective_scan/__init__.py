@@ -95,9 +95,13 @@ def selective_scan(
     return y.to(u.dtype), final
 
 
-def _choose(backend: Backend, u: torch.Tensor, N: int) -> str:
-    """CUDA C++ where it runs, Triton on other GPUs, PyTorch for state sizes that have no kernels."""
+def _choose(backend: Backend, u: torch.Tensor, N: int, dtype: torch.dtype) -> str:
+    """CUDA C++ where it runs, Triton on other GPUs, PyTorch for fp64 and for state sizes that have no kernels."""
     chosen = choose(backend, BACKENDS, "selective_scan", u, u.shape[0])
+    if chosen in ("cuda", "triton") and dtype == torch.float64:
+        if backend != "auto":
+            raise UserError(f"selective_scan: the {backend} backend computes in fp32, and an input is fp64")
+        return "cpu"
     if chosen in ("cuda", "triton") and N not in STATE_SIZES:
         if backend != "auto":
             raise UserError(f"selective_scan: the {backend} backend has kernels for N of {STATE_SIZES}, and N is {N}")
