@@ -77,7 +77,7 @@ def selective_scan(
         resets = None if resets is None else resets & ~padding
     if state is None:
         state = torch.zeros(batch, E, N, device=u.device)
-    chosen = _choose(backend, u, N)
+    chosen = _choose(backend, u, N, dtype)
     A, state = A.to(dtype), state.to(dtype)
     if u.numel() == 0:  # no kernel cuts an empty row
         return torch.empty_like(u), state.clone()
