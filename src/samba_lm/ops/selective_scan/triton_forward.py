@@ -245,6 +245,7 @@ def chain_kernel(
             s = SEGMENTS - 1 - i
         at = row * SEGMENTS + s
         tl.store(out + at * CELLS + cell, value, mask=inside)
-        total = tl.load(steps + at * channels + cell // N, mask=inside, other=0.0)
+        more = inside & (i < SEGMENTS - 1)  # nobody is entered with what comes after the last
+        total = tl.load(steps + at * channels + cell // N, mask=more, other=0.0)
         decay = tl.where(total >= NEVER, 0.0, exp2(total * A))
-        value = tl.load(local + at * CELLS + cell, mask=inside, other=0.0) + decay * value
+        value = tl.load(local + at * CELLS + cell, mask=more, other=0.0) + decay * value
