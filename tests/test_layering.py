@@ -231,6 +231,17 @@ def test_every_file_keeps_the_rules() -> None:
     assert not found, "\n" + "\n".join(found)
 
 
+def test_every_kernel_says_whether_multiplications_fuse_with_additions() -> None:
+    """Triton's default changes with its version 3.10, and with it digits and speed."""
+    launches = 0
+    for path, source in _sources().items():
+        for node in ast.walk(ast.parse(source)) if any(fnmatch(path, kernels) for kernels in KERNELS) else ():
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                launches += 1
+                assert "enable_fp_fusion" in {keyword.arg for keyword in node.keywords}, f"{path}:{node.lineno}"
+    assert launches > 20
+
+
 def test_the_walk_sees_the_package() -> None:
     sources = _sources()
     assert {"__init__.py", "errors.py", "cli/main.py"} <= sources.keys()

@@ -63,6 +63,7 @@ def step_triton(
             x.stride(0),
             K=k,
             BLOCK=BLOCK,
+            enable_fp_fusion=True,
             num_warps=1,
             num_stages=1,
         )

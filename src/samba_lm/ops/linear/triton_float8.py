@@ -155,7 +155,7 @@ def cast_rows(x: torch.Tensor, padded: int, top: float) -> tuple[torch.Tensor, t
     with torch.cuda.device_of(x):
         _cast_rows[(triton.cdiv(padded, tile),)](
             x, q, qt, scale, rows, padded, x.stride(0), WIDTH=width, ROWS=tile, COLS=cols, TOP=top,
-            num_warps=ROW_WARPS,
+            enable_fp_fusion=True, num_warps=ROW_WARPS,
         )  # fmt: skip
     return q, qt, scale
 
@@ -184,14 +184,23 @@ def cast(
         for part in parts:
             constants = sampling(part.shape[1], every)
             _largest[(min(PROGRAMS, triton.cdiv(rows, ROWS)),)](
-                part, weight, largest, rows, part.stride(0), **constants, WEIGHTED=weighted, num_warps=4
+                part,
+                weight,
+                largest,
+                rows,
+                part.stride(0),
+                **constants,
+                WEIGHTED=weighted,
+                enable_fp_fusion=True,
+                num_warps=4,
             )
         begin = 0
         for part in parts:
             n = part.shape[1]
             _cast[(triton.cdiv(padded, tile) * triton.cdiv(n, cols),)](
                 part, weight, largest, q[:, begin:], qt[begin:], scale, rows, padded, part.stride(0), width,
-                WIDTH=n, ROWS=tile, COLS=cols, GOAL=goal, TOP=top, WEIGHTED=weighted, num_warps=CAST_WARPS,
+                WIDTH=n, ROWS=tile, COLS=cols, GOAL=goal, TOP=top, WEIGHTED=weighted,
+                enable_fp_fusion=True, num_warps=CAST_WARPS,
             )  # fmt: skip
             begin += n
     return q, qt, scale

@@ -151,6 +151,7 @@ def softmax_loss(
             GRADIENT=d_logits is not None,
             BLOCK=block,
             WHOLE=whole,
+            enable_fp_fusion=True,
             num_warps=warps,
         )
 

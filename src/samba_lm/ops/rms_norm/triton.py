@@ -131,7 +131,8 @@ def _launch_forward(
         with torch.cuda.device_of(x):
             _forward[(triton.cdiv(rows, constants["ROWS"]),)](
                 x, branch, weight, total, normed, kept, rstd, rows, eps, **constants,
-                ADD=branch is not None, RSTD=differentiated, KEEP=kept.numel() > 0, num_warps=elements // 512,
+                ADD=branch is not None, RSTD=differentiated, KEEP=kept.numel() > 0,
+                enable_fp_fusion=True, num_warps=elements // 512,
             )  # fmt: skip
 
 
@@ -202,7 +203,8 @@ def _rms_norm_backward(
         with torch.cuda.device_of(kept):
             _backward[(count,)](
                 dnormed, dtotal, kept, rstd, weight, dx, dbranch, partial, rows, **constants,
-                SCALED=scaled, DTOTAL=dtotal is not None, DBRANCH=branch_dtype != x_dtype, num_warps=warps,
+                SCALED=scaled, DTOTAL=dtotal is not None, DBRANCH=branch_dtype != x_dtype,
+                enable_fp_fusion=True, num_warps=warps,
             )  # fmt: skip
     return dx, dbranch, partial.sum(0).to(weight.dtype)
 

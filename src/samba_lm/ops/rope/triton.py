@@ -140,7 +140,7 @@ def _rotate_split(
         with torch.cuda.device_of(qkv):
             _forward[grid](
                 rows, cos, sin, q, k, v, tokens, angle_tokens, heads, groups, rows.stride(0), **constants,
-                num_warps=WARPS,
+                enable_fp_fusion=True, num_warps=WARPS,
             )  # fmt: skip
     return q, k, v
 
@@ -162,7 +162,19 @@ def _rotate_split_backward(
     if tokens:
         with torch.cuda.device_of(dq):
             _backward[grid](
-                dq, dk, dv, cos, sin, dqkv, tokens, angle_tokens, heads, groups, **constants, num_warps=WARPS
+                dq,
+                dk,
+                dv,
+                cos,
+                sin,
+                dqkv,
+                tokens,
+                angle_tokens,
+                heads,
+                groups,
+                **constants,
+                enable_fp_fusion=True,
+                num_warps=WARPS,
             )
     return dqkv
 

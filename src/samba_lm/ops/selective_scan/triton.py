@@ -85,7 +85,7 @@ def scan_forward(
             length, span, segments, tiles, *_batch_strides(u, delta, z, B, C),
             **_row_strides(u=u, delta=delta, z=z, B=B, C=C), E=channels, BE=block, N=n, TILE=TILE,
             HAS_Z=z is not None, HAS_RESETS=resets is not None,
-            HAS_LENGTHS=lengths is not None, KEEP=keep, num_warps=warps,
+            HAS_LENGTHS=lengths is not None, KEEP=keep, enable_fp_fusion=True, num_warps=warps,
         )  # fmt: skip
     return y, final, checkpoints
 
@@ -137,7 +137,8 @@ def scan_backward(
             carry_kernel[(triton.cdiv(channels, block), batch, segments)](
                 delta, A, C, z, bias, resets, lengths, dy, local, steps,
                 length, span, segments, *_batch_strides(delta, z, C, dy),
-                **_row_strides(delta=delta, z=z, C=C, dy=dy), E=channels, BE=block, N=n, **options, num_warps=warps,
+                **_row_strides(delta=delta, z=z, C=C, dy=dy), E=channels, BE=block, N=n, **options,
+                enable_fp_fusion=True, num_warps=warps,
             )  # fmt: skip
         carries = chain(local, steps, A, dfinal, reverse=True)
     block, warps, group = _backward_block(n)
@@ -155,7 +156,7 @@ def scan_backward(
             length, span, segments, checkpoints.shape[1], batch, *_batch_strides(u, delta, z, B, C, dy),
             **_row_strides(u=u, delta=delta, z=z, B=B, C=C, dy=dy), E=channels,
             BE=block, N=n, TILE=TILE, SUB=SUB, GROUP=group, PRECISION="ieee" if u.dtype == torch.float32 else "tf32",
-            **options, num_warps=warps, **_registers(168),
+            **options, enable_fp_fusion=True, num_warps=warps, **_registers(168),
         )  # fmt: skip
     dB, dC = (dBC[:, :, :, i].sum(0) for i in (0, 1))
     return du, ddelta, dA.sum(0), dB.to(B.dtype), dC.to(C.dtype), dD.sum(0), dz, dbias.sum(0), dstate
@@ -219,7 +220,7 @@ def _chained(
             u, delta, A, B, bias, resets, lengths, local, steps,
             length, span, segments, *_batch_strides(u, delta, B),
             **_row_strides(u=u, delta=delta, B=B), E=channels, BE=block, N=n,
-            HAS_RESETS=resets is not None, HAS_LENGTHS=lengths is not None, num_warps=warps,
+            HAS_RESETS=resets is not None, HAS_LENGTHS=lengths is not None, enable_fp_fusion=True, num_warps=warps,
         )  # fmt: skip
     return chain(local, steps, A, state, reverse=False)
 
@@ -231,7 +232,17 @@ def chain(local: Tensor, steps: Tensor, A: Tensor, begin: Tensor, *, reverse: bo
     cells = channels * n
     with torch.cuda.device_of(local):
         chain_kernel[(triton.cdiv(cells, CHAIN_BLOCK), batch)](
-            local, steps, A, begin, out, cells, segments, N=n, BLOCK=CHAIN_BLOCK, REVERSE=reverse
+            local,
+            steps,
+            A,
+            begin,
+            out,
+            cells,
+            segments,
+            N=n,
+            BLOCK=CHAIN_BLOCK,
+            REVERSE=reverse,
+            enable_fp_fusion=True,
         )
     return out
 

@@ -118,6 +118,7 @@ def step_triton(
             N_BLOCK=n_block,
             BLOCK=block,
             HAS_Z=z is not None,
+            enable_fp_fusion=True,
             num_warps=WARPS,
             num_stages=1,
         )

@@ -128,6 +128,7 @@ def forward(
         FIRST=first is not None,
         WINDOW=window > 0,
         TMA=tma,
+        enable_fp_fusion=True,
         num_warps=warps,
         num_stages=stages,
     )
@@ -195,6 +196,7 @@ def backward_dq(
         FIRST=first is not None,
         WINDOW=window > 0,
         TMA=tma,
+        enable_fp_fusion=True,
         num_warps=warps,
         num_stages=stages,
     )
@@ -239,6 +241,7 @@ def backward_dkdv(
         SEEN=first is not None,
         WINDOW=window > 0,
         TMA=tma,
+        enable_fp_fusion=True,
         num_warps=warps,
         num_stages=stages,
     )

@@ -145,11 +145,21 @@ def attend_one_triton(
             WIDTH=width,
             BLOCK=block,
             FILLED=filled is not None,
+            enable_fp_fusion=True,
             num_warps=4,
             num_stages=3,
         )
         join_kernel[(batch * heads,)](
-            parts, tops, totals, out, splits, DIM=dim, WIDTH=width, SPLITS=triton.next_power_of_2(splits), num_warps=4
+            parts,
+            tops,
+            totals,
+            out,
+            splits,
+            DIM=dim,
+            WIDTH=width,
+            SPLITS=triton.next_power_of_2(splits),
+            enable_fp_fusion=True,
+            num_warps=4,
         )
     return out
 

@@ -87,7 +87,9 @@ def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     count, constants = tile(*g.shape)
     if count:
         with torch.cuda.device_of(gate):
-            _forward[(count,)](g, u, act, g.shape[0], g.stride(0), u.stride(0), **constants, num_warps=WARPS)
+            _forward[(count,)](
+                g, u, act, g.shape[0], g.stride(0), u.stride(0), **constants, enable_fp_fusion=True, num_warps=WARPS
+            )
     return act
 
 
@@ -110,7 +112,7 @@ def _launch_backward(
         with torch.cuda.device_of(gate):
             _backward[(count,)](
                 g, u, dact.contiguous(), dg, du, act, g.shape[0], g.stride(0), u.stride(0), dg.stride(0), **constants,
-                ACT=act is not None, num_warps=WARPS,
+                ACT=act is not None, enable_fp_fusion=True, num_warps=WARPS,
             )  # fmt: skip
 
 

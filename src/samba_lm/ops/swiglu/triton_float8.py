@@ -120,7 +120,7 @@ def activations(both: torch.Tensor, top: float) -> tuple[torch.Tensor, torch.Ten
     with torch.cuda.device_of(both):
         _rows[(rows,)](
             both, q, scale, both.stride(0), WIDTH=width, BLOCK=block, TOP=top,
-            num_warps=min(8, max(1, block // 512)),
+            enable_fp_fusion=True, num_warps=min(8, max(1, block // 512)),
         )  # fmt: skip
     return q, scale
 
@@ -145,10 +145,19 @@ def gradients(
     tile, cols = TILE
     with torch.cuda.device_of(both):
         _largest[(min(PROGRAMS, triton.cdiv(rows, ROWS)),)](
-            both, dact, weight, largest, rows, both.stride(0), **sampling(width, every), num_warps=4
+            both,
+            dact,
+            weight,
+            largest,
+            rows,
+            both.stride(0),
+            **sampling(width, every),
+            enable_fp_fusion=True,
+            num_warps=4,
         )
         _backward[(triton.cdiv(padded, tile) * triton.cdiv(width, cols),)](
             both, dact, weight, act_scale, largest, q, qt, actt, scale, rows, padded, both.stride(0),
-            WIDTH=width, ROWS=tile, COLS=cols, GOAL=goal, TOP=tops[0], ACT_TOP=tops[1], num_warps=WARPS,
+            WIDTH=width, ROWS=tile, COLS=cols, GOAL=goal, TOP=tops[0], ACT_TOP=tops[1],
+            enable_fp_fusion=True, num_warps=WARPS,
         )  # fmt: skip
     return q, qt, scale, actt
