@@ -67,6 +67,7 @@ def scan_backward_kernel(
     carry = tl.load(carries + (wide * SEGMENTS + segment) * E * N + cell)
     sum_dA = tl.zeros([BE, N], tl.float32)
     sum_dD = tl.zeros([BE], tl.float32)
+    lost_dD = tl.zeros([BE], tl.float32)
     sum_dbias = tl.zeros([BE], tl.float32)
     first = segment * SPAN
     last = tl.minimum(first + SPAN, L)
@@ -129,7 +130,11 @@ def scan_backward_kernel(
                 sum_dA += through * step[:, None]
                 draw = (tl.sum(through * A, axis=1) + dx * x) * slopes[i]
                 sum_dbias += draw
-                sum_dD += dout * x
+                # What rounding takes away is carried on: a row may have a million tokens.
+                part = dout * x - lost_dD
+                longer_dD = sum_dD + part
+                lost_dD = (longer_dD - sum_dD) - part
+                sum_dD = longer_dD
                 tl.store(du + (at + i) * E + e, (dx * step + D * dout).to(du.dtype.element_ty), mask=written)
                 tl.store(ddelta + (at + i) * E + e, draw.to(ddelta.dtype.element_ty), mask=written)
             # products[0] is the group's last token.
@@ -148,10 +153,10 @@ def scan_backward_kernel(
             t = t0 + g * GROUP + token_of
             where = t.to(tl.int64) * 2 * N + (column // GROUP) % 2 * N + column // (2 * GROUP)
             tl.store(dBC + where[None, :] + lane * 0, sums, mask=(lane == 0) & (t < L)[None, :])
-    part = wide * SEGMENTS + segment
-    tl.store(dA + part * E * N + cell, sum_dA, mask=inside[:, None])
-    tl.store(dD + part * E + e, sum_dD, mask=inside)
-    tl.store(dbias + part * E + e, sum_dbias, mask=inside)
+    place = wide * SEGMENTS + segment
+    tl.store(dA + place * E * N + cell, sum_dA, mask=inside[:, None])
+    tl.store(dD + place * E + e, sum_dD, mask=inside)
+    tl.store(dbias + place * E + e, sum_dbias, mask=inside)
     if segment == 0:
         tl.store(dstate + wide * E * N + cell, carry, mask=inside[:, None])
 

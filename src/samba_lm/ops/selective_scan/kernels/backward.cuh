@@ -117,6 +117,13 @@ DEVICE void walk_back(Walker& w, const float (&h)[T + 1][S], const float (&decay
   }
 }
 
+// total += x, with what rounding took away carried on in ``lost``: a row may have a million tokens.
+DEVICE void add(float& total, float& lost, float x) {
+  const float y = x - lost, sum = total + y;
+  lost = (sum - total) - y;
+  total = sum;
+}
+
 KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
   SHARED_MEMORY(memory);
   BackwardShared& shared = *(BackwardShared*)memory;
@@ -152,7 +159,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
   const int column = worker % COLUMNS * 2, row = worker / COLUMNS, pair = blockIdx.x * CH + column;
   const int count = min(E - pair, 2);
   const float2 bias = pair_or_zero(p.bias, pair, count), skip = pair_or_zero(p.D, pair, count);
-  float2 dskip = make_float2(0.0f, 0.0f), dbias = make_float2(0.0f, 0.0f);
+  float2 dskip = make_float2(0.0f, 0.0f), lost = make_float2(0.0f, 0.0f), dbias = make_float2(0.0f, 0.0f);
   const i64 last = (i64)(end - 1) * T;
   const Io* dy = p.dy + batch * p.dy_batch + (last + row) * p.dy_row + pair;
   const Io* u = p.u + batch * p.u_batch + (last + row) * p.u_row + pair;
@@ -256,7 +263,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
       const float2 ddelta = make_float2(fmaf(total.x, uu.x, total.y) * factors.x, fmaf(total.z, uu.y, total.w) * factors.y);
       const float2 du = make_float2(fmaf(total.x, step.x * LN_2, g.x * skip.x), fmaf(total.z, step.z * LN_2, g.y * skip.y));
       dbias.x += ddelta.x, dbias.y += ddelta.y;
-      dskip.x = fmaf(g.x, uu.x, dskip.x), dskip.y = fmaf(g.y, uu.y, dskip.y);
+      add(dskip.x, lost.x, g.x * uu.x), add(dskip.y, lost.y, g.y * uu.y);
       const int n = left > k * ROUND ? count : 0;
       const i64 to = own + k * ROUND * (i64)E;
       store_pair(p.ddelta + to, ddelta, n);
