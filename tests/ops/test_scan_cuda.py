@@ -14,6 +14,7 @@ from cuda_emulator import needs_compiler, run
 from samba_lm.errors import UserError
 from samba_lm.ops import nvrtc
 from samba_lm.ops.backend import choose
+from samba_lm.ops.selective_scan import STATE_SIZES
 from samba_lm.ops.selective_scan import cuda as scan
 from samba_lm.ops.selective_scan import cuda_launch as plan
 from samba_lm.ops.selective_scan.cuda_launch import Shape
@@ -194,8 +195,8 @@ def test_how_many_segments() -> None:
 
 
 VARIANTS = [
-    *((N, torch.bfloat16, plan.forward_shape(8, 3072, N), plan.backward_shape(8, 3072, N)) for N in plan.STATES),
-    *((N, torch.bfloat16, plan.forward_shape(1, 64, N), plan.backward_shape(1, 64, N)) for N in plan.STATES),
+    *((N, torch.bfloat16, plan.forward_shape(8, 3072, N), plan.backward_shape(8, 3072, N)) for N in STATE_SIZES),
+    *((N, torch.bfloat16, plan.forward_shape(1, 64, N), plan.backward_shape(1, 64, N)) for N in STATE_SIZES),
     (16, torch.float32, Shape(4, 32), plan.backward_shape(8, 3072, 16)),
     (16, torch.float16, Shape(2, 16), Shape(2, 32, 1)),
 ]
@@ -325,7 +326,7 @@ GPU = [
 def test_every_block_shape_is_tried_on_the_gpu() -> None:
     tried = [(b, L, E, N) for (b, L, E, N), _, _ in GPU]
     shapes = {plan.forward_shape(b, E, N) for b, _, E, N in tried}
-    assert shapes >= {plan.forward_shape(b, 3072, N) for b in (1, 4, 8) for N in plan.STATES}
+    assert shapes >= {plan.forward_shape(b, 3072, N) for b in (1, 4, 8) for N in STATE_SIZES}
     for reverse in (False, True):
         assert any(plan.segments_of(b, L, E, reverse=reverse) > 1 for b, L, E, _ in tried)
 

@@ -15,21 +15,22 @@ _open: dict[tuple[int, object], Any] | None = None
 
 def cast(parameter: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
     """``parameter`` in ``dtype``; gradients go to the parameter, in its own dtype."""
-    if _open is None or parameter.dtype == dtype or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if parameter.dtype == dtype or not torch.is_grad_enabled():
         return parameter.to(dtype)
-    key = id(parameter), dtype
-    if key not in _open:
-        _open[key] = parameter.to(dtype)
-    return _open[key]
+    return _once(parameter, dtype, lambda: parameter.to(dtype))
 
 
 def made_once(parameter: nn.Parameter, make: Callable[[nn.Parameter], T]) -> T:
     """``make(parameter)``, some form of it that gets no gradient, at most once while :func:`cast_once` is open."""
+    return _once(parameter, make, lambda: make(parameter))
+
+
+def _once(parameter: nn.Parameter, form: object, make: Callable[[], T]) -> T:
     if _open is None or torch.compiler.is_compiling():
-        return make(parameter)
-    key = id(parameter), make
+        return make()
+    key = id(parameter), form
     if key not in _open:
-        _open[key] = make(parameter)
+        _open[key] = make()
     return _open[key]
 
 

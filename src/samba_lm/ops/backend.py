@@ -127,3 +127,8 @@ def _require_fla(operation: str, x: torch.Tensor) -> None:
 def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     """fp32 at least: fp64 if any input is fp64, else fp32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def differentiable(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd will want gradients of an operation on these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -26,3 +26,8 @@ def require_type(operation: str, name: str, tensor: torch.Tensor | None, dtype: 
     """Raise UserError unless ``tensor`` is of ``dtype``, which a kernel reads it as; None is fine."""
     if tensor is not None and tensor.dtype != dtype:
         raise UserError(f"{operation}: {name} must be {dtype}, not {tensor.dtype}")
+
+
+def last_dense(x: torch.Tensor) -> torch.Tensor:
+    """``x``, or a copy where neighbours of its last dim do not lie side by side; rows may lie anywhere."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -9,6 +9,7 @@ import torch
 import triton
 
 from samba_lm.ops.causal_conv1d.triton_kernels import backward_kernel, forward_kernel
+from samba_lm.ops.shapes import last_dense
 
 MAX_SEGMENTS = 65535  # of a grid's second axis
 MIN_PROGRAMS = 2048  # about 16 a multiprocessor of an H100
@@ -96,7 +97,7 @@ def launch_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y [B, L, E] and the final state [B, k-1, E]; ``config`` None: chosen by shape."""
     (B, L, E), k = x.shape, weight.shape[1]
-    x = _dense(x)
+    x = last_dense(x)
     y, final = x.new_empty(B, L, E), x.new_empty(B, k - 1, E)
     if L == 0:
         return y, final.zero_() if state is None else final.copy_(state)
@@ -168,7 +169,7 @@ def launch_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dx [B, L, E], dweight [E, k], dbias [E] and dstate [B, k-1, E]; the last two empty where there is none."""
     (B, L, E), k = x.shape, weight.shape[1]
-    x, dy = _dense(x), _dense(dy)
+    x, dy = last_dense(x), last_dense(dy)
     dx = x.new_empty(B, L, E)
     dstate = x.new_empty(B, k - 1 if with_dstate else 0, E)
     if L == 0:
@@ -239,10 +240,6 @@ _conv.register_autograd(_backward, setup_context=_setup_context)
 def _grid(B: int, L: int, E: int, config: Config) -> tuple[int, int, int]:
     # Channels first: programs that run together read whole rows.
     return triton.cdiv(E, _block(E)), triton.cdiv(L, config.rows), B
-
-
-def _dense(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
 def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:

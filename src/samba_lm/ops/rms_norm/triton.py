@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from samba_lm.ops.backend import differentiable
+
 TILE = 2048
 """Elements that one program reads at once at least: several rows when they are short."""
 
@@ -99,19 +101,15 @@ def keeps_copy(x: torch.Tensor, dtype: torch.dtype) -> bool:
 
 def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
     """weight * x / sqrt(mean(x^2) + eps) in ``dtype``."""
-    return _rms_norm(x, weight, eps, dtype, _differentiated(x, weight))[0]
+    return _rms_norm(x, weight, eps, dtype, differentiable(x, weight))[0]
 
 
 def add_rms_norm_triton(
     x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Same arguments, results and meaning as ``add_rms_norm``, with a branch."""
-    total, normed, _, _ = _add_rms_norm(x, branch, weight, eps, dtype, _differentiated(x, branch, weight))
+    total, normed, _, _ = _add_rms_norm(x, branch, weight, eps, dtype, differentiable(x, branch, weight))
     return total, normed
-
-
-def _differentiated(*tensors: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _launch_forward(

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from samba_lm.ops.backend import differentiable
+
 # Elements of one [T, B, N, E] buffer: 2 MB in fp32, so that the three or four in use stay in the last-level cache.
 BLOCK_ELEMENTS = 1 << 19
 # On other devices there is no such cache, and few blocks mean few kernels.
@@ -39,7 +41,7 @@ def scan_cpu(
     Without gradients, softplus, skip and gate are done block by block too, while the block is in cache.
     """
     tensors = (u, delta, A, B, C, D, z, delta_bias, state)
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+    if not differentiable(*tensors):
         return _without_grad(u, delta, A, B, C, D, z, delta_bias, state, resets, padding)
     u, delta, B, C = (t.to(state.dtype) for t in (u, delta, B, C))
     step = _step(delta, delta_bias, padding)

@@ -7,15 +7,13 @@ from typing import Any
 import torch
 
 from samba_lm.ops import nvrtc
+from samba_lm.ops.backend import differentiable
 from samba_lm.ops.selective_scan.cuda_launch import (
-    MAX_BATCH,
-    STATES,
     TILE,
     TYPES,
     Grads,
     backward_shape,
     backward_shared,
-    dense,
     forward_shape,
     forward_shared,
     plan_backward,
@@ -28,7 +26,7 @@ from samba_lm.ops.selective_scan.cuda_launch import (
 
 def fits(u: torch.Tensor, N: int) -> bool:
     """Whether the kernels take these inputs: otherwise Triton's do."""
-    if not (u.is_cuda and u.dtype in TYPES and N in STATES and 0 < u.shape[0] <= MAX_BATCH and u.shape[1] > 0):
+    if not (u.is_cuda and u.dtype in TYPES and u.numel() > 0):
         return False
     batch, _, E = u.shape
     forward = forward_shared(N, forward_shape(batch, E, N), u.element_size(), True)
@@ -54,16 +52,11 @@ def scan_cuda(
     u, delta, B, C, z fp32, bf16 or fp16, any strides (read in fp32 where they differ in dtype); state None: zeros.
     Returns y in u's dtype and the final state in fp32. Backward gives the same bits every time.
     """
-    A = A.float()
-    D, delta_bias, state = (None if t is None else t.float() for t in (D, delta_bias, state))
-    if u.shape[1] == 0:
-        return torch.empty_like(u), A.new_zeros(u.shape[0], *A.shape) if state is None else state.clone()
     dtype = u.dtype
     if any(t is not None and t.dtype != dtype for t in (delta, B, C, z)):
         u, delta, B, C = (t.float() for t in (u, delta, B, C))
         z = None if z is None else z.float()
-    tensors = (u, delta, A, B, C, D, z, delta_bias, state)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    save = differentiable(u, delta, A, B, C, D, z, delta_bias, state)
     y, final, _ = _forward(u, delta, A, B, C, D, z, delta_bias, state, resets, lengths, save)
     return y.to(dtype), final
 
@@ -86,10 +79,9 @@ def _forward(
     (batch, L, E), N = u.shape, A.shape[1]
     segments = segments_of(batch, L, E, reverse=False)
     if segments > 1:
-        A, delta_bias, resets, lengths = _plain(A, delta_bias, resets, lengths)
         u, delta, B, C, z, resets = cut(segments, u, delta, B, C, z, resets)
         lengths = cut_lengths(lengths, segments, L // segments)
-        state = _forward_states(u, delta, A, B, delta_bias, state, resets, lengths, segments)
+        state = _entered(segments, state, u, delta, A, B, None, delta_bias, resets, lengths, reverse=False)
     launch, y, final, checkpoints, _keep = plan_forward(
         u, delta, A, B, C, D, z, delta_bias, state, resets, lengths, save
     )
@@ -100,29 +92,32 @@ def _forward(
     return y, final, checkpoints
 
 
-def _forward_states(
-    u: torch.Tensor,
+def _entered(
+    segments: int,
+    first: torch.Tensor | None,
+    x: torch.Tensor,
     delta: torch.Tensor,
     A: torch.Tensor,
-    B: torch.Tensor,
+    w: torch.Tensor,
+    z: torch.Tensor | None,
     delta_bias: torch.Tensor | None,
-    state: torch.Tensor | None,
     resets: torch.Tensor | None,
     lengths: torch.Tensor | None,
-    segments: int,
+    *,
+    reverse: bool,
 ) -> torch.Tensor:
-    """The state that each segment starts from."""
-    u, delta, B = (dense(t) for t in (u, delta, B))
-    row = needed(segments, u.shape[0], reverse=False)
+    """What each segment is entered with, [B * segments, E, N]: ``first`` [B, E, N] (None: zeros) by the first of them,
+    in reverse by the last. The other arguments: see ``plan_segments``."""
+    from samba_lm.ops.selective_scan.triton import chain  # NVRTC comes with builds of PyTorch that bring Triton too
+
+    row = needed(segments, x.shape[0], reverse=reverse)
     launch, local, steps, _keep = plan_segments(
-        u, delta, A, B, None, delta_bias, resets, lengths, reverse=False, row=row
+        x, delta, A, w, z, delta_bias, resets, lengths, reverse=reverse, row=row
     )
-    nvrtc.launch(launch, u.device)
-    return entered(state, local, steps, A, segments, reverse=False)
-
-
-def _plain(*tensors: Any) -> Any:
-    return tuple(None if t is None else t.contiguous() for t in tensors)
+    nvrtc.launch(launch, x.device)
+    local, steps = local.unflatten(0, (-1, segments)), steps.unflatten(0, (-1, segments))
+    first = torch.zeros_like(local[:, 0]) if first is None else first.contiguous()
+    return chain(local, steps, A.contiguous(), first, reverse=reverse).flatten(0, 1)
 
 
 @_forward.register_fake
@@ -165,18 +160,6 @@ def cut_lengths(lengths: torch.Tensor | None, segments: int, span: int) -> torch
     return (lengths[:, None] - starts).clamp(0, span).flatten()
 
 
-def entered(
-    first: torch.Tensor | None, local: torch.Tensor, steps: torch.Tensor, A: torch.Tensor, segments: int, reverse: bool
-) -> torch.Tensor:
-    """What each segment is entered with, [B * segments, E, N]: ``first`` [B, E, N] (None: zeros) by the first of them,
-    in reverse by the last. local, steps: of all the segments, see ``plan_segments``."""
-    from samba_lm.ops.selective_scan.triton import chain  # NVRTC comes with builds of PyTorch that bring Triton too
-
-    local, steps = local.unflatten(0, (-1, segments)), steps.unflatten(0, (-1, segments))
-    first = torch.zeros_like(local[:, 0]) if first is None else first.contiguous()
-    return chain(local, steps, A, first, reverse=reverse).flatten(0, 1)
-
-
 @torch.library.custom_op("samba_lm::selective_scan_cuda_backward", mutates_args=())
 def _backward(
     dy: torch.Tensor,
@@ -196,17 +179,9 @@ def _backward(
     batch, L, E = u.shape
     segments = segments_of(batch, L, E, reverse=True)
     if segments > 1:
-        A, delta_bias, resets, lengths = _plain(A, delta_bias, resets, lengths)
         dy, u, delta, B, C, z, resets, checkpoints = cut(segments, dy, u, delta, B, C, z, resets, checkpoints)
-        dy, delta, C = (dense(t) for t in (dy, delta, C))
-        z = None if z is None else dense(z)
         lengths = cut_lengths(lengths, segments, L // segments)
-        row = needed(segments, dy.shape[0], reverse=True)
-        launch, local, steps, _inputs = plan_segments(
-            dy, delta, A, C, z, delta_bias, resets, lengths, reverse=True, row=row
-        )
-        nvrtc.launch(launch, u.device)
-        dfinal = entered(dfinal, local, steps, A, segments, reverse=True)
+        dfinal = _entered(segments, dfinal, dy, delta, A, C, z, delta_bias, resets, lengths, reverse=True)
     launches, grads, _keep = plan_backward(
         dy, dfinal, u, delta, A, B, C, D, z, delta_bias, resets, lengths, checkpoints
     )

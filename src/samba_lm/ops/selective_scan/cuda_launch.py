@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from samba_lm.ops import nvrtc
 from samba_lm.ops.backend import HAS_TRITON
+from samba_lm.ops.shapes import last_dense
 
 KERNELS = Path(__file__).parent / "kernels"
 TILE = 16
 """Tokens that a block works on at once, ``T`` in common.cuh; the forward keeps the state before each tile."""
 AHEAD = 4
 """As in common.cuh: tiles whose inputs are in shared memory."""
-STATES = (8, 16, 32, 64)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The dtypes of the inputs, and their number ``IO`` in common.cuh."""
 SPAN_BYTES = 1 << 28
 """Memory for the backward's partial sums: as many tokens are done in one launch as fit."""
-MAX_BATCH = 65535
-"""Of a grid's second axis."""
 FILL = 264
 """Blocks of 32 channels from which on an H100 (132 multiprocessors) is kept busy without halving them."""
 MANY = 700
@@ -79,15 +78,10 @@ def plan_forward(
     """The launch, its results (y, final state, checkpoints) and the inputs that must outlive it."""
     (batch, L, E), N = u.shape, A.shape[1]
     shape = shape or forward_shape(batch, E, N)
-    u, delta, B, C = (dense(t) for t in (u, delta, B, C))
-    z = None if z is None else dense(z)
-    A = A.contiguous()
-    D, delta_bias, state, resets, lengths = (
-        None if t is None else t.contiguous() for t in (D, delta_bias, state, resets, lengths)
-    )
+    rows = u, delta, B, C, z = readable(u, delta, B, C, z)
+    A, D, delta_bias, state, resets, lengths = contiguous(A, D, delta_bias, state, resets, lengths)
     y, final = u.new_empty(batch, L, E), torch.empty(batch, E, N, device=u.device)
     checkpoints = final.new_empty((batch, -(-L // TILE), N, E) if save else (0,))
-    rows = (u, delta, B, C, z)
     pointers = (*rows, A, D, delta_bias, state, resets, lengths, y, final, checkpoints)
     defines = {
         **_common(u, N, shape, rows),
@@ -99,11 +93,11 @@ def plan_forward(
     launch = nvrtc.Launch(
         "scan_forward",
         files("forward"),
-        tuple((name, int(value)) for name, value in defines.items()),
+        _macros(defines),
         (-(-E // shape.channels), batch),
         threads(N, shape),
         forward_shared(N, shape, u.element_size(), z is not None),
-        pack(*(0 if t is None else t.data_ptr() for t in pointers), L, E, *_strides(*rows)),
+        pack(*_addresses(pointers), L, E, *_strides(*rows)),
     )
     return launch, y, final, checkpoints, [*pointers]
 
@@ -127,9 +121,9 @@ def plan_segments(
     Only those of the rows ``row`` are written."""
     (_, L, E), N = x.shape, A.shape[1]
     local, steps = A.new_empty(x.shape[0], E, N), A.new_empty(x.shape[0], E)
-    x, delta, w = x[row], delta[row], w[row]
-    z, resets, lengths = (None if t is None else t[row] for t in (z, resets, lengths))
-    rows = (x, delta, w, z)
+    rows = x, delta, w, z = readable(*(None if t is None else t[row] for t in (x, delta, w, z)))
+    resets, lengths = contiguous(*(None if t is None else t[row] for t in (resets, lengths)))
+    A, delta_bias = contiguous(A, delta_bias)
     batch = x.shape[0]
     pointers = (*rows, A, delta_bias, resets, lengths, local[row], steps[row])
     defines = {
@@ -143,11 +137,11 @@ def plan_segments(
     launch = nvrtc.Launch(
         "scan_segments",
         files("segments"),
-        tuple((name, int(value)) for name, value in defines.items()),
+        _macros(defines),
         (-(-E // shape.channels), batch),
         threads(N, shape),
         2 * 4 * TILE * (2 * shape.channels + N) + prefetched,
-        pack(*(0 if t is None else t.data_ptr() for t in pointers), L, E, *_strides(*rows)),
+        pack(*_addresses(pointers), L, E, *_strides(*rows)),
     )
     return launch, local, steps, [*pointers]
 
@@ -221,8 +215,21 @@ def _strides(*rows: torch.Tensor | None) -> tuple[int, ...]:
     return tuple(s for t in rows for s in ((0, 0) if t is None else t.stride()[:2]))
 
 
-def dense(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+def readable(*rows: torch.Tensor | None) -> Any:
+    """What has one row a token, as the kernels read it."""
+    return tuple(None if t is None else last_dense(t) for t in rows)
+
+
+def contiguous(*tensors: torch.Tensor | None) -> Any:
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+def _macros(defines: dict[str, int]) -> tuple[tuple[str, int], ...]:
+    return tuple((name, int(value)) for name, value in defines.items())
+
+
+def _addresses(tensors: Iterable[torch.Tensor | None]) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
 class Grads(NamedTuple):
@@ -263,12 +270,8 @@ def plan_backward(
     """
     (batch, L, E), N = u.shape, A.shape[1]
     shape = shape or backward_shape(batch, E, N)
-    dy, u, delta, B, C = (dense(t) for t in (dy, u, delta, B, C))
-    z = None if z is None else dense(z)
-    A = A.contiguous()
-    dfinal, D, delta_bias, resets, lengths = (
-        None if t is None else t.contiguous() for t in (dfinal, D, delta_bias, resets, lengths)
-    )
+    rows = dy, u, delta, B, C, z = readable(dy, u, delta, B, C, z)
+    A, dfinal, D, delta_bias, resets, lengths = contiguous(A, dfinal, D, delta_bias, resets, lengths)
     grads = Grads(
         u.new_empty(batch, L, E),
         u.new_empty(batch, L, E),
@@ -284,7 +287,6 @@ def plan_backward(
     tile_bytes = blocks * batch * TILE * 2 * N * 4
     span = min(tiles, max(1, span_bytes // tile_bytes))
     partial = A.new_empty(blocks, batch, span * TILE, 2 * N)
-    rows = (dy, u, delta, B, C, z)
     defines = {
         **_common(u, N, shape, rows),
         "GATED": z is not None,
@@ -292,10 +294,10 @@ def plan_backward(
         "KEEP": shape.states == 2 or (shape.helpers > 0 and threads(N, shape) <= 256),
         "BLOCKS": shape.blocks or 1,
     }
-    macros = tuple((name, int(value)) for name, value in defines.items())
+    macros = _macros(defines)
     results = (grads.u, grads.delta, grads.z, grads.state, grads.A, grads.D, grads.delta_bias, partial)
     pointers = (*rows, A, D, delta_bias, resets, lengths, checkpoints, dfinal, *results)
-    addresses = [0 if t is None else t.data_ptr() for t in pointers]
+    addresses = _addresses(pointers)
     launches = []
     for end in range(tiles, 0, -span):
         first = max(0, end - span)

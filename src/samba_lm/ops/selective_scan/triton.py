@@ -15,9 +15,10 @@ import torch
 import triton
 from torch import Tensor
 
-from samba_lm.ops.backend import INTERPRETED
+from samba_lm.ops.backend import INTERPRETED, differentiable
 from samba_lm.ops.selective_scan.triton_backward import carry_kernel, scan_backward_kernel
 from samba_lm.ops.selective_scan.triton_forward import chain_kernel, scan_kernel, summary_kernel
+from samba_lm.ops.shapes import last_dense
 
 TILE = 16
 """Tokens between two kept states. Backward needs them: 4 bytes a token and channel for N = 16."""
@@ -43,7 +44,7 @@ def scan_triton(
 ) -> tuple[Tensor, Tensor]:
     """``scan_reference`` for CUDA tensors of 32 bits or fewer; ``lengths`` int64 [B] instead of a padding mask."""
     everything = (u, delta, A, B, C, D, z, delta_bias, state)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in everything)
+    keep = differentiable(*everything)
     y, final, _ = scan_forward(u, delta, A, B, C, D, z, delta_bias, state, resets, lengths, keep)
     return y, final
 
@@ -66,8 +67,8 @@ def scan_forward(
     """y [B, L, E], the final state [B, E, N], and if ``keep`` the states before every tile [B, tiles, E, N]."""
     batch, length, channels = u.shape
     n = A.shape[1]
-    u, delta, B, C = (_rows(t) for t in (u, delta, B, C))
-    z = None if z is None else _rows(z)
+    u, delta, B, C = (last_dense(t) for t in (u, delta, B, C))
+    z = None if z is None else last_dense(z)
     A, D, bias, state = A.contiguous(), _vector(D, A), _vector(delta_bias, A), state.contiguous()
     resets, lengths = (None if t is None else t.contiguous() for t in (resets, lengths))
     y = torch.empty(batch, length, channels, dtype=u.dtype, device=u.device)
@@ -117,8 +118,8 @@ def scan_backward(
     """Gradients of u, delta, A, B, C, D, z, delta_bias and state; empty for z where there is none."""
     batch, length, channels = u.shape
     n = A.shape[1]
-    u, delta, B, C, dy = (_rows(t) for t in (u, delta, B, C, dy))
-    z = None if z is None else _rows(z)
+    u, delta, B, C, dy = (last_dense(t) for t in (u, delta, B, C, dy))
+    z = None if z is None else last_dense(z)
     A, D, bias = A.contiguous(), _vector(D, A), _vector(delta_bias, A)
     resets, lengths = (None if t is None else t.contiguous() for t in (resets, lengths))
     dfinal = A.new_zeros(batch, channels, n) if dfinal is None else dfinal.contiguous()
@@ -260,10 +261,6 @@ def _backward_block(n: int) -> tuple[int, int, int]:
 def _registers(most: int) -> dict[str, int]:
     """Launch options that cap the registers a lane, for three programs a multiprocessor where two would fit."""
     return {} if INTERPRETED or torch.version.cuda is None else {"maxnreg": most}
-
-
-def _rows(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _vector(t: Tensor | None, like: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from samba_lm.ops.selective_scan.triton_forward import kept, limit, longer, token
+from samba_lm.ops.selective_scan.triton_forward import kept, lanes, limit, longer, token
 from samba_lm.ops.triton_math import LN_2, exp2, reciprocal, recomputed_exp2, sigmoid, softplus2
 
 
@@ -33,14 +33,8 @@ def scan_backward_kernel(
     [B * SEGMENTS, E], dstate [B, E, N] and dBC [channel blocks, B, L, 2, N] are partial sums. GROUP tokens share one
     product with ones.
     """
-    block = tl.program_id(0)
-    e = block * BE + tl.arange(0, BE)
-    row = tl.program_id(1)
-    segment = tl.program_id(2)
-    inside = e < E
-    e = tl.minimum(e, E - 1)
-    n = tl.arange(0, N)[None, :] + tl.zeros([BE, 1], tl.int32)
-    cell = e[:, None] * N + tl.arange(0, N)[None, :]
+    block, row, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    e, inside, n, cell = lanes(E, BE, N)
     A = tl.load(A + cell)
     D = tl.load(D + e)
     bias = tl.load(bias + e)
@@ -171,13 +165,8 @@ def carry_kernel(
 ):  # fmt: skip
     """What a segment adds to the gradient of the state: ``local`` [B, SEGMENTS, E, N] that of its first state when its
     last has none, ``steps`` [B, SEGMENTS, E] the sum of its steps in base 2."""
-    e = tl.program_id(0) * BE + tl.arange(0, BE)
-    row = tl.program_id(1)
-    segment = tl.program_id(2)
-    inside = e < E
-    e = tl.minimum(e, E - 1)
-    n = tl.arange(0, N)[None, :] + tl.zeros([BE, 1], tl.int32)
-    cell = e[:, None] * N + tl.arange(0, N)[None, :]
+    row, segment = tl.program_id(1), tl.program_id(2)
+    e, inside, n, cell = lanes(E, BE, N)
     A = tl.load(A + cell)
     bias = tl.load(bias + e)
     first = segment * SPAN

@@ -19,6 +19,17 @@ NEVER = tl.constexpr(1.0e30)
 
 
 @triton.jit
+def lanes(E: tl.constexpr, BE: tl.constexpr, N: tl.constexpr):
+    """The program's channels [BE], which of them exist (the others stand on the last), its states' numbers [BE, N] and
+    their places in [E, N]."""
+    e = tl.program_id(0) * BE + tl.arange(0, BE)
+    inside = e < E
+    e = tl.minimum(e, E - 1)
+    n = tl.arange(0, N)[None, :] + tl.zeros([BE, 1], tl.int32)
+    return e, inside, n, e[:, None] * N + tl.arange(0, N)[None, :]
+
+
+@triton.jit
 def token(h, u, delta, bias, A, B, keep, live):
     """One step of the recurrence: the new h [E, N] and the step in base 2 [E]. ``live`` is False for padding."""
     step, _ = softplus2(delta + bias)
@@ -76,13 +87,8 @@ def scan_kernel(
     start [B, SEGMENTS, E, N]; the last segment writes ``final`` [B, E, N]. KEEP: also the state before every tile of
     TILE tokens, [B, TILES, E, N]. SPAN is a multiple of TILE.
     """
-    e = tl.program_id(0) * BE + tl.arange(0, BE)
-    row = tl.program_id(1)
-    segment = tl.program_id(2)
-    inside = e < E
-    e = tl.minimum(e, E - 1)
-    n = tl.arange(0, N)[None, :] + tl.zeros([BE, 1], tl.int32)
-    cell = e[:, None] * N + tl.arange(0, N)[None, :]
+    row, segment = tl.program_id(1), tl.program_id(2)
+    e, inside, n, cell = lanes(E, BE, N)
     A = tl.load(A + cell)
     D = tl.load(D + e)
     bias = tl.load(bias + e)
@@ -174,13 +180,8 @@ def summary_kernel(
 ):  # fmt: skip
     """What a segment does to a state: ``local`` [B, SEGMENTS, E, N] its end when it starts from zero, ``steps``
     [B, SEGMENTS, E] the sum of its steps in base 2, so that h_end = local + 2^(steps A) h_start."""
-    e = tl.program_id(0) * BE + tl.arange(0, BE)
-    row = tl.program_id(1)
-    segment = tl.program_id(2)
-    inside = e < E
-    e = tl.minimum(e, E - 1)
-    n = tl.arange(0, N)[None, :] + tl.zeros([BE, 1], tl.int32)
-    cell = e[:, None] * N + tl.arange(0, N)[None, :]
+    row, segment = tl.program_id(1), tl.program_id(2)
+    e, inside, n, cell = lanes(E, BE, N)
     A = tl.load(A + cell)
     bias = tl.load(bias + e)
     first = segment * SPAN

@@ -10,19 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from samba_lm.ops.triton_math import LN_2, LOG2_E, exp2, log2, silu
+from samba_lm.ops.shapes import last_dense
+from samba_lm.ops.triton_math import LN_2, exp2, silu, softplus2
 
 TILE = 1024  # states a program
 WARPS = 2
-
-
-@triton.jit
-def _softplus(x):
-    """log(1 + e^x), fp32. Where e^x is small, by its series: 1 + e^x would round away what matters."""
-    e = exp2(tl.minimum(x, 20.0) * LOG2_E)
-    small = tl.minimum(e, 0.0625)
-    series = small * (1.0 - small * (0.5 - small * (0.33333333 - small * (0.25 - small * 0.2))))
-    return tl.where(x > 20.0, x, tl.where(e < 0.0625, series, log2(1.0 + e) * LN_2))
 
 
 @triton.jit
@@ -59,13 +51,13 @@ def _step_kernel(
     state += b * E * N
     new_state += b * E * N
     h = tl.load(state + tile, mask=both, other=0.0)
-    decay = tl.load(A + tile, mask=both, other=0.0).to(tl.float32) * LOG2_E
+    decay = tl.load(A + tile, mask=both, other=0.0).to(tl.float32)
     enter = tl.load(B + b * B_batch + states, mask=present, other=0.0).to(tl.float32)
     leave = tl.load(C + b * C_batch + states, mask=present, other=0.0).to(tl.float32)
     x = tl.load(u + b * u_batch + channels, mask=inside, other=0.0).to(tl.float32)
     step = tl.load(delta + b * delta_batch + channels, mask=inside, other=0.0).to(tl.float32)
-    step = _softplus(step + tl.load(delta_bias + channels, mask=inside, other=0.0).to(tl.float32))
-    h = h * exp2(step[:, None] * decay) + (step * x)[:, None] * enter[None, :]
+    step, _ = softplus2(step + tl.load(delta_bias + channels, mask=inside, other=0.0).to(tl.float32))
+    h = h * exp2(step[:, None] * decay) + (step * (x * LN_2))[:, None] * enter[None, :]
     tl.store(new_state + tile, h, mask=both)
     out = tl.sum(h * leave[None, :], axis=1) + x * tl.load(D + channels, mask=inside, other=0.0).to(tl.float32)
     if HAS_Z:
@@ -90,8 +82,8 @@ def step_triton(
     u, delta, z, B and C may be slices of wider rows, which are read where they are.
     """
     (batch, E), N = u.shape, A.shape[1]
-    u, delta, B, C = (_dense(t) for t in (u, delta, B, C))
-    z = None if z is None else _dense(z)
+    u, delta, B, C = (last_dense(t) for t in (u, delta, B, C))
+    z = None if z is None else last_dense(z)
     y, new_state = u.new_empty(batch, E), state.new_empty(state.shape)
     n_block = triton.next_power_of_2(N)
     block = max(1, min(TILE // n_block, triton.next_power_of_2(E)))
@@ -128,7 +120,3 @@ def step_triton(
 @step_triton.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, state):
     return u.new_empty(u.shape), state.new_empty(state.shape)
-
-
-def _dense(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from samba_lm.errors import UserError
-from samba_lm.ops.backend import Backend, choose, compute_dtype
+from samba_lm.ops.backend import Backend, choose, compute_dtype, differentiable
 from samba_lm.ops.shapes import require, require_rank
 from samba_lm.ops.sliding_attention.cpu import attention_cpu
 from samba_lm.ops.sliding_attention.reference import attention_reference
@@ -105,8 +105,7 @@ def attend_one(
     )
     _require_groups("attend_one", heads, groups)
     chosen = choose(backend, ("cpu", "triton"), "attend_one", q)
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if chosen == "triton" and not (backend == "auto" and differentiable):
+    if chosen == "triton" and not (backend == "auto" and differentiable(q, k, v)):
         from samba_lm.ops.sliding_attention.triton import unsupported
         from samba_lm.ops.sliding_attention.triton_step import attend_one_triton
 

@@ -9,6 +9,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from samba_lm.ops.shapes import last_dense
 from samba_lm.ops.sliding_attention.triton_backward import dkdv_kernel, dq_kernel
 from samba_lm.ops.sliding_attention.triton_forward import forward_kernel
 
@@ -105,10 +106,11 @@ def forward(
     tma: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [B, L, H, K] and the base-2 log-sum-exp fp32 [B, H, L rounded up to 16]; ``window`` 0: none."""
-    q, k, v = (_last_dense(x) for x in (q, k, v))
+    q, k, v = (last_dense(x) for x in (q, k, v))
     batch, length, heads, dim = q.shape
     width = _width(dim)
-    m, n, warps, stages = plan(width, q.dtype).forward if blocks is None else blocks
+    blocks = plan(width, q.dtype).forward if blocks is None else blocks
+    m, n = blocks[:2]
     tma = _copied_by_tma(q, k, v) if tma is None else tma
     out = q.new_empty(q.shape)
     lse = q.new_empty((batch, heads, _padded(length)), dtype=torch.float32)
@@ -121,16 +123,9 @@ def forward(
         lse,
         *_sizes(q, k, lse, window, scale),
         *_strides(tma, q, k, v),
-        DIM=dim,
-        WIDTH=width,
-        BLOCK_M=m,
-        BLOCK_N=n,
         FIRST=first is not None,
-        WINDOW=window > 0,
-        TMA=tma,
         enable_fp_fusion=True,
-        num_warps=warps,
-        num_stages=stages,
+        **_constants(q, blocks, window, tma),
     )
     return out, lse
 
@@ -150,7 +145,7 @@ def backward(
     tma: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv of what :func:`forward` gave, each contiguous."""
-    dout, q, k, v = (_last_dense(x) for x in (dout, q, k, v))
+    dout, q, k, v = (last_dense(x) for x in (dout, q, k, v))
     delta = torch.empty_like(lse)
     dq = backward_dq(dout, q, k, v, out, lse, delta, first, window, scale, dq_blocks, tma)
     dk, dv = backward_dkdv(dout, q, k, v, lse, delta, first, window, scale, dkdv_blocks, tma)
@@ -174,7 +169,8 @@ def backward_dq(
     """dq, and ``delta`` (as ``lse``) for the other kernel, which runs after this one."""
     batch, length, heads, dim = q.shape
     width = _width(dim)
-    m, n, warps, stages = plan(width, q.dtype).dq if blocks is None else blocks
+    blocks = plan(width, q.dtype).dq if blocks is None else blocks
+    m, n = blocks[:2]
     tma = _copied_by_tma(dout, q, k, v) if tma is None else tma
     dq = q.new_empty(q.shape)
     dq_kernel[(triton.cdiv(length, m) * batch * heads,)](
@@ -189,16 +185,9 @@ def backward_dq(
         dq,
         *_sizes(q, k, lse, window, scale),
         *_strides(tma, q, k, v, dout),
-        DIM=dim,
-        WIDTH=width,
-        BLOCK_M=m,
-        BLOCK_N=n,
         FIRST=first is not None,
-        WINDOW=window > 0,
-        TMA=tma,
         enable_fp_fusion=True,
-        num_warps=warps,
-        num_stages=stages,
+        **_constants(q, blocks, window, tma),
     )
     return dq
 
@@ -219,7 +208,8 @@ def backward_dkdv(
     """dk, dv; ``delta`` as :func:`backward_dq` left it."""
     batch, keys, groups, dim = k.shape
     width = _width(dim)
-    m, n, warps, stages = plan(width, q.dtype).dkdv if blocks is None else blocks
+    blocks = plan(width, q.dtype).dkdv if blocks is None else blocks
+    m, n = blocks[:2]
     tma = _copied_by_tma(dout, q, k, v) if tma is None else tma
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     dkdv_kernel[(triton.cdiv(keys, n) * batch * groups,)](
@@ -234,16 +224,9 @@ def backward_dkdv(
         dv,
         *_sizes(q, k, lse, window, scale),
         *_strides(tma, q, k, v, dout),
-        DIM=dim,
-        WIDTH=width,
-        BLOCK_M=m,
-        BLOCK_N=n,
         SEEN=first is not None,
-        WINDOW=window > 0,
-        TMA=tma,
         enable_fp_fusion=True,
-        num_warps=warps,
-        num_stages=stages,
+        **_constants(q, blocks, window, tma),
     )
     return dk, dv
 
@@ -310,13 +293,16 @@ def _sizes(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, window: int, sca
     return q.shape[1], lse.shape[-1], k.shape[1], q.shape[2], k.shape[2], window, scale * LOG2_E
 
 
+def _constants(q: torch.Tensor, blocks: Blocks, window: int, tma: bool) -> dict[str, int | bool]:
+    """What every kernel is compiled for, and how."""
+    m, n, warps, stages = blocks
+    shape = {"DIM": q.shape[3], "WIDTH": _width(q.shape[3]), "BLOCK_M": m, "BLOCK_N": n}
+    return {**shape, "WINDOW": window > 0, "TMA": tma, "num_warps": warps, "num_stages": stages}
+
+
 def _padded(length):
     # A row of the log-sum-exp begins where the copy engine can begin: every 16 bytes, and divisible by 16 for Triton.
     return (length + 15) // 16 * 16
-
-
-def _last_dense(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _copied_by_tma(*tensors: torch.Tensor) -> bool:

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from samba_lm.ops.shapes import last_dense
 from samba_lm.ops.sliding_attention.triton_forward import HIDDEN
 from samba_lm.ops.triton_math import dot, exp2
 
@@ -113,7 +114,7 @@ def attend_one_triton(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, filled: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
     """As ``attend_one``; at least one slot of a row must be filled. Has no gradient."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (last_dense(x) for x in (q, k, v))
     batch, heads, dim = q.shape
     slots, groups = k.shape[1], k.shape[2]
     width = max(16, triton.next_power_of_2(dim))

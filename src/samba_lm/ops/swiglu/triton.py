@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from samba_lm.ops.shapes import last_dense
 from samba_lm.ops.triton_math import sigmoid
 
 TILE = 2048
@@ -76,8 +77,7 @@ def swiglu_linear_triton(gate_up: torch.Tensor, weight: torch.Tensor) -> torch.T
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """x as [rows, F], a view where its rows lie evenly apart, as a half of a projection does."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
+    return last_dense(x.reshape(-1, x.shape[-1]))
 
 
 @torch.library.custom_op("samba_lm::swiglu", mutates_args=())
