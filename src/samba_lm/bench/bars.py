@@ -7,6 +7,7 @@ product of 693 TFLOP/s. A table shows them beside what the same peers do in its 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from samba_lm.bench.figure import Figure
 
@@ -66,13 +67,19 @@ class TrainBar:
     batch: int
     micro_batch: int
     """Rows computed at once by default: what fits the memory bar."""
+    activation_checkpointing: Literal["none", "selective", "full"]
+    """What is computed again by default, for the same reason."""
     speed: Bar
     memory: Bar
 
 
 TRAIN = {
-    "samba-421m": TrainBar(16, 8, Bar(150.0, 165.0, 215.0, ((_FLA, 107.4),)), Bar(38.0, quoted=((_FLA, 38.0),))),
-    "samba-1.3b": TrainBar(8, 4, Bar(56.0, 64.0, 80.0, ((_FLA, 41.3),)), Bar(46.0, quoted=((_FLA, 45.8),))),
+    "samba-421m": TrainBar(
+        16, 8, "none", Bar(150.0, 165.0, 215.0, ((_FLA, 107.4),)), Bar(38.0, quoted=((_FLA, 38.0),))
+    ),
+    "samba-1.3b": TrainBar(
+        8, 4, "selective", Bar(56.0, 64.0, 80.0, ((_FLA, 41.3),)), Bar(46.0, quoted=((_FLA, 45.8),))
+    ),
 }
 
 

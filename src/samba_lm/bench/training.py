@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -110,18 +110,22 @@ def run_train(
     micro_batches: tuple[int, ...] = (),
     steps: int = 8,
     settings: TrainSection | None = None,
+    activation_checkpointing: Literal["none", "selective", "full"] | None = None,
     profile: bool = False,
 ) -> tuple[list[Figure], list[dict[str, object]]]:
     """Steps of one model for each micro-batch size, and the kernels of the last where ``profile`` asks for them.
 
-    bf16 compute on fp32 weights, AdamW; ``settings`` gives what else differs from the trainer's defaults. A run that
-    fails (memory) is a figure without a value.
+    bf16 compute on fp32 weights, AdamW; ``settings`` gives what else differs from the trainer's defaults,
+    ``micro_batches`` and ``activation_checkpointing`` where nothing is given are what the memory bar asks for. A run
+    that fails (memory) is a figure without a value.
     """
     config = zoo.get(name)
     asked = TRAIN.get(name)
     batch = batch or default_batch(name)
     default = asked.micro_batch if asked and batch % asked.micro_batch == 0 else batch
-    settings = (settings or TrainSection()).model_copy(update={"dtype": "bfloat16", "length": length})
+    again = activation_checkpointing or (asked.activation_checkpointing if asked else "none")
+    changes = {"dtype": "bfloat16", "length": length, "activation_checkpointing": again}
+    settings = (settings or TrainSection()).model_copy(update=changes)
     try:
         figures = attempt(lambda: check(config, settings.model_copy(update={"clip": 0.0}), device))
     except NotMeasured as failure:
@@ -133,7 +137,7 @@ def run_train(
         try:
             measured = attempt(partial(measure, config, one, ceilings, device, profile))
         except NotMeasured as failure:
-            what = f"{name}, {batch} x {length}, micro-batch {micro}"
+            what = title(name, one)
             bar = _speed_bar(name, batch, length)
             figures.append(
                 Figure(what, None, "thousand tokens/s", bar.bar, False, bar.stretch, bar.goal, note=str(failure))
@@ -143,6 +147,17 @@ def run_train(
             kernels = measured[1]
         release(device)
     return figures, kernels
+
+
+def title(name: str, settings: TrainSection) -> str:
+    """What was timed, in a line of a table."""
+    remade = settings.activation_checkpointing
+    return ", ".join(
+        [name, f"{settings.batch_size} x {settings.length}", f"micro-batch {settings.micro_batch_size}"]
+        + (["float8"] if settings.float8 else [])
+        + (["compiled"] if settings.compile else [])
+        + ([] if remade == "none" else [f"{remade} checkpointing"])
+    )
 
 
 def _speed_bar(name: str, batch: int, length: int) -> Any:
@@ -169,7 +184,7 @@ def measure(
         losses.append(loss)
     laps.mark()
     timing, peak = laps.timing(), memory.peak()
-    what = f"{config.name}, {settings.batch_size} x {settings.length}, micro-batch {settings.micro_batch_size}"
+    what = title(config.name, settings)
     rate = settings.tokens_per_step / timing.median  # thousand tokens a second
     flops = 3 * config.flops_per_token(settings.length)
     bar = _speed_bar(config.name, settings.batch_size, settings.length)

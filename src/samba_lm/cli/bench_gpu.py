@@ -65,8 +65,9 @@ class Train:
     """Compute the large linear maps by float8 products."""
     compile: bool = False
     """Compile each layer with torch.compile."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What backward computes again instead of keeping it: nothing, what is cheap, or each layer."""
+    activation_checkpointing: Literal["none", "selective", "full"] | None = None
+    """What backward computes again instead of keeping it: nothing, what is cheap, or each layer; by default what the
+    memory bar asks for."""
     profile: bool = False
     """Also profile one step: a table of its kernels, by time."""
     json: JsonFile = None
@@ -144,12 +145,7 @@ def _train(argv: list[str]) -> None:
     from samba_lm.bench.training import run_train
     from samba_lm.train.recipe import TrainSection
 
-    settings = TrainSection(
-        dtype="bfloat16",
-        float8=args.float8,
-        compile=args.compile,
-        activation_checkpointing=args.activation_checkpointing,
-    )
+    settings = TrainSection(dtype="bfloat16", float8=args.float8, compile=args.compile)
     session.clock.close()
     figures: dict[str, list[Figure]] = {}
     for config, batch in zip(configs, batches, strict=True):
@@ -164,6 +160,7 @@ def _train(argv: list[str]) -> None:
                 micro_batches=tuple(dict.fromkeys(args.micro_batch)),
                 steps=args.steps,
                 settings=settings,
+                activation_checkpointing=args.activation_checkpointing,
                 profile=args.profile,
             )
         session.console.print(compared_table(figures[config.name]))

@@ -41,8 +41,8 @@ def to_float8(x, TOP: tl.constexpr, dtype: tl.constexpr):
         q = x.to(dtype)
     else:
         x += x * 0.0
-        # Four at once into one register. Two and two in registers of 16 bits, as x.to(dtype) has them, ptxas (12.8) takes
-        # apart before it has put them there: every fourth number of what is transposed was then another.
+        # Four at once into one register. Where two and two lie in registers of 16 bits, as x.to(dtype) has them, ptxas
+        # (12.8) reads one before it is written: every fourth number of what is transposed was then another.
         e4m3: tl.constexpr = "cvt.rn.satfinite.e4m3x2.f32"
         e5m2: tl.constexpr = "cvt.rn.satfinite.e5m2x2.f32"
         instruction: tl.constexpr = e4m3 if TOP == 448.0 else e5m2
