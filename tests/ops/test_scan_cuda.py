@@ -115,6 +115,9 @@ EMULATED = [
     pytest.param((1, 21, 34, 64), torch.bfloat16, (plan.forward_shape(8, 3072, 64), HELPED), (), id="many rows, 64"),
     pytest.param((1, 50, 20, 16), torch.bfloat16, (Shape(1, 16, 2, 64), HELPED), (), id="one state a thread"),
     pytest.param((1, 17, 6, 64), torch.float32, (HELPED, Shape(4, 32)), (), id="64 states"),
+    pytest.param((2, 70, 33, 16), torch.float32, (Shape(4, 32, 1, 128, 32, 4, True), HELPED), (), id="staged, fp32"),
+    pytest.param((1, 85, 34, 16), torch.bfloat16, (Shape(2, 16, 2, 64, 32, 8), HELPED), (), id="staged, halves"),
+    pytest.param((1, 35, 34, 8), torch.float16, (Shape(4, 32, 1, 128, 16, 2, True), HELPED), (), id="staged, 8 states"),
     pytest.param(
         (1, 18, 32, 32),
         torch.float32,

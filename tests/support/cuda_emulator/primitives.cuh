@@ -35,14 +35,15 @@ namespace emulator {
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
-  int waiting = 0;  // 0: can run, 1: at the block's barrier, 2: in a warp operation, 3: done
+  int waiting = 0;  // 0: can run, 1: at the block's barrier, 2: in a warp operation, 3: done, 4: at barrier ``id``
+  int id;
   u32 slot = 0;
   float values[64];
 };
 inline std::vector<float4> shared;
 inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
-inline int current;
+inline int current, come[16];  // threads that have come to each barrier
 inline std::function<void()> body;
 
 inline void give_way(int reason) {
@@ -56,6 +57,7 @@ inline void enter() {
 }
 inline void run_block(int threads, std::mt19937& random) {
   fibers.resize(threads);
+  for (int& count : come) count = 0;
   for (int i = 0; i < threads; ++i) {
     Fiber& f = fibers[i];
     f.stack.resize(1 << 17);
@@ -110,6 +112,18 @@ struct ThreadIndex {
 inline ThreadIndex threadIdx;
 inline Index blockIdx, gridDim;
 inline void __syncthreads() { emulator::give_way(1); }
+inline void arrive(int id, int threads) {
+  if (++emulator::come[id] < threads) return;
+  emulator::come[id] = 0;
+  for (emulator::Fiber& f : emulator::fibers)
+    if (f.waiting == 4 && f.id == id) f.waiting = 0;
+}
+inline void meet(int id, int threads) {
+  emulator::Fiber& me = emulator::fibers[emulator::current];
+  me.id = id, me.waiting = 4;
+  arrive(id, threads);
+  emulator::give_way(me.waiting);  // 4, or 0: all have come
+}
 
 DEVICE float flush(float x) { return fabsf(x) < 1.17549435e-38f ? 0.0f : x; }
 DEVICE float exp2_fast(float x) { return flush(exp2f(flush(x))); }

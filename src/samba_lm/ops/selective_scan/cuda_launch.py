@@ -15,7 +15,7 @@ from samba_lm.ops.shapes import last_dense
 
 KERNELS = Path(__file__).parent / "kernels"
 TILE = 16
-"""Tokens that a block works on at once, ``T`` in common.cuh; the forward keeps the state before each tile."""
+"""Tokens that a block works on at once, and from one state that the forward keeps to the next."""
 AHEAD = 4
 """As in common.cuh: tiles whose inputs are in shared memory."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -40,6 +40,12 @@ class Shape(NamedTuple):
     """Blocks that a multiprocessor must hold, which bounds the registers of a thread; 0: by the number of threads."""
     helpers: int = 0
     """``HELP`` in common.cuh: threads besides those that own states."""
+    tokens: int = TILE
+    """Of a tile: more than ``TILE`` only in the forward."""
+    stage: int = 0
+    """``STAGE`` in forward.cuh: tokens that are loaded ahead."""
+    apart: bool = False
+    """``APART`` in forward.cuh: owners and helpers wait only for each other."""
 
 
 SEGMENTS_SHAPE = Shape(4, 32, 5)
@@ -88,6 +94,8 @@ def plan_forward(
         "GATED": z is not None,
         "RESETS": resets is not None,
         "SAVE": save,
+        "STAGE": shape.stage,
+        "APART": shape.apart,
         "BLOCKS": shape.blocks or max(1, 640 // threads(N, shape)),
     }
     launch = nvrtc.Launch(
@@ -181,20 +189,20 @@ def pack(*values: int) -> bytes:
 def forward_shared(N: int, shape: Shape, element: int, gated: bool) -> int:
     """Bytes of ``ForwardShared`` in forward.cuh."""
     part_row = _owners(N, shape) + (16 if shape.channels == 16 else 0)
-    tile = 4 * TILE * (2 * shape.channels + 2 * N + part_row)
+    tile = 4 * shape.tokens * (2 * shape.channels + 2 * N + part_row)
     return 2 * tile + input_bytes(N, shape, element, 3 if gated else 2, gated)
 
 
 def input_bytes(N: int, shape: Shape, element: int, tensors: int, gated: bool, weights: int = 2) -> int:
     """Bytes of ``AHEAD`` tiles' inputs: pairs for each thread, of ``tensors`` with E columns and ``weights`` with N."""
     workers = shape.helpers or _owners(N, shape)
-    rounds, bc_rounds = (-(-TILE * width // 2 // workers) for width in (shape.channels, N))
+    rounds, bc_rounds = (-(-shape.tokens * width // 2 // workers) for width in (shape.channels, N))
     return AHEAD * workers * 2 * element * (tensors * rounds + (0 if gated else 1) + weights * bc_rounds)
 
 
 def _common(u: torch.Tensor, N: int, shape: Shape, rows: tuple[torch.Tensor | None, ...]) -> dict[str, int]:
     """The macros of common.cuh."""
-    cut = {"S": shape.states, "CH": shape.channels, "HELP": shape.helpers}
+    cut = {"S": shape.states, "CH": shape.channels, "HELP": shape.helpers, "TOKENS": shape.tokens}
     return {"IO": TYPES[u.dtype], "N": N, **cut, "WIDE": int(_wide(u.shape[2], rows))}
 
 

@@ -1,8 +1,9 @@
-// What the forward and the backward share. The macros IO, N, S, CH, WIDE and GATED come from the launcher:
+// What the forward and the backward share. These macros come from the launcher:
 //   IO    0: fp32, 1: bf16, 2: fp16 - of u, delta, z, B, C, y and their gradients; everything between is fp32
 //   N     states of a channel
 //   S     states that a thread owns
 //   CH    channels of a block (32, or 16: then a warp is two halves with different states)
+//   TOKENS of a tile, see below; 16, and in the forward also 32
 //   WIDE  1: pairs of neighbouring channels are read and written at once, as alignment allows
 //   GATED 1: there is a z
 //   HELP  threads that own no states, see below; 0 or a multiple of 32
@@ -17,7 +18,7 @@
 
 // Where a block is alone on its multiprocessor, HELP more threads do phases A and C, and the states' owners nothing else.
 
-constexpr int T = 16;
+constexpr int T = TOKENS;
 constexpr int G = N / S;
 constexpr int OWNERS = CH * G;                     // threads that own states: the first ones
 constexpr int THREADS = OWNERS + HELP;

@@ -1,6 +1,7 @@
-// Selective scan, forward: y and the final state, and for the backward the state before each tile.
+// Selective scan, forward: y and the final state, and for the backward the state before every EVERY tokens.
 // Macros besides those of common.cuh: BLOCKS of a multiprocessor to make room for; RESETS 1: there are resets; SAVE 1:
-// there are checkpoints to write.
+// there are checkpoints to write; STAGE: tokens loaded ahead, see walk; APART 1: owners and helpers wait only for each
+// other (wants HELP and STAGE).
 
 struct Forward {
   const Io *u, *delta, *B, *C, *z;
@@ -8,7 +9,7 @@ struct Forward {
   const u8* resets;                   // [B, L]
   const i64* lengths;                 // [B] or null
   Io* y;                              // [B, L, E]
-  float *final_state, *checkpoints;   // [B, E, N]; [B, tiles, N, E]
+  float *final_state, *checkpoints;   // [B, E, N]; [B, ceil(L / EVERY), N, E]
   i64 L, E;
   i64 u_batch, u_row, delta_batch, delta_row, B_batch, B_row, C_batch, C_row, z_batch, z_row;  // strides, in elements
 };
@@ -19,21 +20,75 @@ struct ForwardTile {
   float part[T * PART_ROW];  // each group's share of y before skip and gate
 };
 
-// One thread's states over one tile. DROPS: some token of the tile drops them.
-template <bool DROPS>
-DEVICE void walk(float (&h)[S], const float (&A)[S], const float2* step, const float* bc, float* part, u32 resets) {
+constexpr int PREPARED = 1, WALKED = 3;  // barriers of even tiles; the next are those of odd ones
+constexpr int EVERY = 16;                // tokens from one checkpoint to the next
+constexpr int STRIDE = STAGE ? STAGE : 1;
+static_assert(T % EVERY == 0 && EVERY % STRIDE == 0, "checkpoints lie between stages");
+static_assert(!APART || (HELP != 0 && STAGE != 0 && OWNERS % 32 == 0), "owners and helpers have warps of their own");
+
+// What STRIDE tokens do to a thread's states.
+struct Stage {
+  float2 step[STRIDE];
+  float b[STRIDE][S], c[STRIDE][S];
+};
+
+DEVICE void load_stage(Stage& to, const float2* step, const float* bc, int first) {
 #pragma unroll
-  for (int t = 0; t < T; ++t) {
-    float2 s = step[t * CH];
-    float b[S], c[S], y = 0.0f;
-    load_bc(bc + t * BC_ROW, b, c);
+  for (int t = 0; t < STRIDE; ++t) {
+    to.step[t] = step[(first + t) * CH];
+    load_bc(bc + (first + t) * BC_ROW, to.b[t], to.c[t]);
+  }
+}
+
+// A thread's states over one stage. DROPS: some token of the tile drops them: those of its tokens, from this stage's first.
+template <bool DROPS>
+DEVICE void walk_stage(float (&h)[S], const Stage& now, const float (&A)[S], float* part, u32 resets) {
+  float y[STRIDE];
+#pragma unroll
+  for (int t = 0; t < STRIDE; ++t)
 #pragma unroll
     for (int i = 0; i < S; ++i) {
       if (DROPS && (resets >> t & 1)) h[i] = 0.0f;
-      h[i] = fmaf(exp2_fast(s.x * A[i]), h[i], s.y * b[i]);
-      y = i == 0 ? c[i] * h[i] : fmaf(c[i], h[i], y);
+      h[i] = fmaf(exp2_fast(now.step[t].x * A[i]), h[i], now.step[t].y * now.b[t][i]);
+      y[t] = i == 0 ? now.c[t][i] * h[i] : fmaf(now.c[t][i], h[i], y[t]);
     }
-    part[t * PART_ROW] = y;
+#pragma unroll
+  for (int t = 0; t < STRIDE; ++t) part[t * PART_ROW] = y[t];
+}
+
+// One thread's states over one tile. ``save(first)`` comes before every EVERY tokens. The compiler moves no load over a
+// store to shared memory, and few warps do not hide what loads, special functions and products take one after the
+// other: so with STAGE, that many tokens are loaded before the stage before them is computed.
+template <bool DROPS, class Save>
+DEVICE void walk(float (&h)[S], const float (&A)[S], const float2* step, const float* bc, float* part, u32 resets, Save save) {
+  Stage ahead;
+  if constexpr (STAGE != 0) load_stage(ahead, step, bc, 0);
+#pragma unroll
+  for (int first = 0; first < T; first += STRIDE) {
+    if (first % EVERY == 0) save(first);
+    if constexpr (STAGE == 0) load_stage(ahead, step, bc, first);
+    const Stage now = ahead;
+    if (STAGE != 0 && first + STRIDE < T) load_stage(ahead, step, bc, first + STRIDE);
+    walk_stage<DROPS>(h, now, A, part + first * PART_ROW, resets >> first);
+  }
+}
+
+// The same for all stages but the tile's last, which stays in ``ahead``, where that of the tile before was: its ``part``
+// and ``resets`` are ``part_before`` and ``resets_before``, and ``walked()`` comes when it is done.
+template <bool DROPS, class Save, class Walked>
+DEVICE void walk_apart(float (&h)[S], Stage& ahead, const float (&A)[S], const float2* step, const float* bc, float* part,
+                       float* part_before, u32 resets, u32 resets_before, Save save, Walked walked) {
+#pragma unroll
+  for (int first = 0; first < T; first += STRIDE) {
+    const Stage now = ahead;
+    load_stage(ahead, step, bc, first);
+    if (first == 0) {
+      walk_stage<DROPS>(h, now, A, part_before + (T - STRIDE) * PART_ROW, resets_before >> (T - STRIDE));
+      walked();
+    } else {
+      walk_stage<DROPS>(h, now, A, part + (first - STRIDE) * PART_ROW, resets >> (first - STRIDE));
+    }
+    if (first % EVERY == 0) save(first);
   }
 }
 
@@ -160,34 +215,73 @@ KERNEL(THREADS, BLOCKS) scan_forward(PARAMETERS(Forward) p) {
     prepare(0, rows - padding);
   }
 
-  for (int tile = 0; tile < tiles; ++tile, rows -= T) {
-    ForwardTile& now = shared.tile[tile & 1];
-    const u32 dropped = RESETS ? ballot(reset_raw != 0) : 0u;
-    if (RESETS) reset_raw = load_reset(resets, (tile + 1) * T, L - padding, lane);
-    __syncthreads();
-    auto elements = [&] {
-      wait_copies<1>();  // for the next tile
-      if (tile > 0) finish(tile - 1, T);
-      prepare(tile + 1, rows - padding - T);  // after the last tile: zeros that nobody reads
-      fetch(tile + 3, rows - 3 * T);          // where the tile before was
-    };
-    auto states = [&] {
-      if (SAVE && inside) {
+  auto save = [&](int tile, int first) {
+    const int number = tile * (T / EVERY) + first / EVERY, all = (L + EVERY - 1) / EVERY;
+    if (SAVE && inside && (T == EVERY || number < all)) {
 #pragma unroll
-        for (int i = 0; i < S; ++i) p.checkpoints[((batch * tiles + tile) * N + group * S + i) * E + channel] = h[i];
+      for (int i = 0; i < S; ++i) p.checkpoints[((batch * all + number) * N + group * S + i) * E + channel] = h[i];
+    }
+  };
+  auto step_of = [&](int tile) { return &shared.tile[tile & 1].step[thread % CH]; };
+  auto bc_of = [&](int tile) { return &shared.tile[tile & 1].bc[group * 2 * S]; };
+  auto part_of = [&](int tile) { return &shared.tile[tile & 1].part[group * CH + thread % CH]; };
+
+  if constexpr (APART != 0) {
+    // Owners and helpers wait for each other alone. A tile's first stage is loaded before the last of the tile before is
+    // computed; before the first tile that is one that changes nothing.
+    if (works) {
+      arrive(PREPARED, THREADS);
+      for (int tile = 0; tile < tiles; ++tile, rows -= T) {
+        wait_copies<1>();  // for the next tile
+        meet(WALKED + (tile + 1 & 1), THREADS);
+        if (tile > 0) finish(tile - 1, T);
+        prepare(tile + 1, rows - padding - T);  // after the last tile: zeros that nobody reads
+        if (tile + 1 < tiles) arrive(PREPARED + (tile + 1 & 1), THREADS);
+        fetch(tile + 3, rows - 3 * T);  // where the tile before was
       }
-      const float2* step = &now.step[thread % CH];
-      const float* bc = &now.bc[group * 2 * S];
-      float* part = &now.part[group * CH + thread % CH];
-      if (RESETS && dropped)
-        walk<true>(h, A, step, bc, part, dropped);
-      else
-        walk<false>(h, A, step, bc, part, 0u);
-    };
-    run_both(elements, states);
+      meet(WALKED + (tiles + 1 & 1), THREADS);
+      finish(tiles - 1, rows + T);
+    } else {
+      Stage ahead = {};
+      u32 before = 0;
+      for (int tile = 0; tile < tiles; ++tile) {
+        const u32 dropped = RESETS ? ballot(reset_raw != 0) : 0u;
+        if (RESETS) reset_raw = load_reset(resets, (tile + 1) * T, L - padding, lane);
+        meet(PREPARED + (tile & 1), THREADS);
+        auto walked = [&] { arrive(WALKED + (tile + 1 & 1), THREADS); };
+        auto keep = [&](int first) { save(tile, first); };
+        if (RESETS && (dropped | before))
+          walk_apart<true>(h, ahead, A, step_of(tile), bc_of(tile), part_of(tile), part_of(tile + 1), dropped, before, keep, walked);
+        else
+          walk_apart<false>(h, ahead, A, step_of(tile), bc_of(tile), part_of(tile), part_of(tile + 1), 0u, 0u, keep, walked);
+        before = dropped;
+      }
+      walk_stage<RESETS != 0>(h, ahead, A, part_of(tiles - 1) + (T - STRIDE) * PART_ROW, before >> (T - STRIDE));
+      arrive(WALKED + (tiles + 1 & 1), THREADS);
+    }
+  } else {
+    for (int tile = 0; tile < tiles; ++tile, rows -= T) {
+      const u32 dropped = RESETS ? ballot(reset_raw != 0) : 0u;
+      if (RESETS) reset_raw = load_reset(resets, (tile + 1) * T, L - padding, lane);
+      __syncthreads();
+      auto elements = [&] {
+        wait_copies<1>();  // for the next tile
+        if (tile > 0) finish(tile - 1, T);
+        prepare(tile + 1, rows - padding - T);  // after the last tile: zeros that nobody reads
+        fetch(tile + 3, rows - 3 * T);          // where the tile before was
+      };
+      auto states = [&] {
+        auto keep = [&](int first) { save(tile, first); };
+        if (RESETS && dropped)
+          walk<true>(h, A, step_of(tile), bc_of(tile), part_of(tile), dropped, keep);
+        else
+          walk<false>(h, A, step_of(tile), bc_of(tile), part_of(tile), 0u, keep);
+      };
+      run_both(elements, states);
+    }
+    __syncthreads();
+    if (works) finish(tiles - 1, rows + T);
   }
-  __syncthreads();
-  if (works) finish(tiles - 1, rows + T);
   if (inside) {
 #pragma unroll
     for (int i = 0; i < S; ++i) p.final_state[at + i] = h[i];

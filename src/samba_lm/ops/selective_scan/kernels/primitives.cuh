@@ -48,6 +48,10 @@ DEVICE u32 pack_f16(float2 v) {
 DEVICE u32 ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
+// Barrier ``id``, 1 to 15: for ``threads`` in all, of which some only say that they have come and the others wait for all.
+DEVICE void arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+DEVICE void meet(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
 // Copies 4 or 8 bytes from global to shared memory without waiting, or zeros if not ``there``: then ``from`` is not read.
 // Copies belong to the group that commit_copies closes; wait_copies<n> waits for all of this thread's but the last n.
 template <class X>
