@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -11,7 +12,26 @@ import torch
 from samba_lm.errors import UserError
 from samba_lm.generation import sampling
 from samba_lm.generation.params import SamplingParams
-from samba_lm.generation.sampling import History, candidates, sample, uniform
+from samba_lm.generation.sampling import NOT_FINITE, History, Options, require_finite, thresholds
+
+
+def options_of(params: SamplingParams | list[SamplingParams], rows: int, vocab_size: int) -> Options:
+    return Options.of(params if isinstance(params, list) else [params] * rows, vocab_size)
+
+
+def sample(
+    logits: torch.Tensor,
+    params: SamplingParams | list[SamplingParams],
+    positions: Iterable[int],
+    history: History | None = None,
+    vocab_size: int | None = None,
+) -> torch.Tensor:
+    options = options_of(params, len(logits), vocab_size or logits.shape[1])
+    return sampling.sample(logits, options, torch.tensor(list(positions)), history, vocab_size)
+
+
+def uniform(seed: int, position: int) -> float:
+    return float(sampling.uniform(torch.tensor(seed), torch.tensor(position)))
 
 
 def brute_force(logits: list[float], params: SamplingParams) -> dict[int, float]:
@@ -47,10 +67,10 @@ OPTIONS = [
 def test_candidates_equal_brute_force(options: dict[str, float]) -> None:
     params = SamplingParams(**options)  # type: ignore[arg-type]
     logits = torch.randn(20, 11) * 2
-    probs, ids = candidates(torch.softmax(logits / params.temperature, dim=-1), params)
+    probs = torch.softmax(logits / params.temperature, dim=-1)
+    probs = probs * (probs >= thresholds(probs, options_of(params, 20, 11))[:, None])
     for row in range(len(logits)):
-        kept = range(11) if ids is None else ids[row].tolist()
-        got = {i: p for i, p in zip(kept, (probs[row] / probs[row].sum()).tolist(), strict=True) if p > 0}
+        got = {i: p for i, p in enumerate((probs[row] / probs[row].sum()).tolist()) if p > 0}
         want = brute_force(logits[row].tolist(), params)
         assert got.keys() == want.keys()
         assert got == pytest.approx(want, rel=1e-5)
@@ -70,12 +90,28 @@ def test_draws_follow_the_distribution(options: dict[str, float]) -> None:
 
 def test_top_p_sorts_the_whole_vocabulary_when_the_likeliest_hold_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
     probs = torch.softmax(torch.randn(4, 50), dim=-1)
-    whole, ids = candidates(probs, SamplingParams(top_p=0.9))
+    options = options_of(SamplingParams(top_p=0.9), 4, 50)
+    whole = thresholds(probs, options)
     monkeypatch.setattr(sampling, "NUCLEUS_GUESS", 2)
-    again, ids_again = candidates(probs, SamplingParams(top_p=0.9))
-    assert ids is not None
-    assert ids_again is not None
-    assert torch.equal(torch.zeros(4, 50).scatter(1, ids, whole), torch.zeros(4, 50).scatter(1, ids_again, again))
+    assert torch.equal(thresholds(probs, options), whole)
+    assert (whole > 0).all()
+
+
+def test_every_row_has_options_of_its_own() -> None:
+    params = [SamplingParams(seed=i, **chosen) for i, chosen in enumerate(OPTIONS)]  # type: ignore[arg-type]
+    params += [SamplingParams(temperature=0), SamplingParams(temperature=1e-35, top_p=0.5)]
+    logits = torch.randn(len(params), 300)
+    together = sample(logits, params, range(len(params)))
+    alone = [sample(logits[i : i + 1], one, [i]) for i, one in enumerate(params)]
+    assert together.tolist() == [int(t) for t in alone]
+    assert together[-2:].tolist() == logits[-2:].argmax(-1).tolist()
+
+
+def test_equals_at_the_edge_all_stay() -> None:
+    logits = torch.tensor([[1.0, 3.0, 1.0, 2.0]]).expand(3000, -1)
+    for params in (SamplingParams(top_k=3), SamplingParams(top_p=0.95)):
+        assert set(sample(logits, params, range(3000)).tolist()) == {0, 1, 2, 3}
+    assert set(sample(logits, SamplingParams(top_k=2), range(3000)).tolist()) == {1, 3}
 
 
 def test_greedy_takes_the_lowest_of_equals_and_needs_no_seed() -> None:
@@ -118,35 +154,47 @@ def test_a_result_depends_on_seed_and_position_but_not_on_the_batch() -> None:
 
 
 def test_uniform_numbers_are_spread_evenly_over_seeds_and_positions() -> None:
-    for numbers in ([uniform(0, i) for i in range(4000)], [uniform(i, 5) for i in range(4000)]):
+    far = [uniform(-i * 2**40, 2**40 + i) for i in range(4000)]
+    for numbers in ([uniform(0, i) for i in range(4000)], [uniform(i, 5) for i in range(4000)], far):
+        assert all(0 <= u < 1 for u in numbers)
         assert len(set(numbers)) == 4000
         tenths = torch.histc(torch.tensor(numbers), bins=10, min=0, max=1)
         assert float(((tenths - 400) ** 2 / 400).sum()) < 27.9  # 99.9% at 9 degrees of freedom
 
 
+def test_the_generator_is_splitmix64() -> None:
+    state = torch.tensor(1234567)
+    for known in (6457827717110365317, 3203168211198807973, 9817491932198370423):  # of its authors' test vectors
+        state = state + sampling._signed(sampling.GOLDEN)
+        assert int(sampling._mix(state)) % 2**64 == known
+
+
 def test_the_last_candidate_is_drawn_at_the_top_of_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "uniform", lambda seed, position: 1 - 2**-53)
+    monkeypatch.setattr(sampling, "uniform", lambda seed, position: torch.tensor([1 - 2**-53], dtype=torch.float64))
     logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf, -torch.inf]])
     assert sample(logits, SamplingParams(), [0]).tolist() == [2]
 
 
 def test_penalties_by_hand() -> None:
     params = SamplingParams(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)
-    history = History.create(params, 1, 5, torch.device("cpu"))
-    assert history is not None
+    history = History.create(1, 5, "cpu")
     history.read(0, torch.tensor([0, 1]))  # the prompt: for the repetition penalty only
     for token in (2, 2, 1):
         history.add(torch.tensor([token]))
-    logits = sampling.penalise(torch.tensor([[4.0, -4.0, 4.0, 4.0, -4.0]]), params, history)
+    logits = sampling.penalise(torch.tensor([[4.0, -4.0, 4.0, 4.0, -4.0]]), options_of(params, 1, 5), history)
     assert logits.tolist() == [[2.0, -8.0 - 0.5 - 0.25, 2.0 - 0.5 - 0.5, 4.0, -4.0]]
-    assert History.create(SamplingParams(), 1, 5, torch.device("cpu")) is None
+    assert sampling.penalised(params)
+    assert not sampling.penalised(SamplingParams())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_damaged_logits_are_told(bad: float, temperature: float) -> None:
+    logits = torch.stack((torch.full((4,), bad), torch.arange(4.0)))
+    ids = sample(logits, SamplingParams(temperature=temperature, top_k=1), [0, 0]).tolist()
+    assert ids == [NOT_FINITE, 3]  # only the row that is damaged
     with pytest.raises(UserError, match="not finite"):
-        sample(torch.full((1, 4), bad), SamplingParams(temperature=temperature), [0])
+        require_finite(ids)
 
 
 @pytest.mark.parametrize(

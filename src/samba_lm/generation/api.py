@@ -124,14 +124,14 @@ def _generate_batch(
         running = [i for i, answer in enumerate(answers) if answer.finish is None]
         while running:
             ids = draw(reader, params, tokenizer.vocab_size)
-            for i, token_id in zip(running, ids.tolist(), strict=True):
+            for i, token_id in zip(running, ids, strict=True):
                 texts[i].append(answers[i].feed(token_id))
             rows = [row for row, i in enumerate(running) if answers[i].finish is None]
             if len(rows) < len(running):
                 running = [running[row] for row in rows]
                 if not running:
                     break
-                reader, ids = reader.select(rows), ids[rows]
+                reader, ids = reader.select(rows), [ids[row] for row in rows]
             advance(model, reader, ids)
     return ["".join(text) + answer.flush() for text, answer in zip(texts, answers, strict=True)]
 

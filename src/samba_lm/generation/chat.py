@@ -6,7 +6,6 @@ from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from samba_lm.errors import UserError
 from samba_lm.generation.params import DEFAULT_CHUNK, SamplingParams
@@ -132,11 +131,11 @@ class ChatSession:
         # the text shown since; half a stop string or half a character is taken back by returning there.
         safe: Reader | None = None
         since = ""
-        unread: Tensor | None = None
+        unread: list[int] | None = None
         try:
             while answer.finish is None:
                 unread = draw(self.reader, self._params, self._tokenizer.vocab_size)
-                piece = answer.feed(int(unread))
+                piece = answer.feed(unread[0])
                 if answer.finish in ("stop", "eos"):
                     safe = safe or self.reader
                     since += piece
@@ -158,7 +157,7 @@ class ChatSession:
             raise
         self._settle(safe, since, unread)
 
-    def _settle(self, safe: Reader | None, since: str, unread: Tensor | None) -> None:
+    def _settle(self, safe: Reader | None, since: str, unread: list[int] | None) -> None:
         """Bring the state to exactly the text that was shown."""
         if safe is not None:
             self.reader = safe
@@ -172,7 +171,7 @@ class ChatSession:
         prefill(self._model, [[self._tokenizer.encode(text)]], self.reader, self._chunk, on_progress)
         self.tokens_fed += self.reader.lengths[0] - length
 
-    def _advance(self, token_id: Tensor) -> None:
+    def _advance(self, token_id: list[int]) -> None:
         advance(self._model, self.reader, token_id)
         self.tokens_fed += 1
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from samba_lm.errors import UserError
 from samba_lm.generation.params import DEFAULT_CHUNK, SamplingParams
 from samba_lm.generation.prompt import TokenIds, rechunk
-from samba_lm.generation.sampling import History
+from samba_lm.generation.sampling import History, penalised
 from samba_lm.model import SambaLM
 from samba_lm.state import State
 
@@ -35,7 +35,7 @@ class Reader:
     @classmethod
     def create(cls, model: SambaLM, params: SamplingParams, batch: int) -> Reader:
         """Return `batch` sequences of which nothing was read."""
-        history = History.create(params, batch, model.config.vocab_size, model.device)
+        history = History.create(batch, model.config.vocab_size, model.device) if penalised(params) else None
         return cls(model.init_state(batch), [0] * batch, history=history)
 
     def fork(self) -> Reader:

@@ -1,16 +1,16 @@
 """From logits to the next token: penalties, temperature, top-k, top-p, min-p and a counter-based seed.
 
 The order is fixed: penalties are applied, padded columns are cut off, the temperature divides, then top-k, top-p and
-min-p remove candidates, and one uniform number u(seed, position) picks from what is left. Because u depends on nothing
-but the seed and the position of the token in its own sequence, neither batching nor resuming changes a result.
+min-p remove candidates, and one uniform number u(seed, position) picks from what is left. Each sequence has options of
+its own. Because u depends on nothing but the seed and the position of the token in its own sequence, and a row is
+computed without a look at the others, neither batching nor resuming changes a result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +21,59 @@ from samba_lm.generation.params import SamplingParams
 NUCLEUS_GUESS = 256
 # Below this temperature no two fp32 logits are close enough for the second to be drawn, and 1 / temperature overflows.
 GREEDY_BELOW = 1e-30
+NOT_FINITE = -1
+"""What :func:`sample` gives instead of a token where the logits are no numbers."""
+
+
+@dataclass
+class Options:
+    """What each of B sequences asks of the sampler: tensors [B] beside the logits, and what is known of all of them.
+
+    The tensors are fp32, but ``top_k`` (the vocabulary's size: all) and ``seed`` (64 bits), which are int64.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    repetition: Tensor
+    presence: Tensor
+    frequency: Tensor
+    seed: Tensor
+    greedy: bool
+    """All of them take the likeliest token."""
+    most: int | None
+    """The largest top-k, or None where somebody asks for all; top-p then may ask for all in order."""
+    cut: bool
+    """Somebody asks for top-p or min-p."""
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], vocab_size: int, device: torch.device | str = "cpu") -> Options:
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32).to(device)
+
+        top_k = [vocab_size if p.top_k is None else min(p.top_k, vocab_size) for p in params]
+        return cls(
+            column([p.temperature for p in params]),
+            torch.tensor(top_k).to(device),
+            column([p.top_p for p in params]),
+            column([p.min_p for p in params]),
+            column([p.repetition_penalty for p in params]),
+            column([p.presence_penalty for p in params]),
+            column([p.frequency_penalty for p in params]),
+            torch.tensor([p.seed - (p.seed >> 63 << 64) for p in params]).to(device),
+            greedy=all(p.temperature < GREEDY_BELOW for p in params),
+            most=max(top_k) if top_k and max(top_k) < vocab_size else None,
+            cut=any(p.top_p < 1 or p.min_p > 0 for p in params),
+        )
+
+    def tensors(self) -> list[Tensor]:
+        return [value for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)]
+
+
+def penalised(params: SamplingParams) -> bool:
+    """Whether a sequence with these options needs a history."""
+    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
 
 
 @dataclass
@@ -33,11 +86,8 @@ class History:
     """fp32 [B, V]: how often each token was generated."""
 
     @classmethod
-    def create(cls, params: SamplingParams, batch: int, vocab_size: int, device: torch.device) -> History | None:
-        """Return an empty history over the model's `vocab_size`, or None when `params` has no penalty to apply."""
-        penalties = (params.repetition_penalty - 1, params.presence_penalty, params.frequency_penalty)
-        if not any(penalties):
-            return None
+    def create(cls, batch: int, vocab_size: int, device: torch.device | str) -> History:
+        """An empty history over the model's `vocab_size`."""
         seen = torch.zeros(batch, vocab_size, dtype=torch.bool, device=device)
         return cls(seen=seen, counts=torch.zeros(batch, vocab_size, device=device))
 
@@ -52,7 +102,7 @@ class History:
         self.counts.scatter_add_(-1, column, torch.ones_like(column, dtype=self.counts.dtype))
 
     def select(self, rows: list[int]) -> History:
-        """Return the history of some sequences only."""
+        """A copy of some sequences only."""
         return History(self.seen[rows], self.counts[rows])
 
     def fork(self) -> History:
@@ -62,8 +112,8 @@ class History:
 
 def sample(
     logits: Tensor,
-    params: SamplingParams,
-    positions: Sequence[int],
+    options: Options,
+    positions: Tensor,
     history: History | None = None,
     vocab_size: int | None = None,
 ) -> Tensor:
@@ -71,76 +121,106 @@ def sample(
 
     Args:
         logits: float [B, V'], any dtype; the maths is fp32.
-        positions: for each sequence, the index the drawn token will have in it.
+        positions: int64 [B], the index the drawn token will have in its sequence.
         history: what the penalties look at, as wide as the logits; None: no penalties.
         vocab_size: columns from here on are padding and never drawn; None: all of V'.
 
-    Returns int64 [B]. Raises UserError when the model's logits are not numbers.
+    Returns int64 [B], NOT_FINITE where the largest logit is no finite number. On a GPU nothing is waited for.
     """
     logits = logits.float()
     if history is not None:
-        logits = penalise(logits, params, history)
+        logits = penalise(logits, options, history)
     logits = logits[:, :vocab_size]
-    best, best_ids = logits.max(dim=-1)
+    best, ids = logits.max(dim=-1)
     # One comparison catches NaN and both infinities: such logits come from weights that diverged.
-    if not bool(torch.isfinite(best).all()):
+    finite = torch.isfinite(best)
+    if not options.greedy:
+        # The likeliest logit becomes 0 first, so that a tiny temperature cannot overflow.
+        greedy = options.temperature < GREEDY_BELOW
+        scale = torch.where(greedy, 1.0, options.temperature)[:, None]
+        probs = torch.softmax((logits - best[:, None]) / scale, dim=-1)
+        probs = torch.where(probs >= thresholds(probs, options)[:, None], probs, 0.0)
+        # The inverse of the cumulative distribution, in fp64: 100,000 small terms would lose too much in fp32.
+        cdf = probs.double().cumsum(dim=-1)
+        total = cdf[:, -1:]
+        # Strictly below the total, or rounding could pick a token past the last candidate.
+        target = torch.minimum(uniform(options.seed, positions)[:, None] * total, torch.nextafter(total, total * 0))
+        ids = torch.where(greedy, ids, torch.searchsorted(cdf, target, right=True)[:, 0])
+    return torch.where(finite, ids, NOT_FINITE)
+
+
+def require_finite(token_ids: Sequence[int]) -> None:
+    """Raise UserError where :func:`sample` found no token."""
+    if NOT_FINITE in token_ids:
         raise UserError("The model's outputs are not finite numbers: its weights are damaged or diverged in training.")
-    if params.temperature < GREEDY_BELOW:
-        return best_ids
-    # The likeliest logit becomes 0 first, so that a tiny temperature cannot overflow.
-    probs = torch.softmax((logits - best.unsqueeze(-1)) / params.temperature, dim=-1)
-    probs, ids = candidates(probs, params)
-    # The inverse of the cumulative distribution, in fp64: 100,000 small terms would lose too much in fp32.
-    cdf = probs.double().cumsum(dim=-1)
-    total = cdf[:, -1:]
-    u = torch.tensor([[uniform(params.seed, position)] for position in positions], dtype=torch.float64)
-    # Strictly below the total, or rounding could pick a token past the last candidate.
-    target = torch.minimum(u.to(cdf.device) * total, torch.nextafter(total, torch.zeros_like(total)))
-    index = torch.searchsorted(cdf, target, right=True)
-    return (index if ids is None else ids.gather(-1, index)).squeeze(-1)
 
 
-def penalise(logits: Tensor, params: SamplingParams, history: History) -> Tensor:
-    """Return fp32 logits [B, V] with the repetition, presence and frequency penalties applied, in that order."""
-    if params.repetition_penalty != 1:
-        weaker = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
-        logits = torch.where(history.seen, weaker, logits)
-    if params.presence_penalty or params.frequency_penalty:
-        logits = logits - params.presence_penalty * (history.counts > 0) - params.frequency_penalty * history.counts
-    return logits
+def penalise(logits: Tensor, options: Options, history: History) -> Tensor:
+    """fp32 logits [B, V] with the repetition, presence and frequency penalties applied, in that order."""
+    repetition, presence, frequency = (t[:, None] for t in (options.repetition, options.presence, options.frequency))
+    weaker = torch.where(logits > 0, logits / repetition, logits * repetition)
+    logits = torch.where(history.seen, weaker, logits)
+    return logits - presence * (history.counts > 0) - frequency * history.counts
 
 
-def candidates(probs: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
-    """Zero the probabilities that top-k, top-p and min-p remove.
+def thresholds(probs: Tensor, options: Options) -> Tensor:
+    """The least probability [B] of a token that top-k, top-p and min-p leave, of probabilities fp32 [B, V].
 
-    Args:
-        probs: fp32 [B, V], each row summing to 1.
-
-    Returns the (not renormalised) probabilities [B, K] and their token ids [B, K], likeliest first; or [B, V] in the
-    order of the vocabulary and None for the ids, where no sorting was needed. At the edge of top-k, ties are broken
-    arbitrarily, but exactly k tokens stay.
+    All tokens as likely as the last candidate stay candidates, so that no order among equals decides.
     """
-    vocab_size = probs.shape[-1]
-    ids = None
-    if params.top_k is not None and params.top_k < vocab_size:
-        probs, ids = probs.topk(params.top_k, dim=-1)
-        probs = probs / probs.sum(dim=-1, keepdim=True)
-    elif params.top_p < 1:
-        # Sorting a few of the likeliest is 40 times cheaper than sorting a vocabulary of 50,000.
-        probs_, ids = probs.topk(min(NUCLEUS_GUESS, vocab_size), dim=-1)
-        if ids.shape[-1] < vocab_size and bool((probs_.sum(dim=-1) < params.top_p).any()):
-            probs_, ids = probs.sort(dim=-1, descending=True)
-        probs = probs_
-    peak = probs.amax(dim=-1, keepdim=True)
-    if params.top_p < 1:
-        likelier = probs.cumsum(dim=-1) - probs
-        # The likeliest always stays: as an fp32 number, a tiny top-p is 0.
-        probs = probs.masked_fill((likelier >= params.top_p) & (likelier > 0), 0.0)
-    if params.min_p > 0:
-        probs = probs.masked_fill(probs < params.min_p * peak, 0.0)
-    return probs, ids
+    everything = torch.zeros_like(options.top_p)
+    if options.most is None and not options.cut:
+        return everything
+    ordered = _likeliest(probs, options)
+    held = (options.top_k.clamp(max=ordered.shape[1]) - 1)[:, None]
+    least = torch.where(options.top_k < probs.shape[1], ordered.gather(1, held)[:, 0], everything)
+    if options.cut:
+        kept = torch.where(ordered >= least[:, None], ordered, 0.0)
+        total = torch.where(options.top_k < probs.shape[1], kept.sum(dim=-1), 1.0)
+        # A token stays while those before it hold less than top-p; the likeliest always: a tiny top-p is 0 in fp32.
+        before = (kept.cumsum(dim=-1) - kept) / total[:, None]
+        last = ((before < options.top_p[:, None]).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
+        nucleus = torch.where(options.top_p < 1, ordered.gather(1, last)[:, 0], everything)
+        least = torch.maximum(torch.maximum(least, nucleus), options.min_p * ordered[:, 0])
+    return least
 
 
-def uniform(seed: int, position: int) -> float:
-    """Return the number in [0, 1) that belongs to this seed and position (Philox, a counter-based generator)."""
-    return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
+def _likeliest(probs: Tensor, options: Options) -> Tensor:
+    """Probabilities in falling order: as many as the options need to see."""
+    if options.most is not None:
+        return probs.topk(options.most, dim=-1).values
+    if probs.device.type == "cpu" and bool((options.top_k == probs.shape[1]).all()):
+        # Sorting a few of the likeliest is 40 times cheaper than sorting a vocabulary of 50,000; not on a GPU, where
+        # asking would mean waiting.
+        few = probs.topk(min(NUCLEUS_GUESS, probs.shape[1]), dim=-1).values
+        if bool(((few.sum(dim=-1) >= options.top_p) | (options.top_p >= 1)).all()):
+            return few
+    return probs.sort(dim=-1, descending=True).values
+
+
+GOLDEN = 0x9E3779B97F4A7C15
+MIX = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)
+
+
+def uniform(seed: Tensor, position: Tensor) -> Tensor:
+    """The numbers in [0, 1), fp64, that belong to these seeds and positions, int64 of any one shape.
+
+    Number ``position`` of the sequence SplitMix64 (Steele, Lea, Flood 2014) that begins at the mixed seed; a multiple
+    of 2^-53.
+    """
+    return _shift(_mix(_mix(seed + _signed(GOLDEN)) + (position + 1) * _signed(GOLDEN)), 11).double() * 2.0**-53
+
+
+def _mix(x: Tensor) -> Tensor:
+    for shift, factor in MIX:
+        x = (x ^ _shift(x, shift)) * _signed(factor)
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """To the right, zeros in front."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(x: int) -> int:
+    return x - (x >> 63 << 64)

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from samba_lm.checkpoint import check_tokenizer
 from samba_lm.errors import UserError
 from samba_lm.generation.params import SamplingParams
 from samba_lm.generation.prefill import OnProgress, Reader, prefill
 from samba_lm.generation.prompt import Prompt, prompt_chunks
-from samba_lm.generation.sampling import sample
+from samba_lm.generation.sampling import Options, require_finite, sample
 from samba_lm.model import SambaLM, evaluating
 from samba_lm.tokenizer import Tokenizer
 
@@ -172,8 +171,8 @@ def stream_pieces(
         reader = Reader.create(model, params, batch=1)
         prefill(model, [prompt_chunks(prompt, tokenizer)], reader, chunk, note)
         while answer.finish is None:
-            ids = draw(reader, params, tokenizer.vocab_size)
-            piece = answer.feed(int(ids))  # waits for the device
+            ids = draw(reader, params, tokenizer.vocab_size)  # waits for the device
+            piece = answer.feed(ids[0])
             seconds = time.perf_counter() - began
             if timing.new_tokens == 0:
                 timing.read_seconds = seconds
@@ -190,15 +189,20 @@ def stream_pieces(
             yield piece
 
 
-def draw(reader: Reader, params: SamplingParams, vocab_size: int) -> Tensor:
-    """Return the next token of each sequence, int64 [B], without reading it."""
+def draw(reader: Reader, params: SamplingParams, vocab_size: int) -> list[int]:
+    """The next token of each sequence, not yet read. Raises UserError where the model's outputs are no numbers."""
     assert reader.logits is not None, "nothing was read yet"
-    return sample(reader.logits, params, reader.lengths, reader.history, vocab_size)
+    options = Options.of([params] * len(reader.lengths), vocab_size, reader.logits.device)
+    positions = torch.tensor(reader.lengths).to(reader.logits.device)
+    ids: list[int] = sample(reader.logits, options, positions, reader.history, vocab_size).tolist()
+    require_finite(ids)
+    return ids
 
 
-def advance(model: SambaLM, reader: Reader, token_ids: Tensor) -> None:
-    """Read one token, int64 [B], of each sequence; moves `reader` in place."""
-    reader.logits = model.step(token_ids, reader.state)
+def advance(model: SambaLM, reader: Reader, token_ids: list[int]) -> None:
+    """Read one token of each sequence; moves `reader` in place."""
+    ids = torch.tensor(token_ids).to(model.device)
+    reader.logits = model.step(ids, reader.state)
     reader.lengths = [length + 1 for length in reader.lengths]
     if reader.history is not None:
-        reader.history.add(token_ids)
+        reader.history.add(ids)
