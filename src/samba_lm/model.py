@@ -108,10 +108,13 @@ class SambaLM(nn.Module):
         return span.unpack(self._run(span.pack(input_ids), None, span)[0])
 
     @torch.no_grad()
-    def step(self, token_ids: torch.Tensor, state: State) -> torch.Tensor:
-        """Decode: read one token of each sequence, int64 [B]; logits [B, V]. ``state`` is advanced in place."""
+    def step(self, token_ids: torch.Tensor, state: State, longest: int | None = None) -> torch.Tensor:
+        """Decode: read one token of each sequence, int64 [B]; logits [B, V]. ``state`` is advanced in place.
+
+        ``longest``: the largest of ``state.position``, if known: full attention then need not ask a GPU for it.
+        """
         self._check(token_ids[:, None], state)
-        span = Span.of(token_ids.shape[0], 1, token_ids.device, state.cursor, None, in_place=True)
+        span = Span.of(token_ids.shape[0], 1, token_ids.device, state.cursor, None, in_place=True, longest=longest)
         hidden, new = self._run(token_ids[:, None], state, span)
         state.cursor, state.layers = new.cursor, new.layers
         return self.head(hidden[:, 0])

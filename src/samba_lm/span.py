@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -44,8 +45,8 @@ class Span:
     """int64 [B] tokens that are not padding. None: no padding."""
     order: torch.Tensor | None = None
     """int64 [B, L] where each packed column came from, when padding had to be moved to the right."""
-    longest_past: int = 0
-    """The largest starting position: how far back any row's document reaches. 0 when nothing was read yet."""
+    longest: int | None = None
+    """``longest_past``, where it is known; otherwise who needs it asks the device, and waits for it."""
     in_place: bool = False
     """Caches may be written in place: the caller gives the old state away."""
     keep: bool = True
@@ -63,19 +64,21 @@ class Span:
         segments: torch.Tensor | None,
         in_place: bool = False,
         keep: bool = True,
+        longest: int | None = None,
     ) -> Span:
         """Read ``segments`` (int64 [B, L] document ids or None) from where ``start`` stands (None: a fresh cursor).
 
-        ``segments`` may lie on the CPU, whatever ``device`` is.
+        ``segments`` may lie on the CPU, whatever ``device`` is. ``longest``: the largest starting position, if known.
         """
         steps = torch.arange(length, device=device)
         begin = Cursor.fresh(batch, device) if start is None else start
+        longest = 0 if start is None else longest
         if segments is None:
             uniform = start is None or batch == 1 or _agree(start.position)
             positions = steps[None] + (begin.position[:1, None] if uniform else begin.position[:, None])
             end = Cursor(begin.segment, begin.position + length)
-            return cls(length, begin, end, positions, longest_past=_longest(start), in_place=in_place, keep=keep)
-        return cls._packed(begin, _checked(segments, batch, length), steps, _longest(start), in_place, keep)
+            return cls(length, begin, end, positions, longest=longest, in_place=in_place, keep=keep)
+        return cls._packed(begin, _checked(segments, batch, length), steps, longest, in_place, keep)
 
     @classmethod
     def _packed(
@@ -83,7 +86,7 @@ class Span:
         start: Cursor,
         segments: torch.Tensor,
         steps: torch.Tensor,
-        longest_past: int,
+        longest: int | None,
         in_place: bool,
         keep: bool,
     ) -> Span:
@@ -113,7 +116,12 @@ class Span:
                 torch.where(read, segments.gather(1, last)[:, 0], start.segment),
                 torch.where(read, positions.gather(1, last)[:, 0] + 1, start.position),
             )
-        return cls(steps.shape[0], start, end, positions, documents, lengths, order, longest_past, in_place, keep)
+        return cls(steps.shape[0], start, end, positions, documents, lengths, order, longest, in_place, keep)
+
+    @cached_property
+    def longest_past(self) -> int:
+        """The largest starting position: how far back any row's document reaches. 0 when nothing was read yet."""
+        return int(self.start.position.max()) if self.longest is None else self.longest
 
     @property
     def resets(self) -> torch.Tensor | None:
@@ -170,15 +178,10 @@ class Span:
             positions % size,
             new.cumsum(1),
             self.lengths,
-            longest_past=min(self.longest_past, size),
+            longest=min(self.longest_past, size),
             in_place=self.in_place,
             keep=self.keep,
         )
-
-
-def _longest(start: Cursor | None) -> int:
-    # On a GPU the one question of a call that waits for the device; none when reading starts from nothing.
-    return 0 if start is None else int(start.position.max())
 
 
 def _agree(position: torch.Tensor) -> bool:

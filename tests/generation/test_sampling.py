@@ -98,7 +98,7 @@ def test_top_p_sorts_the_whole_vocabulary_when_the_likeliest_hold_too_little(mon
 
 
 def test_every_row_has_options_of_its_own() -> None:
-    params = [SamplingParams(seed=i, **chosen) for i, chosen in enumerate(OPTIONS)]  # type: ignore[arg-type]
+    params = [SamplingParams().replace(seed=i, **chosen) for i, chosen in enumerate(OPTIONS)]
     params += [SamplingParams(temperature=0), SamplingParams(temperature=1e-35, top_p=0.5)]
     logits = torch.randn(len(params), 300)
     together = sample(logits, params, range(len(params)))

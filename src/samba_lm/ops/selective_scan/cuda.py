@@ -29,7 +29,7 @@ def fits(u: torch.Tensor, N: int) -> bool:
     if not (u.is_cuda and u.dtype in TYPES and u.numel() > 0):
         return False
     batch, _, E = u.shape
-    forward = forward_shared(N, forward_shape(batch, E, N), u.element_size(), True)
+    forward = forward_shared(N, forward_shape(batch, E, N, u.element_size()), u.element_size(), True)
     backward = backward_shared(N, backward_shape(batch, E, N), u.element_size(), True)
     return max(forward, backward) <= nvrtc.shared_limit(u.device)
 

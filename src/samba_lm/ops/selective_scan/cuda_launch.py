@@ -14,6 +14,8 @@ from samba_lm.ops.backend import HAS_TRITON
 from samba_lm.ops.shapes import last_dense
 
 KERNELS = Path(__file__).parent / "kernels"
+CHANNELS = 32
+"""Of a block."""
 TILE = 16
 """Tokens that a block works on at once, and from one state that the forward keeps to the next."""
 AHEAD = 4
@@ -23,10 +25,13 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SPAN_BYTES = 1 << 28
 """Memory for the backward's partial sums: as many tokens are done in one launch as fit."""
 FILL = 264
-"""Blocks of 32 channels from which on an H100 (132 multiprocessors) is kept busy without halving them."""
+"""Blocks from which on they keep an H100 (132 multiprocessors) busy by their number: with fewer, helpers let the owners
+of states do nothing else."""
 MANY = 700
-"""Blocks from which on two warps each are enough: 0.75 instead of 0.82 ms with 768 of them, but 0.73 instead of 0.64
-with 576."""
+"""Blocks from which on two warps each are enough in the forward: of the 768 of batch 8, E 3072 six fit where four of
+twice the warps do."""
+SMALL_SHARED = 99 * 1024
+"""Bytes of shared memory that a block may have on every GPU that the kernels run on."""
 
 
 class Shape(NamedTuple):
@@ -34,36 +39,34 @@ class Shape(NamedTuple):
 
     states: int
     """Of one thread."""
-    channels: int
-    """Of one block."""
-    blocks: int = 0
-    """Blocks that a multiprocessor must hold, which bounds the registers of a thread; 0: by the number of threads."""
+    blocks: int = 1
+    """Blocks that a multiprocessor must hold, which bounds the registers of a thread."""
     helpers: int = 0
     """``HELP`` in common.cuh: threads besides those that own states."""
     tokens: int = TILE
     """Of a tile: more than ``TILE`` only in the forward."""
-    stage: int = 0
-    """``STAGE`` in forward.cuh: tokens that are loaded ahead."""
-    apart: bool = False
-    """``APART`` in forward.cuh: owners and helpers wait only for each other."""
+    stage: int = 2
+    """``STAGE`` in forward.cuh: tokens that an owner of states loads at once."""
 
 
-SEGMENTS_SHAPE = Shape(4, 32, 5)
+SEGMENTS_SHAPE = Shape(4, 5)
 
 
-def forward_shape(batch: int, E: int, N: int) -> Shape:
-    """Few blocks are halved, and helpers keep the owners of states at their work; many may be small."""
-    blocks = batch * -(-E // 32)
-    if blocks < FILL:
-        return Shape(2, 16, 2, 64)
-    return Shape(8, 32, max(1, 96 // N)) if blocks >= MANY else Shape(4, 32)
+def forward_shape(batch: int, E: int, N: int, element: int) -> Shape:
+    """The more blocks there are, the fewer warps each needs; few of them get helpers, and long tiles where those fit."""
+    blocks = batch * -(-E // CHANNELS)
+    if blocks >= FILL:
+        return Shape(8, max(1, 96 // N)) if blocks >= MANY else Shape(4, max(1, 64 // N), stage=4)
+    longer = Shape(4, 1, 128, 2 * TILE)
+    fits = forward_shared(N, longer, element, True) <= SMALL_SHARED
+    return longer if fits else longer._replace(tokens=TILE)
 
 
 def backward_shape(batch: int, E: int, N: int) -> Shape:
-    """Always 32 channels: the sums over them are a warp's."""
-    if N == 64:  # then a block fills a multiprocessor, and helpers need less shared memory for inputs
-        return Shape(4, 32, 1, 128)
-    return Shape(4, 32, max(1, 3 * 16 // N)) if batch * -(-E // 32) >= FILL else Shape(4, 32, 1, 128)
+    """With N 64 a block fills a multiprocessor, and helpers need less shared memory for inputs."""
+    if N == 64 or batch * -(-E // CHANNELS) < FILL:
+        return Shape(4, 1, 128)
+    return Shape(4, max(1, 3 * 16 // N))
 
 
 def plan_forward(
@@ -83,7 +86,7 @@ def plan_forward(
 ) -> tuple[nvrtc.Launch, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
     """The launch, its results (y, final state, checkpoints) and the inputs that must outlive it."""
     (batch, L, E), N = u.shape, A.shape[1]
-    shape = shape or forward_shape(batch, E, N)
+    shape = shape or forward_shape(batch, E, N, u.element_size())
     rows = u, delta, B, C, z = readable(u, delta, B, C, z)
     A, D, delta_bias, state, resets, lengths = contiguous(A, D, delta_bias, state, resets, lengths)
     y, final = u.new_empty(batch, L, E), torch.empty(batch, E, N, device=u.device)
@@ -95,14 +98,12 @@ def plan_forward(
         "RESETS": resets is not None,
         "SAVE": save,
         "STAGE": shape.stage,
-        "APART": shape.apart,
-        "BLOCKS": shape.blocks or max(1, 640 // threads(N, shape)),
     }
     launch = nvrtc.Launch(
         "scan_forward",
         files("forward"),
         _macros(defines),
-        (-(-E // shape.channels), batch),
+        (-(-E // CHANNELS), batch),
         threads(N, shape),
         forward_shared(N, shape, u.element_size(), z is not None),
         pack(*_addresses(pointers), L, E, *_strides(*rows)),
@@ -139,16 +140,15 @@ def plan_segments(
         "GATED": z is not None,
         "RESETS": resets is not None,
         "REVERSE": reverse,
-        "BLOCKS": shape.blocks,
     }
     prefetched = input_bytes(N, shape, x.element_size(), 3 if z is not None else 2, z is not None, weights=1)
     launch = nvrtc.Launch(
         "scan_segments",
         files("segments"),
         _macros(defines),
-        (-(-E // shape.channels), batch),
+        (-(-E // CHANNELS), batch),
         threads(N, shape),
-        2 * 4 * TILE * (2 * shape.channels + N) + prefetched,
+        2 * 4 * TILE * (2 * CHANNELS + N) + prefetched,
         pack(*_addresses(pointers), L, E, *_strides(*rows)),
     )
     return launch, local, steps, [*pointers]
@@ -157,10 +157,10 @@ def plan_segments(
 def segments_of(batch: int, L: int, E: int, *, reverse: bool) -> int:
     """Into how many segments of equal length, multiples of TILE, a row is cut so that its blocks fill the GPU.
 
-    From measurements on an H100. A pass forwards costs little more than what finds the segments' effects, so it is cut
-    only where most of the GPU would be idle; backwards that is a fifth.
+    From measurements on an H100. What finds the segments' effects costs about as much as a pass forwards, so that is
+    cut only where most of the GPU would be idle; of a pass backwards it is a fifth.
     """
-    blocks = batch * -(-E // 32)
+    blocks = batch * -(-E // CHANNELS)
     if reverse:
         wanted = min(1024 // blocks, L // 512) if blocks < FILL and HAS_TRITON else 1
     else:
@@ -178,7 +178,7 @@ def threads(N: int, shape: Shape) -> int:
 
 
 def _owners(N: int, shape: Shape) -> int:
-    return shape.channels * N // shape.states
+    return CHANNELS * N // shape.states
 
 
 def pack(*values: int) -> bytes:
@@ -188,21 +188,20 @@ def pack(*values: int) -> bytes:
 
 def forward_shared(N: int, shape: Shape, element: int, gated: bool) -> int:
     """Bytes of ``ForwardShared`` in forward.cuh."""
-    part_row = _owners(N, shape) + (16 if shape.channels == 16 else 0)
-    tile = 4 * shape.tokens * (2 * shape.channels + 2 * N + part_row)
+    tile = 4 * shape.tokens * (2 * CHANNELS + 2 * N + _owners(N, shape))
     return 2 * tile + input_bytes(N, shape, element, 3 if gated else 2, gated)
 
 
 def input_bytes(N: int, shape: Shape, element: int, tensors: int, gated: bool, weights: int = 2) -> int:
     """Bytes of ``AHEAD`` tiles' inputs: pairs for each thread, of ``tensors`` with E columns and ``weights`` with N."""
     workers = shape.helpers or _owners(N, shape)
-    rounds, bc_rounds = (-(-shape.tokens * width // 2 // workers) for width in (shape.channels, N))
+    rounds, bc_rounds = (-(-shape.tokens * width // 2 // workers) for width in (CHANNELS, N))
     return AHEAD * workers * 2 * element * (tensors * rounds + (0 if gated else 1) + weights * bc_rounds)
 
 
 def _common(u: torch.Tensor, N: int, shape: Shape, rows: tuple[torch.Tensor | None, ...]) -> dict[str, int]:
     """The macros of common.cuh."""
-    cut = {"S": shape.states, "CH": shape.channels, "HELP": shape.helpers, "TOKENS": shape.tokens}
+    cut = {"S": shape.states, "BLOCKS": shape.blocks, "HELP": shape.helpers, "TOKENS": shape.tokens}
     return {"IO": TYPES[u.dtype], "N": N, **cut, "WIDE": int(_wide(u.shape[2], rows))}
 
 
@@ -291,7 +290,7 @@ def plan_backward(
         A.new_empty(batch, E),
         A.new_empty(batch, E, N),
     )
-    blocks, tiles = -(-E // shape.channels), -(-L // TILE)
+    blocks, tiles = -(-E // CHANNELS), -(-L // TILE)
     tile_bytes = blocks * batch * TILE * 2 * N * 4
     span = min(tiles, max(1, span_bytes // tile_bytes))
     partial = A.new_empty(blocks, batch, span * TILE, 2 * N)
@@ -299,8 +298,7 @@ def plan_backward(
         **_common(u, N, shape, rows),
         "GATED": z is not None,
         "RESETS": resets is not None,
-        "KEEP": shape.states == 2 or (shape.helpers > 0 and threads(N, shape) <= 256),
-        "BLOCKS": shape.blocks or 1,
+        "KEEP": shape.helpers > 0 and threads(N, shape) <= 256,
     }
     macros = _macros(defines)
     results = (grads.u, grads.delta, grads.z, grads.state, grads.A, grads.D, grads.delta_bias, partial)
@@ -344,7 +342,7 @@ def summed(grads: Grads) -> Grads:
 
 def backward_shared(N: int, shape: Shape, element: int, gated: bool) -> int:
     """Bytes of ``BackwardShared`` in backward.cuh."""
-    elements = TILE * shape.channels
+    elements = TILE * CHANNELS
     tile = 4 * (elements * (2 + 1 + 2) + TILE * 2 * N)
     sums = 4 * (elements * N // shape.states * 3 + TILE * 2 * N)
     return 2 * tile + sums + input_bytes(N, shape, element, 4 if gated else 3, gated)

@@ -1,5 +1,5 @@
 // Selective scan, backward: the tiles of [first, end) in reverse, all else as in the forward. Macros besides those of
-// common.cuh: BLOCKS and RESETS as in the forward; KEEP 1: a tile's decays stay in registers, 0: they are computed twice.
+// common.cuh: RESETS as in the forward; KEEP 1: a tile's decays stay in registers, 0: they are computed twice.
 //
 // Of a tile, a group runs its states forward from the checkpoint, keeping them in registers, then walks back with the
 // gradient of the state as the only carry. The sums over states go through shared memory as in the forward; those over
@@ -43,8 +43,6 @@ struct BackwardShared {
   float sums[T * 2 * N];    // dB, dC
   BackwardInputs inputs[AHEAD];
 };
-
-static_assert(CH == 32, "a warp's lanes are the channels that are summed");
 
 // h[t + 1], the states after each token, from h[0].
 template <bool DROPS>

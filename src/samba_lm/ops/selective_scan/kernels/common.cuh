@@ -1,14 +1,14 @@
 // What the forward and the backward share. These macros come from the launcher:
 //   IO    0: fp32, 1: bf16, 2: fp16 - of u, delta, z, B, C, y and their gradients; everything between is fp32
 //   N     states of a channel
-//   S     states that a thread owns
-//   CH    channels of a block (32, or 16: then a warp is two halves with different states)
+//   S     states that a thread owns, a multiple of 4
 //   TOKENS of a tile, see below; 16, and in the forward also 32
 //   WIDE  1: pairs of neighbouring channels are read and written at once, as alignment allows
 //   GATED 1: there is a z
 //   HELP  threads that own no states, see below; 0 or a multiple of 32
+//   BLOCKS of a multiprocessor to make room for: bounds the registers of a thread
 //
-// A block walks its CH channels through a whole span of time, T tokens (a tile) after the other. Thread = channel c of
+// A block walks CH channels, one for each lane of a warp, through a whole span of time, T tokens (a tile) after the other. Thread = channel c of
 // CH, group g of G = N / S: it owns the states g * S ... of its channel. What depends on the channel but not on the
 // state is computed once for each element by all of the threads together, as pairs of channels, and passed through shared
 // memory: softplus, products and gates before the states (phase A), the sums over the groups after them (phase C).
@@ -18,6 +18,7 @@
 
 // Where a block is alone on its multiprocessor, HELP more threads do phases A and C, and the states' owners nothing else.
 
+constexpr int CH = 32;
 constexpr int T = TOKENS;
 constexpr int G = N / S;
 constexpr int OWNERS = CH * G;                     // threads that own states: the first ones
@@ -28,9 +29,8 @@ constexpr int ROUND = WORKERS / COLUMNS;           // rows that all workers cove
 constexpr int ROUNDS = (T + ROUND - 1) / ROUND;    // a worker's pairs of a tile: rows apart by ROUND
 constexpr int BC_ROUND = WORKERS / (N / 2);        // likewise for pairs of states of B and C
 constexpr int BC_ROUNDS = (T + BC_ROUND - 1) / BC_ROUND;
-constexpr int BC_ROW = 2 * N;                                     // for each group S of B, then S of C
-constexpr int PART_ROW = G * CH + (CH == 16 ? 16 : 0);            // padded: half-warps read two rows at once
-constexpr int AHEAD = 4;  // tiles whose inputs are in shared memory: of phases A and C, and on their way
+constexpr int BC_ROW = 2 * N;                      // for each group S of B, then S of C
+constexpr int AHEAD = 4;                           // tiles whose inputs are in shared memory: of phases A and C, and on their way
 // Every other four warps (one of each scheduler) take the states before phases A and C, so that those wait while these
 // compute, even if the block is alone on its multiprocessor.
 constexpr bool TURNS = HELP == 0 && THREADS >= 256;
@@ -103,19 +103,11 @@ DEVICE float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(x * -LOG2_E))
 DEVICE int bc_column(int n) { return n / S * (2 * S) + n % S; }
 
 DEVICE void load_bc(const float* row, float (&b)[S], float (&c)[S]) {
-  if constexpr (S == 1) {
-    float2 both = *(const float2*)row;
-    b[0] = both.x, c[0] = both.y;
-  } else if constexpr (S == 2) {
-    float4 both = *(const float4*)row;
-    b[0] = both.x, b[1] = both.y, c[0] = both.z, c[1] = both.w;
-  } else {
 #pragma unroll
-    for (int i = 0; i < S; i += 4) {
-      float4 x = *(const float4*)(row + i), y = *(const float4*)(row + S + i);
-      b[i] = x.x, b[i + 1] = x.y, b[i + 2] = x.z, b[i + 3] = x.w;
-      c[i] = y.x, c[i + 1] = y.y, c[i + 2] = y.z, c[i + 3] = y.w;
-    }
+  for (int i = 0; i < S; i += 4) {
+    float4 x = *(const float4*)(row + i), y = *(const float4*)(row + S + i);
+    b[i] = x.x, b[i + 1] = x.y, b[i + 2] = x.z, b[i + 3] = x.w;
+    c[i] = y.x, c[i + 1] = y.y, c[i + 2] = y.z, c[i + 3] = y.w;
   }
 }
 

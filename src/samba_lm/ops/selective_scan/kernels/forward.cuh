@@ -1,7 +1,8 @@
 // Selective scan, forward: y and the final state, and for the backward the state before every EVERY tokens.
-// Macros besides those of common.cuh: BLOCKS of a multiprocessor to make room for; RESETS 1: there are resets; SAVE 1:
-// there are checkpoints to write; STAGE: tokens loaded ahead, see walk; APART 1: owners and helpers wait only for each
-// other (wants HELP and STAGE).
+// Macros besides those of common.cuh: RESETS 1: there are resets; SAVE 1: there are checkpoints to write; STAGE: tokens
+// that an owner of states loads at once.
+//
+// Helpers and owners wait only for each other, and each may be done with a tile while the other is not.
 
 struct Forward {
   const Io *u, *delta, *B, *C, *z;
@@ -17,35 +18,35 @@ struct Forward {
 struct ForwardTile {
   float2 step[T * CH];       // (step / ln 2, step * u)
   float bc[T * BC_ROW];      // fp32 B and C
-  float part[T * PART_ROW];  // each group's share of y before skip and gate
+  float part[T * G * CH];    // each group's share of y before skip and gate
 };
 
 constexpr int PREPARED = 1, WALKED = 3;  // barriers of even tiles; the next are those of odd ones
 constexpr int EVERY = 16;                // tokens from one checkpoint to the next
-constexpr int STRIDE = STAGE ? STAGE : 1;
-static_assert(T % EVERY == 0 && EVERY % STRIDE == 0, "checkpoints lie between stages");
-static_assert(!APART || (HELP != 0 && STAGE != 0 && OWNERS % 32 == 0), "owners and helpers have warps of their own");
+static_assert(T % EVERY == 0 && EVERY % STAGE == 0, "checkpoints lie between stages");
 
-// What STRIDE tokens do to a thread's states.
+// What STAGE tokens do to a thread's states. The compiler moves no load over a store to shared memory that may be to the
+// same place, and few warps do not hide what a load, special functions and products take one after the other: so a
+// stage is loaded before the one before it is computed and stored.
 struct Stage {
-  float2 step[STRIDE];
-  float b[STRIDE][S], c[STRIDE][S];
+  float2 step[STAGE];
+  float b[STAGE][S], c[STAGE][S];
 };
 
 DEVICE void load_stage(Stage& to, const float2* step, const float* bc, int first) {
 #pragma unroll
-  for (int t = 0; t < STRIDE; ++t) {
+  for (int t = 0; t < STAGE; ++t) {
     to.step[t] = step[(first + t) * CH];
     load_bc(bc + (first + t) * BC_ROW, to.b[t], to.c[t]);
   }
 }
 
-// A thread's states over one stage. DROPS: some token of the tile drops them: those of its tokens, from this stage's first.
+// A thread's states over one stage. DROPS: some token of the tile drops them; bit 0 of ``resets``: this stage's first.
 template <bool DROPS>
 DEVICE void walk_stage(float (&h)[S], const Stage& now, const float (&A)[S], float* part, u32 resets) {
-  float y[STRIDE];
+  float y[STAGE];
 #pragma unroll
-  for (int t = 0; t < STRIDE; ++t)
+  for (int t = 0; t < STAGE; ++t)
 #pragma unroll
     for (int i = 0; i < S; ++i) {
       if (DROPS && (resets >> t & 1)) h[i] = 0.0f;
@@ -53,40 +54,37 @@ DEVICE void walk_stage(float (&h)[S], const Stage& now, const float (&A)[S], flo
       y[t] = i == 0 ? now.c[t][i] * h[i] : fmaf(now.c[t][i], h[i], y[t]);
     }
 #pragma unroll
-  for (int t = 0; t < STRIDE; ++t) part[t * PART_ROW] = y[t];
+  for (int t = 0; t < STAGE; ++t) part[t * G * CH] = y[t];
 }
 
-// One thread's states over one tile. ``save(first)`` comes before every EVERY tokens. The compiler moves no load over a
-// store to shared memory, and few warps do not hide what loads, special functions and products take one after the
-// other: so with STAGE, that many tokens are loaded before the stage before them is computed.
+// A thread's states over one tile. ``save(first)`` comes before every EVERY tokens.
 template <bool DROPS, class Save>
 DEVICE void walk(float (&h)[S], const float (&A)[S], const float2* step, const float* bc, float* part, u32 resets, Save save) {
   Stage ahead;
-  if constexpr (STAGE != 0) load_stage(ahead, step, bc, 0);
+  load_stage(ahead, step, bc, 0);
 #pragma unroll
-  for (int first = 0; first < T; first += STRIDE) {
+  for (int first = 0; first < T; first += STAGE) {
     if (first % EVERY == 0) save(first);
-    if constexpr (STAGE == 0) load_stage(ahead, step, bc, first);
     const Stage now = ahead;
-    if (STAGE != 0 && first + STRIDE < T) load_stage(ahead, step, bc, first + STRIDE);
-    walk_stage<DROPS>(h, now, A, part + first * PART_ROW, resets >> first);
+    if (first + STAGE < T) load_stage(ahead, step, bc, first + STAGE);
+    walk_stage<DROPS>(h, now, A, part + first * G * CH, resets >> first);
   }
 }
 
-// The same for all stages but the tile's last, which stays in ``ahead``, where that of the tile before was: its ``part``
-// and ``resets`` are ``part_before`` and ``resets_before``, and ``walked()`` comes when it is done.
+// The same from the last stage of the tile before, which is in ``ahead``, to this tile's last but one; its last stays in
+// ``ahead``, so that no barrier comes between a load and its use. ``walked()`` comes when the tile before is done.
 template <bool DROPS, class Save, class Walked>
-DEVICE void walk_apart(float (&h)[S], Stage& ahead, const float (&A)[S], const float2* step, const float* bc, float* part,
-                       float* part_before, u32 resets, u32 resets_before, Save save, Walked walked) {
+DEVICE void walk_on(float (&h)[S], Stage& ahead, const float (&A)[S], const float2* step, const float* bc, float* part,
+                    float* part_before, u32 resets, u32 resets_before, Save save, Walked walked) {
 #pragma unroll
-  for (int first = 0; first < T; first += STRIDE) {
+  for (int first = 0; first < T; first += STAGE) {
     const Stage now = ahead;
     load_stage(ahead, step, bc, first);
     if (first == 0) {
-      walk_stage<DROPS>(h, now, A, part_before + (T - STRIDE) * PART_ROW, resets_before >> (T - STRIDE));
+      walk_stage<DROPS>(h, now, A, part_before + (T - STAGE) * G * CH, resets_before >> (T - STAGE));
       walked();
     } else {
-      walk_stage<DROPS>(h, now, A, part + (first - STRIDE) * PART_ROW, resets >> (first - STRIDE));
+      walk_stage<DROPS>(h, now, A, part + (first - STAGE) * G * CH, resets >> (first - STAGE));
     }
     if (first % EVERY == 0) save(first);
   }
@@ -113,7 +111,7 @@ KERNEL(THREADS, BLOCKS) scan_forward(PARAMETERS(Forward) p) {
   const int tiles = (L + T - 1) / T;
 
   // As owner of states.
-  const int group = thread / CH, channel = blockIdx.x * CH + thread % CH;
+  const int group = thread / CH, channel = blockIdx.x * CH + lane;
   const bool inside = channel < E && thread < OWNERS;
   const i64 at = (batch * E + channel) * N + group * S;
   float A[S], h[S];
@@ -183,21 +181,17 @@ KERNEL(THREADS, BLOCKS) scan_forward(PARAMETERS(Forward) p) {
     for (int k = 0; k < BC_ROUNDS; ++k) {
       if (!bc_row_of_tile(bc_row, k)) continue;
       const float2 b = unpack(from.B[k][worker]), c = unpack(from.C[k][worker]);
-      if constexpr (S == 1) {
-        *(float4*)&bc[k * BC_ROUND * BC_ROW] = make_float4(b.x, c.x, b.y, c.y);
-      } else {
-        *(float2*)&bc[k * BC_ROUND * BC_ROW] = b;
-        *(float2*)&bc[k * BC_ROUND * BC_ROW + S] = c;
-      }
+      *(float2*)&bc[k * BC_ROUND * BC_ROW] = b;
+      *(float2*)&bc[k * BC_ROUND * BC_ROW + S] = c;
     }
   };
   auto finish = [&](int index, int left) {  // phase C
     const ForwardInputs& from = shared.inputs[index & (AHEAD - 1)];
-    const float* part = &shared.tile[index & 1].part[row * PART_ROW + column];
+    const float* part = &shared.tile[index & 1].part[row * G * CH + column];
 #pragma unroll
     for (int k = 0; k < ROUNDS; ++k) {
       if (!row_of_tile(row, k)) continue;
-      float2 total = sum_groups(&part[k * ROUND * PART_ROW]), uu = unpack(from.u[k][worker]);
+      float2 total = sum_groups(&part[k * ROUND * G * CH]), uu = unpack(from.u[k][worker]);
       total.x = fmaf(skip.x, uu.x, total.x), total.y = fmaf(skip.y, uu.y, total.y);
       if constexpr (GATED) {
         float2 gate = unpack(from.z[k][worker]);
@@ -222,13 +216,11 @@ KERNEL(THREADS, BLOCKS) scan_forward(PARAMETERS(Forward) p) {
       for (int i = 0; i < S; ++i) p.checkpoints[((batch * all + number) * N + group * S + i) * E + channel] = h[i];
     }
   };
-  auto step_of = [&](int tile) { return &shared.tile[tile & 1].step[thread % CH]; };
+  auto step_of = [&](int tile) { return &shared.tile[tile & 1].step[lane]; };
   auto bc_of = [&](int tile) { return &shared.tile[tile & 1].bc[group * 2 * S]; };
-  auto part_of = [&](int tile) { return &shared.tile[tile & 1].part[group * CH + thread % CH]; };
+  auto part_of = [&](int tile) { return &shared.tile[tile & 1].part[thread]; };
 
-  if constexpr (APART != 0) {
-    // Owners and helpers wait for each other alone. A tile's first stage is loaded before the last of the tile before is
-    // computed; before the first tile that is one that changes nothing.
+  if constexpr (HELP != 0) {
     if (works) {
       arrive(PREPARED, THREADS);
       for (int tile = 0; tile < tiles; ++tile, rows -= T) {
@@ -242,7 +234,7 @@ KERNEL(THREADS, BLOCKS) scan_forward(PARAMETERS(Forward) p) {
       meet(WALKED + (tiles + 1 & 1), THREADS);
       finish(tiles - 1, rows + T);
     } else {
-      Stage ahead = {};
+      Stage ahead = {};  // before the first tile: a stage that changes nothing
       u32 before = 0;
       for (int tile = 0; tile < tiles; ++tile) {
         const u32 dropped = RESETS ? ballot(reset_raw != 0) : 0u;
@@ -251,12 +243,12 @@ KERNEL(THREADS, BLOCKS) scan_forward(PARAMETERS(Forward) p) {
         auto walked = [&] { arrive(WALKED + (tile + 1 & 1), THREADS); };
         auto keep = [&](int first) { save(tile, first); };
         if (RESETS && (dropped | before))
-          walk_apart<true>(h, ahead, A, step_of(tile), bc_of(tile), part_of(tile), part_of(tile + 1), dropped, before, keep, walked);
+          walk_on<true>(h, ahead, A, step_of(tile), bc_of(tile), part_of(tile), part_of(tile + 1), dropped, before, keep, walked);
         else
-          walk_apart<false>(h, ahead, A, step_of(tile), bc_of(tile), part_of(tile), part_of(tile + 1), 0u, 0u, keep, walked);
+          walk_on<false>(h, ahead, A, step_of(tile), bc_of(tile), part_of(tile), part_of(tile + 1), 0u, 0u, keep, walked);
         before = dropped;
       }
-      walk_stage<RESETS != 0>(h, ahead, A, part_of(tiles - 1) + (T - STRIDE) * PART_ROW, before >> (T - STRIDE));
+      walk_stage<RESETS != 0>(h, ahead, A, part_of(tiles - 1) + (T - STAGE) * G * CH, before >> (T - STAGE));
       arrive(WALKED + (tiles + 1 & 1), THREADS);
     }
   } else {

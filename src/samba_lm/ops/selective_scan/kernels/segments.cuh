@@ -1,6 +1,6 @@
 // What a segment of time does to a state, so that the segments of a long row can run at once: its result from zero and
 // the sum of its steps, state_out = local + 2^(steps A) state_in. Macros besides those of common.cuh (HELP 0):
-// BLOCKS; RESETS 1: there are resets;
+// RESETS 1: there are resets;
 //   REVERSE  0: the state, from u and B. 1: its gradient, from the last token to the first, from dy, z and C.
 // Segments are rows of the batch; all have a multiple of T tokens.
 
@@ -39,15 +39,10 @@ DEVICE void walk(float (&h)[S], float& total, const float (&A)[S], const float2*
     const bool drops = DROPS && (resets >> t & 1);
     float2 s = step[t * CH];
     float enters[S];
-    if constexpr (S == 2) {
-      float2 v = *(const float2*)(w + t * N);
-      enters[0] = v.x, enters[1] = v.y;
-    } else {
 #pragma unroll
-      for (int i = 0; i < S; i += 4) {
-        float4 v = *(const float4*)(w + t * N + i);
-        enters[i] = v.x, enters[i + 1] = v.y, enters[i + 2] = v.z, enters[i + 3] = v.w;
-      }
+    for (int i = 0; i < S; i += 4) {
+      float4 v = *(const float4*)(w + t * N + i);
+      enters[i] = v.x, enters[i + 1] = v.y, enters[i + 2] = v.z, enters[i + 3] = v.w;
     }
     total = drops ? NEVER : fminf(total + s.x, NEVER);
 #pragma unroll
@@ -67,7 +62,7 @@ KERNEL(THREADS, BLOCKS) scan_segments(PARAMETERS(Segments) p) {
   const i64 batch = blockIdx.y;
 
   // As owner of states.
-  const int group = thread / CH, channel = blockIdx.x * CH + thread % CH;
+  const int group = thread / CH, channel = blockIdx.x * CH + lane;
   const bool inside = channel < E;
   float A[S], h[S], total = 0.0f;
 #pragma unroll
@@ -147,7 +142,7 @@ KERNEL(THREADS, BLOCKS) scan_segments(PARAMETERS(Segments) p) {
     if (index + 1 < tiles) prepare(index + 1);
     fetch(index + 3);
     const SegmentsTile& now = shared.tile[index & 1];
-    const float2* step = &now.step[thread % CH];
+    const float2* step = &now.step[lane];
     if (RESETS && dropped)
       walk<true>(h, total, A, step, now.w + group * S, dropped);
     else
