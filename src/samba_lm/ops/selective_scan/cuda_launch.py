@@ -53,7 +53,7 @@ SEGMENTS_SHAPE = Shape(4, 5)
 
 
 def forward_shape(batch: int, E: int, N: int, element: int) -> Shape:
-    """The more blocks there are, the fewer warps each needs; few of them get helpers, and long tiles where those fit."""
+    """The more blocks, the fewer warps each needs; few blocks get helpers, and long tiles where those fit."""
     blocks = batch * -(-E // CHANNELS)
     if blocks >= FILL:
         return Shape(8, max(1, 96 // N)) if blocks >= MANY else Shape(4, max(1, 64 // N), stage=4)
