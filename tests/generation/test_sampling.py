@@ -107,6 +107,15 @@ def test_every_row_has_options_of_its_own() -> None:
     assert together[-2:].tolist() == logits[-2:].argmax(-1).tolist()
 
 
+def test_one_who_asks_for_few_among_those_who_ask_for_all() -> None:
+    params = [SamplingParams(top_k=2), SamplingParams()]
+    logits = torch.zeros(2, 50)
+    logits[:, 7] = logits[:, 9] = 1.0
+    drawn = torch.stack([sample(logits, params, [i, i]) for i in range(200)])
+    assert set(drawn[:, 0].tolist()) == {7, 9}
+    assert len(set(drawn[:, 1].tolist())) > 20
+
+
 def test_equals_at_the_edge_all_stay() -> None:
     logits = torch.tensor([[1.0, 3.0, 1.0, 2.0]]).expand(3000, -1)
     for params in (SamplingParams(top_k=3), SamplingParams(top_p=0.95)):

@@ -77,7 +77,7 @@ def prefill(
         input_ids = np.zeros((len(rows), max(widths)), dtype=np.int64)
         segments = np.full_like(input_ids, -1)
         for i, row in enumerate(rows):
-            _check_ids(row, model.config.vocab_size, reader.lengths[i])
+            check_ids(row, model.config.vocab_size, reader.lengths[i])
             input_ids[i, : row.size] = row
             segments[i, : row.size] = 0
         ids = torch.from_numpy(input_ids).to(model.device)
@@ -101,7 +101,8 @@ def prefill(
         reader.logits = model.head(last)
 
 
-def _check_ids(token_ids: TokenIds, vocab_size: int, offset: int) -> None:
+def check_ids(token_ids: TokenIds, vocab_size: int, offset: int) -> None:
+    """Raise UserError for a token id outside the model's vocabulary; the first stands at position ``offset``."""
     outside = np.flatnonzero((token_ids < 0) | (token_ids >= vocab_size))
     if outside.size:
         first = int(outside[0])

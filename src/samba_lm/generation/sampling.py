@@ -43,9 +43,9 @@ class Options:
     greedy: bool
     """All of them take the likeliest token."""
     most: int | None
-    """The largest top-k, or None where somebody asks for all; top-p then may ask for all in order."""
+    """The largest top-k, or None where somebody asks for all tokens."""
     cut: bool
-    """Somebody asks for top-p or min-p."""
+    """Somebody asks for top-k, top-p or min-p."""
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], vocab_size: int, device: torch.device | str = "cpu") -> Options:
@@ -64,7 +64,7 @@ class Options:
             torch.tensor([p.seed - (p.seed >> 63 << 64) for p in params]).to(device),
             greedy=all(p.temperature < GREEDY_BELOW for p in params),
             most=max(top_k) if top_k and max(top_k) < vocab_size else None,
-            cut=any(p.top_p < 1 or p.min_p > 0 for p in params),
+            cut=min(top_k, default=vocab_size) < vocab_size or any(p.top_p < 1 or p.min_p > 0 for p in params),
         )
 
     def tensors(self) -> list[Tensor]:
@@ -169,20 +169,19 @@ def thresholds(probs: Tensor, options: Options) -> Tensor:
     All tokens as likely as the last candidate stay candidates, so that no order among equals decides.
     """
     everything = torch.zeros_like(options.top_p)
-    if options.most is None and not options.cut:
+    if not options.cut:
         return everything
     ordered = _likeliest(probs, options)
+    limited = options.top_k < probs.shape[1]
     held = (options.top_k.clamp(max=ordered.shape[1]) - 1)[:, None]
-    least = torch.where(options.top_k < probs.shape[1], ordered.gather(1, held)[:, 0], everything)
-    if options.cut:
-        kept = torch.where(ordered >= least[:, None], ordered, 0.0)
-        total = torch.where(options.top_k < probs.shape[1], kept.sum(dim=-1), 1.0)
-        # A token stays while those before it hold less than top-p; the likeliest always: a tiny top-p is 0 in fp32.
-        before = (kept.cumsum(dim=-1) - kept) / total[:, None]
-        last = ((before < options.top_p[:, None]).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
-        nucleus = torch.where(options.top_p < 1, ordered.gather(1, last)[:, 0], everything)
-        least = torch.maximum(torch.maximum(least, nucleus), options.min_p * ordered[:, 0])
-    return least
+    least = torch.where(limited, ordered.gather(1, held)[:, 0], everything)
+    kept = torch.where(ordered >= least[:, None], ordered, 0.0)
+    total = torch.where(limited, kept.sum(dim=-1), 1.0)
+    # A token stays while those before it hold less than top-p; the likeliest always: a tiny top-p is 0 in fp32.
+    before = (kept.cumsum(dim=-1) - kept) / total[:, None]
+    last = ((before < options.top_p[:, None]).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
+    nucleus = torch.where(options.top_p < 1, ordered.gather(1, last)[:, 0], everything)
+    return torch.maximum(torch.maximum(least, nucleus), options.min_p * ordered[:, 0])
 
 
 def _likeliest(probs: Tensor, options: Options) -> Tensor:

@@ -1,0 +1,355 @@
+"""Continuous batching: prompts are read a piece at a time between the steps in which every running text grows."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from samba_lm.engine.request import Completion, End, Event, Finish, Piece, Request, Sink, Token
+from samba_lm.engine.sequence import Sequence as Running
+from samba_lm.engine.sequence import report
+from samba_lm.engine.slots import Slots
+from samba_lm.errors import UserError
+from samba_lm.generation.params import DEFAULT_CHUNK, SamplingParams
+from samba_lm.generation.prompt import Prompt, prompt_chunks
+from samba_lm.generation.sampling import History, Options, penalised, sample
+from samba_lm.generation.stream import check_request
+from samba_lm.model import SambaLM
+from samba_lm.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class QueueFullError(UserError):
+    """More requests wait than the engine was told to hold."""
+
+
+class Engine:
+    """Many texts at once from one model, each as if it were alone.
+
+    A thread of its own does all the work; requests come from any thread. In every step each running text gets one
+    token, and at most ``chunk`` tokens of prompts are read, so that a long prompt never holds up the others. What a
+    sequence costs does not depend on how long it is (but with full attention).
+
+    Args:
+        slots: texts continued at once; more wait their turn.
+        queue_limit: requests that may wait; None: any number.
+        chunk: prompt tokens read between two steps.
+        batch_invariant: make a greedy answer the same to the last bit whatever else runs, however its prompt was cut
+            and from whichever copy of a context it began: prompts are then read one token a step, and every step
+            computes all slots, so that all matrix products have one shape. Reading costs as much as writing.
+
+    Attributes:
+        constant: a sequence's state has one size however long it is; without, no text may be without end.
+
+    Use it as a context manager, or call :meth:`close`. Raises UserError for sizes below 1 and a tokenizer that does
+    not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: SambaLM,
+        tokenizer: Tokenizer,
+        *,
+        slots: int = 16,
+        queue_limit: int | None = None,
+        chunk: int = DEFAULT_CHUNK,
+        batch_invariant: bool = False,
+    ) -> None:
+        check_request(model, tokenizer, chunk)
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.slots = Slots(model, slots)
+        self.chunk, self.queue_limit, self.batch_invariant = chunk, queue_limit, batch_invariant
+        far = 1 << 30
+        self.constant = model.config.state_bytes(far) == model.config.state_bytes(2 * far)
+        self._waiting: deque[Running] = deque()
+        self._reading: deque[Running] = deque()
+        self._running: list[Running] = []  # in the order of their rows
+        self._options: Options | None = None  # of the running ones; None: to be made anew
+        self._wake = threading.Condition()
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="samba-lm engine", daemon=True)
+        self._thread.start()
+
+    # For everyone, from any thread.
+
+    def submit(self, request: Request, sink: Sink) -> Callable[[], None]:
+        """Queue a request, whose events go to ``sink``; returns what cancels it.
+
+        Raises QueueFullError when too many wait already, UserError for a request that no answer could be given to.
+        """
+        if request.params.max_tokens is None and not self.constant:
+            raise UserError(
+                f"{self.model.config.name} has full attention, whose memory grows with the text: unlimited generation "
+                "needs a model of constant state; give max_tokens."
+            )
+        running = Running(request, self.tokenizer, sink)
+        with self._wake:
+            if self._failure is not None or self._closing:
+                raise UserError(f"The engine has stopped: {self._failure or 'it was closed'}.")
+            free = self.slots.capacity - len(self._running) - len(self._reading)
+            if self.queue_limit is not None and len(self._waiting) >= self.queue_limit + max(0, free):
+                raise QueueFullError(
+                    f"{len(self._waiting)} requests are waiting, the limit is {self.queue_limit}: try again later."
+                )
+            self._waiting.append(running)
+            self._wake.notify()
+
+        def cancel() -> None:
+            running.cancelled = True
+            with self._wake:
+                self._wake.notify()
+
+        return cancel
+
+    def stream(self, request: Request) -> Iterator[Event]:
+        """The events of a request as they come, the last an End; leaving early cancels it. Raises its error."""
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        cancel = self.submit(request, events.put)
+        try:
+            while True:
+                event = events.get()
+                if isinstance(event, End) and event.error is not None:
+                    raise event.error
+                yield event
+                if isinstance(event, End):
+                    return
+        finally:
+            cancel()
+
+    async def astream(self, request: Request) -> AsyncIterator[Event]:
+        """As :meth:`stream`, for ``async for``."""
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+
+        def sink(event: Event) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        cancel = self.submit(request, sink)
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, End) and event.error is not None:
+                    raise event.error
+                yield event
+                if isinstance(event, End):
+                    return
+        finally:
+            cancel()
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Continue all prompts, as many at once as there are slots; the answers in the order of the prompts.
+
+        ``params``: of all of them, or one for each. Raises UserError for any prompt or option that is wrong.
+        """
+        if isinstance(prompts, str):
+            raise UserError("generate() takes a list of prompts: put the text into one.")
+        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
+        if len(each) != len(prompts):
+            raise UserError(f"There are {len(prompts)} prompts but {len(each)} params: give one for each, or one.")
+        requests = [Request(prompt_chunks(p, self.tokenizer), one) for p, one in zip(prompts, each, strict=True)]
+        events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+        cancels, texts, tokens = [], [""] * len(requests), [[] for _ in requests]  # type: ignore[var-annotated]
+        ends: dict[int, End] = {}
+        began = 0
+        try:
+            while len(ends) < len(requests):
+                # Not all at once, so that the engine's queue stays open for others.
+                while began < len(requests) and began - len(ends) < 2 * self.slots.capacity:
+                    cancels.append(self.submit(requests[began], lambda event, i=began: events.put((i, event))))  # type: ignore[misc]
+                    began += 1
+                i, event = events.get()
+                if isinstance(event, Piece):
+                    texts[i] += event.text
+                    tokens[i] += event.tokens
+                elif isinstance(event, End):
+                    if event.error is not None:
+                        raise event.error
+                    ends[i] = event
+        finally:
+            for cancel in cancels:
+                cancel()
+        return [Completion(texts[i], tuple(tokens[i]), ends[i]) for i in range(len(requests))]
+
+    def counts(self) -> dict[str, int]:
+        """How many requests are waiting, being read and running."""
+        return {"waiting": len(self._waiting), "reading": len(self._reading), "running": len(self._running)}
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What stopped the engine, if anything did."""
+        return self._failure
+
+    def close(self) -> None:
+        """End all requests as cancelled, and the thread."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # On the engine's thread.
+
+    def _work(self) -> None:
+        try:
+            while True:
+                with self._wake:
+                    while not (self._closing or self._waiting or self._reading or self._running):
+                        self._wake.wait()
+                    if self._closing:
+                        break
+                with torch.inference_mode():
+                    self._turn()
+        except BaseException as error:
+            log.exception("the engine has stopped")
+            self._failure = error
+        finally:
+            with self._wake:
+                self._closing = True
+                left = [*self._waiting, *self._reading, *self._running]
+                self._waiting.clear()
+            for running in left:
+                running.end("cancelled" if self._failure is None else "error", self._failure)
+
+    def _turn(self) -> None:
+        self._cancel()
+        self._admit()
+        if self._reading:
+            self._read()
+        if self._running:
+            self._decode()
+
+    def _cancel(self) -> None:
+        with self._wake:
+            for waiting in [w for w in self._waiting if w.cancelled]:
+                self._waiting.remove(waiting)
+                waiting.end("cancelled")
+        for reading in [r for r in self._reading if r.cancelled]:
+            self._reading.remove(reading)
+            reading.end("cancelled")
+        for row in reversed(range(len(self._running))):
+            if self._running[row].cancelled:
+                self._finish(row, "cancelled")
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._reading) + len(self._running) < self.slots.capacity:
+            with self._wake:
+                running = self._waiting.popleft()
+            try:
+                running.begin(self.model, self.batch_invariant)
+            except Exception as error:
+                running.end("error", error)
+                continue
+            if self.batch_invariant:
+                self._start(running)
+            else:
+                self._reading.append(running)
+
+    def _read(self) -> None:
+        """At most ``chunk`` tokens of the prompts that came first."""
+        left = self.chunk
+        while self._reading and left > 0:
+            running = self._reading[0]
+            try:
+                left -= running.read(self.model, left)
+            except Exception as error:
+                self._reading.popleft()
+                running.end("error", error)
+                continue
+            if running.has_read:
+                self._reading.popleft()
+                if running.answer.finish is not None:  # nothing was to be made
+                    running.end(running.answer.finish)
+                else:
+                    self._start(running)
+
+    def _start(self, running: Running) -> None:
+        """Give a sequence a row; what was read tells its first token."""
+        assert running.reader is not None
+        running.row = self.slots.put(running.reader.state, running.length)
+        running.reader.state.layers.clear()  # it lives in the slot now
+        self._running.append(running)
+        self._options = None
+        logits = running.reader.logits
+        if logits is not None and not running.unread:
+            options = Options.of([running.request.params], self.tokenizer.vocab_size, logits.device)
+            position = torch.tensor([running.length], device=logits.device)
+            ids = sample(logits, options, position, running.reader.history, self.tokenizer.vocab_size)
+            self._take([running], ids.tolist(), logits)
+
+    def _decode(self) -> None:
+        """One token for every running sequence: read the one it made last, and draw the next."""
+        running = list(self._running)
+        ids = [one.next_token() for one in running]
+        if self.batch_invariant:
+            ids += [0] * (self.slots.capacity - len(ids))
+        device = self.model.device
+        longest = max(one.length for one in running) - 1
+        logits = self.slots.step(torch.tensor(ids).to(device), longest)[: len(running)]
+        if self._options is None:
+            self._options = Options.of([one.request.params for one in running], self.tokenizer.vocab_size, device)
+        positions = torch.tensor([one.length for one in running]).to(device)
+        drawn = sample(logits, self._options, positions, self._histories(running), self.tokenizer.vocab_size)
+        self._take(running, drawn.tolist(), logits)
+
+    def _histories(self, running: list[Running]) -> History | None:
+        """What the penalties look at, a row for each; None where nobody asks for any."""
+        if not any(penalised(one.request.params) for one in running):
+            return None
+        width, device = self.model.config.vocab_size, self.model.device
+        rows = [one.history or History.create(1, width, device) for one in running]
+        return History(torch.cat([row.seen for row in rows]), torch.cat([row.counts for row in rows]))
+
+    def _take(self, running: list[Running], ids: list[int], logits: torch.Tensor) -> None:
+        """Tell each sequence its next token; those that have ended leave their rows."""
+        told = [(i, one) for i, one in enumerate(running) if not one.unread and one.answer.finish is None]
+        asked = [(i, one) for i, one in told if one.request.logprobs is not None]
+        reports: dict[int, Token] = {}
+        if asked:
+            rows = torch.tensor([i for i, _ in asked], device=logits.device)
+            most = max(one.request.logprobs or 0 for _, one in asked)
+            drawn = torch.tensor(ids, device=logits.device)[rows]
+            found = report(logits[rows], drawn, most, self.tokenizer.vocab_size)
+            reports = {
+                i: replace(token, top=token.top[: one.request.logprobs])
+                for (i, one), token in zip(asked, found, strict=True)
+            }
+        for i, one in told:
+            try:
+                one.feed(ids[i], reports.get(i))
+            except UserError as error:
+                one.error = error
+        for row in reversed(range(len(self._running))):
+            one = self._running[row]
+            if one.error is not None:
+                self._finish(row, "error", one.error)
+            elif one.answer.finish is not None and not one.unread:
+                self._finish(row, one.answer.finish)
+
+    def _finish(self, row: int, finish: Finish, error: BaseException | None = None) -> None:
+        running = self._running[row]
+        if running.request.keep and error is None:
+            running.settle(self.slots.take(row))
+        moved = self.slots.drop(row)
+        if moved != row:
+            self._running[row] = self._running[moved]
+            self._running[row].row = row
+        self._running.pop()
+        self._options = None
+        running.end(finish, error)

@@ -1,0 +1,186 @@
+"""One request on its way through the engine: what is still to be read, where it stands, what it has made."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from samba_lm.engine.request import End, Finish, Piece, Progress, Request, Sink, Token
+from samba_lm.errors import UserError
+from samba_lm.generation.prefill import Reader, check_ids, prefill
+from samba_lm.generation.prompt import TokenIds
+from samba_lm.generation.sampling import NOT_FINITE, History, require_finite
+from samba_lm.generation.stream import Answer
+from samba_lm.model import SambaLM
+from samba_lm.state import State
+from samba_lm.tokenizer import Tokenizer
+
+EMPTY = "The prompt is empty: give at least one token, or a context to go on from."
+LOGITS_AT_ONCE = 256
+"""Prompt tokens of which all logits are held at once."""
+EVERY = 64
+"""How often prompts that are read one token a step tell how far they are."""
+
+
+class Sequence:
+    """See the module. All methods but the constructor are called on the engine's thread."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, sink: Sink) -> None:
+        self.request = request
+        self.answer = Answer(tokenizer, request.params)
+        self.cancelled = False
+        self.error: BaseException | None = None
+        self.reader: Reader | None = None
+        self.row = -1
+        self.has_read = False
+        self.unread: deque[int] = deque()
+        """Prompt tokens that will be read one a step."""
+        self._sink, self._tokenizer = sink, tokenizer
+        self._chunks: Iterator[TokenIds] = iter(())
+        self._rest: TokenIds | None = None
+        self._last: int | None = None
+        self._read = 0
+        self._prompt: list[Token] = []
+        self._times = [time.perf_counter()] * 3  # asked, begun to read, first token
+
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence: read, and the one made last."""
+        assert self.reader is not None
+        return self.reader.lengths[0]
+
+    @property
+    def history(self) -> History | None:
+        return None if self.reader is None else self.reader.history
+
+    def begin(self, model: SambaLM, one_by_one: bool) -> None:
+        """Make the state to begin with."""
+        self._times[1:] = [time.perf_counter()] * 2
+        request = self.request
+        if request.context is None:
+            self.reader = Reader.create(model, request.params, batch=1)
+        else:
+            self.reader = request.context.fork()
+            if self.reader.history is None:
+                self.reader.history = Reader.create(model, request.params, batch=1).history
+        self._chunks = iter(request.tokens)
+        if one_by_one:
+            for chunk in self._chunks:
+                check_ids(chunk, model.config.vocab_size, self.length + len(self.unread))
+                self.unread.extend(chunk.tolist())
+            if not self.unread and self.reader.logits is None:
+                raise UserError(EMPTY)
+
+    def read(self, model: SambaLM, most: int) -> int:
+        """Read up to ``most`` tokens of the prompt; how many it were. ``has_read`` tells when it is done."""
+        assert self.reader is not None
+        chunk = next(self._chunks, None) if self._rest is None else self._rest
+        self._rest = None
+        if chunk is None:
+            self.has_read = True
+            if self.reader.logits is None:
+                raise UserError(EMPTY)
+            return 0
+        if chunk.size > most:
+            chunk, self._rest = chunk[:most], chunk[most:]
+        if chunk.size:
+            if self.request.prompt_logprobs:
+                for part in np.split(chunk, range(LOGITS_AT_ONCE, chunk.size, LOGITS_AT_ONCE)):
+                    self._read_with_logprobs(model, part)
+            else:
+                prefill(model, [[chunk]], self.reader, chunk.size)
+            self._read += chunk.size
+            self._sink(Progress(self._read))
+        return int(chunk.size)
+
+    def next_token(self) -> int:
+        """The token to read in this step; the caller reads it."""
+        assert self.reader is not None
+        if self.unread:
+            token = self.unread.popleft()
+            self._read += 1
+            if self._read % EVERY == 0 or not self.unread:
+                self._sink(Progress(self._read))
+            if self.reader.history is not None:
+                self.reader.history.read(0, torch.tensor([token], device=self.reader.history.seen.device))
+        else:
+            assert self._last is not None
+            token = self._last
+        self.reader.lengths[0] += 1
+        return token
+
+    def feed(self, token_id: int, token: Token | None) -> None:
+        """Take a token that was drawn. Raises UserError where there was none to draw."""
+        if token_id == NOT_FINITE:
+            require_finite([token_id])
+        if self.answer.tokens == 0 and self._last is None:
+            self._times[2] = time.perf_counter()
+        before = self.answer.tokens
+        text = self.answer.feed(token_id)
+        self._last = token_id
+        history = self.history
+        if history is not None:
+            history.add(torch.tensor([token_id], device=history.seen.device))
+        if self.answer.finish is not None:
+            text += self.answer.flush()
+        made = (token or Token(token_id),) if self.answer.tokens > before else ()
+        if text or made:
+            self._sink(Piece(text, made))
+
+    def settle(self, state: State) -> None:
+        """Keep the state that the sequence's row had."""
+        assert self.reader is not None
+        self.reader.state = state
+
+    def end(self, finish: Finish, error: BaseException | None = None) -> None:
+        """Tell that it is over."""
+        asked, began, first = self._times
+        now = time.perf_counter()
+        made = self.answer.tokens
+        self._sink(
+            End(
+                finish,
+                self._read,
+                made,
+                error,
+                self.reader if self.request.keep and error is None else None,
+                self._last,
+                tuple(self._prompt),
+                waited=began - asked,
+                read_seconds=(first if made else now) - began,
+                decode_seconds=now - first if made else 0.0,
+            )
+        )
+
+    def _read_with_logprobs(self, model: SambaLM, chunk: TokenIds) -> None:
+        """Read a piece of the prompt and note how likely each of its tokens was."""
+        assert self.reader is not None
+        reader = self.reader
+        check_ids(chunk, model.config.vocab_size, self.length)
+        ids = torch.from_numpy(chunk.astype(np.int64)).to(model.device)
+        hidden, reader.state = model.features(ids[None], reader.state)
+        logits = model.head(hidden[0])
+        before = logits[:0] if reader.logits is None else reader.logits
+        known = torch.cat((before, logits[:-1]))  # what each token was to be told from; none for the very first
+        skipped = len(ids) - len(known)
+        self._prompt += [Token(int(token)) for token in chunk[:skipped]]
+        self._prompt += report(known, ids[skipped:], self.request.logprobs or 0, self._tokenizer.vocab_size)
+        reader.logits = logits[-1:]
+        reader.lengths[0] += len(ids)
+        if reader.history is not None:
+            reader.history.read(0, ids)
+
+
+def report(logits: torch.Tensor, ids: torch.Tensor, count: int, vocab_size: int) -> list[Token]:
+    """How likely tokens [n] were by logits [n, V], and the ``count`` likeliest in their places."""
+    logprobs = logits[:, :vocab_size].float().log_softmax(-1)
+    own = logprobs.gather(1, ids.clamp(0, vocab_size - 1)[:, None])[:, 0].tolist()
+    values, top = (t.tolist() for t in logprobs.topk(min(count, vocab_size), dim=-1))
+    return [
+        Token(token, logprob, tuple(zip(best, value, strict=True)))
+        for token, logprob, best, value in zip(ids.tolist(), own, top, values, strict=True)
+    ]
