@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import queue
 import threading
 from collections import deque
@@ -24,7 +23,8 @@ from samba_lm.generation.stream import check_request
 from samba_lm.model import SambaLM
 from samba_lm.tokenizer import Tokenizer
 
-log = logging.getLogger(__name__)
+PROMPT_FAILS = (UserError, OSError, ValueError, torch.OutOfMemoryError)
+"""What may go wrong with one prompt, which then ends itself and not the engine."""
 
 
 class QueueFullError(UserError):
@@ -217,8 +217,8 @@ class Engine:
                 with torch.inference_mode():
                     self._turn()
         except BaseException as error:
-            log.exception("the engine has stopped")
             self._failure = error
+            raise
         finally:
             with self._wake:
                 self._closing = True
