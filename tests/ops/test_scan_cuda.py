@@ -104,13 +104,14 @@ def many(N: int) -> Shape:
     return plan.forward_shape(8, 3072, N, 2)
 
 
-HELPED, LONG = Shape(4, 1, 128), Shape(4, 1, 128, 32)
+HELPED, LONG, PLAIN = Shape(4, 1, 128), Shape(4, 1, 128, 32), Shape(4, stage=0)
 EMULATED = [
     # Odd sizes; channels beyond the last; several tiles; single elements read and written.
-    pytest.param((2, 70, 33, 16), torch.float32, (Shape(4, stage=4), Shape(4)), (), id="fp32"),
+    pytest.param((2, 70, 33, 16), torch.float32, (Shape(4, stage=4), PLAIN), (), id="fp32"),
+    pytest.param((2, 53, 33, 16), torch.float32, (Shape(4), Shape(4)), ("z",), id="fp32, ahead"),
     pytest.param((2, 85, 33, 16), torch.float32, (HELPED, HELPED), (), id="fp32, helped"),
-    pytest.param((2, 70, 33, 16), torch.float32, (LONG, HELPED), (), id="fp32, long tiles"),
-    pytest.param((1, 85, 34, 16), torch.bfloat16, (LONG, HELPED), ("lengths",), id="bf16, long tiles"),
+    pytest.param((2, 70, 33, 16), torch.float32, (LONG, HELPED._replace(stage=0)), (), id="fp32, long tiles"),
+    pytest.param((1, 85, 34, 16), torch.bfloat16, (LONG, Shape(4, 2, 64)), ("lengths",), id="bf16, long tiles"),
     pytest.param((1, 20, 34, 16), torch.bfloat16, (Shape(4), Shape(4)), ("lengths",), id="bf16"),
     pytest.param((1, 33, 20, 8), torch.float16, (LONG, HELPED), ("resets",), id="fp16, 8 states"),
     pytest.param((2, 1, 5, 16), torch.bfloat16, (Shape(8), HELPED), (), id="one token"),

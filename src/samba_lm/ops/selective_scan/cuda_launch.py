@@ -65,8 +65,8 @@ def forward_shape(batch: int, E: int, N: int, element: int) -> Shape:
 def backward_shape(batch: int, E: int, N: int) -> Shape:
     """With N 64 a block fills a multiprocessor, and helpers need less shared memory for inputs."""
     if N == 64 or batch * -(-E // CHANNELS) < FILL:
-        return Shape(4, 1, 128)
-    return Shape(4, max(1, 3 * 16 // N))
+        return Shape(4, 1, 128, stage=0)
+    return Shape(4, max(1, 3 * 16 // N), stage=0)
 
 
 def plan_forward(
@@ -298,7 +298,8 @@ def plan_backward(
         **_common(u, N, shape, rows),
         "GATED": z is not None,
         "RESETS": resets is not None,
-        "KEEP": shape.helpers > 0 and threads(N, shape) <= 256,
+        "KEEP": (shape.helpers > 0 or shape.stage > 0) and threads(N, shape) * shape.blocks <= 256,
+        "STAGE": shape.stage > 0,
     }
     macros = _macros(defines)
     results = (grads.u, grads.delta, grads.z, grads.state, grads.A, grads.D, grads.delta_bias, partial)

@@ -1,5 +1,6 @@
 // Selective scan, backward: the tiles of [first, end) in reverse, all else as in the forward. Macros besides those of
-// common.cuh: RESETS as in the forward; KEEP 1: a tile's decays stay in registers, 0: they are computed twice.
+// common.cuh: RESETS as in the forward; KEEP 1: a tile's decays stay in registers, 0: they are computed twice; STAGE 1: an
+// owner of states loads a batch of tokens ahead, and helpers and owners wait only for each other.
 //
 // Of a tile, a group runs its states forward from the checkpoint, keeping them in registers, then walks back with the
 // gradient of the state as the only carry. The sums over states go through shared memory as in the forward; those over
@@ -21,6 +22,7 @@ struct Backward {
 };
 
 constexpr int HALF = T / 2;
+enum { PREPARED = 1, FREE_LATE, FREE_EARLY, WALKED_LATE, WALKED_EARLY };  // barriers: a tile, and halves' sums
 constexpr bool PRECISE = IO != 1;  // sums on the tensor cores of more than 10 bits of mantissa
 
 struct BackwardTile {
@@ -62,6 +64,8 @@ DEVICE void run_forward(float (&h)[T + 1][S], float (&decay)[T][S], const float 
   }
 }
 
+constexpr int BATCH = 8 / S;  // tokens whose sums over lanes are made at once: 8 states
+
 struct Walker {
   float A[S], carry[S], dA[S];
   float select[8];  // what sum_fours adds up by: 1 in the lanes of column r
@@ -71,7 +75,6 @@ struct Walker {
 template <bool DROPS, int FROM>
 DEVICE void walk_back(Walker& w, const float (&h)[T + 1][S], const float (&decay)[T][S], const BackwardTile& tile, const float* bc,
                       int c_at, float2* part, float* part_y, float* sums, u32 resets) {
-  constexpr int BATCH = 8 / S;  // tokens whose sums over lanes are made at once: 8 states
   float total[4];
 #pragma unroll
   for (int t = FROM + HALF - 1; t >= FROM; --t) {
@@ -112,6 +115,91 @@ DEVICE void walk_back(Walker& w, const float (&h)[T + 1][S], const float (&decay
       v += shuffle_xor(v, 4);
       if (w.writes) sums[t * 2 * N] = v;
     }
+  }
+}
+
+// What an owner loads of BATCH tokens: before those after them are computed, as in the forward.
+struct Stage {
+  float2 step[BATCH];
+  float dy[BATCH], b[BATCH][S], c[BATCH][S];
+};
+
+DEVICE void load_stage(Stage& to, const BackwardTile& tile, const float* bc, int lane, int first) {
+#pragma unroll
+  for (int k = 0; k < BATCH; ++k) {
+    to.step[k] = tile.step[(first + k) * CH + lane], to.dy[k] = tile.dy[(first + k) * CH + lane];
+    load_bc(bc + (first + k) * BC_ROW, to.b[k], to.c[k]);
+  }
+}
+
+// A batch's sums over lanes, from those that sum_fours made: a lane's are dB of two states and dC of the same, of every
+// eighth of the lanes. They go where ``sums`` has the batch's first token.
+DEVICE void store_sums(const Walker& w, const float (&total)[4], float* sums) {
+  float left = w.upper ? total[2] : total[0], right = w.upper ? total[3] : total[1];
+  left += shuffle_xor(w.upper ? total[0] : total[2], 16), right += shuffle_xor(w.upper ? total[1] : total[3], 16);
+  float v = w.right ? right : left;
+  v += shuffle_xor(w.right ? left : right, 8);
+  v += shuffle_xor(v, 4);
+  if (w.writes) *sums = v;
+}
+
+// One batch backwards. h and decay: those before the tile's first token, and of it.
+template <bool DROPS>
+DEVICE void walk_stage(Walker& w, float (&total)[4], const Stage& now, const float (&h)[T + 1][S], const float (&decay)[T][S],
+                       int first, float2* part, float* part_y, u32 resets) {
+  float y[BATCH], ddu[BATCH], dstep[BATCH];
+  total[0] = total[1] = total[2] = total[3] = 0.0f;
+#pragma unroll
+  for (int k = BATCH - 1; k >= 0; --k) {
+    const int t = first + k;
+    float db[S], dc[S];
+    const float2 s = now.step[k];
+#pragma unroll
+    for (int i = 0; i < S; ++i) {
+      float a = KEEP ? decay[t][i] : exp2_fast(s.x * w.A[i]);
+      if (!KEEP && DROPS && (resets >> t & 1)) a = 0.0f;
+      const float c = now.c[k][i], b = now.b[k][i];
+      if (GATED) y[k] = i == 0 ? c * h[t + 1][i] : fmaf(c, h[t + 1][i], y[k]);
+      const float g = fmaf(c, now.dy[k], w.carry[i]);  // gradient of the state after this token
+      db[i] = s.y * g, dc[i] = now.dy[k] * h[t + 1][i];
+      ddu[k] = i == 0 ? g * b : fmaf(g, b, ddu[k]);
+      w.carry[i] = a * g;
+      const float e = w.carry[i] * h[t][i];  // gradient of the logarithm of the decay
+      dstep[k] = i == 0 ? e * w.A[i] : fmaf(e, w.A[i], dstep[k]);
+      w.dA[i] = fmaf(e, s.x, w.dA[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < S; i += 2) {
+      const float low = w.select[k * S + i], high = w.select[k * S + i + 1];
+      sum_fours(total, low, high, db[i], dc[i], db[i + 1], dc[i + 1]);
+      if (PRECISE) {
+        const float x = db[i + 1] - high_part(db[i + 1]), y = dc[i + 1] - high_part(dc[i + 1]);
+        sum_fours(total, low, high, db[i] - high_part(db[i]), dc[i] - high_part(dc[i]), x, y);
+      }
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < BATCH; ++k) {
+    part[(first + k) * G * CH] = make_float2(ddu[k], dstep[k]);
+    if (GATED) part_y[(first + k) * G * CH] = y[k];
+  }
+}
+
+// Half a tile backwards. On entry its last tokens are in ``ahead`` and the sums of the batch after them in ``total``; on
+// return those of the tokens before and of its first batch. ``stored()`` comes when the former sums are. Sums are stored
+// a batch late because they are long in the making, and no load passes a store.
+template <bool DROPS, int FROM, class Stored>
+DEVICE void walk_half(Walker& w, float (&total)[4], Stage& ahead, const float (&h)[T + 1][S], const float (&decay)[T][S],
+                      const BackwardTile& tile, const float* bc, int lane, float2* part, float* part_y, float* sums, u32 resets,
+                      Stored stored) {
+#pragma unroll
+  for (int first = FROM + HALF - BATCH; first >= FROM; first -= BATCH) {
+    const Stage now = ahead;
+    const float before[4] = {total[0], total[1], total[2], total[3]};
+    if (first > 0) load_stage(ahead, tile, bc, lane, first - BATCH);
+    walk_stage<DROPS>(w, total, now, h, decay, first, part, part_y, resets);
+    if (first + BATCH < T) store_sums(w, before, sums + (first + BATCH) * 2 * N);
+    if (first == FROM + HALF - BATCH) stored();
   }
 }
 
@@ -292,49 +380,123 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
 
   float2* const part = &shared.part[thread];
   float* const part_y = &shared.part_y[thread];
-  for (int tile = end - 1; tile >= first; --tile) {
-    BackwardTile& now = shared.tile[tile & 1];
-    BackwardTile& other = shared.tile[~tile & 1];
-    const float* bc = &now.bc[group * 2 * S];
-    const u32 dropped = RESETS ? ballot(reset_raw != 0) : 0u;
-    if (RESETS) reset_raw = load_reset(resets, (tile - 1) * T, tile > first ? limit : 0, lane);
-    __syncthreads();
-    run_both(
-        [&] {
-          wait_copies<1>();  // for the next tile
-          if (tile < end - 1) finish(other, tile + 1, 0);
-          prepare(other, tile - 1, 1);  // before the first tile: zeros that nobody reads
-          fetch(tile - 3);              // where the tile before was
-        },
-        [&] {
-          if (RESETS && dropped)
-            run_forward<true>(h, decay, w.A, &now.step[lane], bc, dropped);
-          else
-            run_forward<false>(h, decay, w.A, &now.step[lane], bc, 0u);
-          if (RESETS && !KEEP && dropped)
-            walk_back<true, HALF>(w, h, decay, now, bc, lane, part, part_y, sums, dropped);
-          else
-            walk_back<false, HALF>(w, h, decay, now, bc, lane, part, part_y, sums, 0u);
-        });
-    __syncthreads();
-    run_both(
-        [&] {
-          finish(now, tile, 1);
-          prepare(other, tile - 1, 0);
-          prepare_states(other, tile - 1);
-        },
-        [&] {
-          if (RESETS && !KEEP && dropped)
-            walk_back<true, 0>(w, h, decay, now, bc, lane, part, part_y, sums, dropped);
-          else
-            walk_back<false, 0>(w, h, decay, now, bc, lane, part, part_y, sums, 0u);
-        });
+  auto next = [&](int tile) {
 #pragma unroll
     for (int i = 0; i < S; ++i) h[0][i] = next_state[i];
     load_state(tile - 2);
+  };
+  if constexpr (STAGE != 0 && HELP != 0) {
+    if (works) {
+      arrive(PREPARED, THREADS), arrive(FREE_LATE, THREADS);
+      for (int tile = end - 1; tile >= first; --tile) {
+        BackwardTile& now = shared.tile[tile & 1];
+        BackwardTile& other = shared.tile[~tile & 1];
+        wait_copies<1>();  // for the next tile
+        meet(WALKED_EARLY, THREADS);
+        if (tile < end - 1) finish(other, tile + 1, 0);
+        arrive(FREE_EARLY, THREADS);
+        prepare(other, tile - 1, 1), prepare(other, tile - 1, 0);  // before the first tile: zeros that nobody reads
+        prepare_states(other, tile - 1);
+        if (tile > first) arrive(PREPARED, THREADS);
+        fetch(tile - 3);  // where the tile before was
+        meet(WALKED_LATE, THREADS);
+        finish(now, tile, 1);
+        if (tile > first) arrive(FREE_LATE, THREADS);
+      }
+      meet(WALKED_EARLY, THREADS);
+      finish(shared.tile[first & 1], first, 0);
+    } else {
+      Stage ahead;
+      float total[4] = {};
+      for (int tile = end - 1; tile >= first; --tile) {
+        const BackwardTile& now = shared.tile[tile & 1];
+        const float* bc = &now.bc[group * 2 * S];
+        const u32 dropped = RESETS ? ballot(reset_raw != 0) : 0u;
+        if (RESETS) reset_raw = load_reset(resets, (tile - 1) * T, tile > first ? limit : 0, lane);
+        meet(PREPARED, THREADS);
+        if (RESETS && dropped)
+          run_forward<true>(h, decay, w.A, &now.step[lane], bc, dropped);
+        else
+          run_forward<false>(h, decay, w.A, &now.step[lane], bc, 0u);
+        load_stage(ahead, now, bc, lane, T - BATCH);
+        store_sums(w, total, sums);  // of the tile after
+        arrive(WALKED_EARLY, THREADS);
+        meet(FREE_LATE, THREADS);
+        auto none = [] {};
+        auto walked = [&] { arrive(WALKED_LATE, THREADS); };
+        if (RESETS && !KEEP && dropped) {
+          walk_half<true, HALF>(w, total, ahead, h, decay, now, bc, lane, part, part_y, sums, dropped, none);
+          meet(FREE_EARLY, THREADS);
+          walk_half<true, 0>(w, total, ahead, h, decay, now, bc, lane, part, part_y, sums, dropped, walked);
+        } else {
+          walk_half<false, HALF>(w, total, ahead, h, decay, now, bc, lane, part, part_y, sums, 0u, none);
+          meet(FREE_EARLY, THREADS);
+          walk_half<false, 0>(w, total, ahead, h, decay, now, bc, lane, part, part_y, sums, 0u, walked);
+        }
+        next(tile);
+      }
+      store_sums(w, total, sums);
+      arrive(WALKED_EARLY, THREADS);
+    }
+  } else {
+    for (int tile = end - 1; tile >= first; --tile) {
+      BackwardTile& now = shared.tile[tile & 1];
+      BackwardTile& other = shared.tile[~tile & 1];
+      const float* bc = &now.bc[group * 2 * S];
+      Stage ahead;
+      float total[4];
+      auto none = [] {};
+      const u32 dropped = RESETS ? ballot(reset_raw != 0) : 0u;
+      if (RESETS) reset_raw = load_reset(resets, (tile - 1) * T, tile > first ? limit : 0, lane);
+      __syncthreads();
+      run_both(
+          [&] {
+            wait_copies<1>();  // for the next tile
+            if (tile < end - 1) finish(other, tile + 1, 0);
+            prepare(other, tile - 1, 1);  // before the first tile: zeros that nobody reads
+            fetch(tile - 3);              // where the tile before was
+          },
+          [&] {
+            if (RESETS && dropped)
+              run_forward<true>(h, decay, w.A, &now.step[lane], bc, dropped);
+            else
+              run_forward<false>(h, decay, w.A, &now.step[lane], bc, 0u);
+            if constexpr (STAGE != 0) {
+              load_stage(ahead, now, bc, lane, T - BATCH);
+              if (RESETS && !KEEP && dropped)
+                walk_half<true, HALF>(w, total, ahead, h, decay, now, bc, lane, part, part_y, sums, dropped, none);
+              else
+                walk_half<false, HALF>(w, total, ahead, h, decay, now, bc, lane, part, part_y, sums, 0u, none);
+              store_sums(w, total, sums + HALF * 2 * N);
+            } else if (RESETS && !KEEP && dropped)
+              walk_back<true, HALF>(w, h, decay, now, bc, lane, part, part_y, sums, dropped);
+            else
+              walk_back<false, HALF>(w, h, decay, now, bc, lane, part, part_y, sums, 0u);
+          });
+      __syncthreads();
+      run_both(
+          [&] {
+            finish(now, tile, 1);
+            prepare(other, tile - 1, 0);
+            prepare_states(other, tile - 1);
+          },
+          [&] {
+            if constexpr (STAGE != 0) {
+              if (RESETS && !KEEP && dropped)
+                walk_half<true, 0>(w, total, ahead, h, decay, now, bc, lane, part, part_y, sums, dropped, none);
+              else
+                walk_half<false, 0>(w, total, ahead, h, decay, now, bc, lane, part, part_y, sums, 0u, none);
+              store_sums(w, total, sums);
+            } else if (RESETS && !KEEP && dropped)
+              walk_back<true, 0>(w, h, decay, now, bc, lane, part, part_y, sums, dropped);
+            else
+              walk_back<false, 0>(w, h, decay, now, bc, lane, part, part_y, sums, 0u);
+          });
+      next(tile);
+    }
+    __syncthreads();
+    if (works) finish(shared.tile[first & 1], first, 0);
   }
-  __syncthreads();
-  if (works) finish(shared.tile[first & 1], first, 0);
 
   if (inside) {
 #pragma unroll
