@@ -253,7 +253,7 @@ class Engine:
                 running = self._waiting.popleft()
             try:
                 running.begin(self.model, self.batch_invariant)
-            except Exception as error:
+            except PROMPT_FAILS as error:
                 running.end("error", error)
                 continue
             if self.batch_invariant:
@@ -268,7 +268,7 @@ class Engine:
             running = self._reading[0]
             try:
                 left -= running.read(self.model, left)
-            except Exception as error:
+            except PROMPT_FAILS as error:
                 self._reading.popleft()
                 running.end("error", error)
                 continue
