@@ -133,6 +133,12 @@ class SambaLM(nn.Module):
         layers = [_layer(layer).mixer.init_tensors(batch, self.device, self.dtype) for layer in self.layers]
         return State(Cursor.fresh(batch, self.device), layers)
 
+    def fix_parameters(self) -> None:
+        """Promise that parameters stay as and where they are: what decoding makes of them is then made once."""
+        for module in self.modules():
+            if isinstance(module, mamba.Selection):
+                module.fix()
+
     def reset_parameters(self, seed: int) -> None:
         """Initialise all parameters by the config's rules; the same seed gives the same weights on the same device."""
         init = RULES[self.config.init](self.config, torch.Generator(self.device).manual_seed(seed))

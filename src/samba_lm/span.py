@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 
 from samba_lm.errors import UserError
 from samba_lm.ops.rope import rope_angles
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,7 @@ class Span:
     """Caches may be written in place: the caller gives the old state away."""
     keep: bool = True
     """The state after the call is wanted. If not, what a layer gives back as its state may be anything."""
-    _angles: dict[tuple[int, float, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    _chunks: dict[int, Span] = field(default_factory=dict)
+    _made: dict[Hashable, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -135,10 +138,19 @@ class Span:
 
     def angles(self, dim: int, base: float, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin of RoPE for heads, [B or 1, L, 1, dim/2], from fp64 angles; computed once a call."""
-        if (dim, base, dtype) not in self._angles:
+
+        def make() -> tuple[torch.Tensor, torch.Tensor]:
             cos, sin = rope_angles(self.positions, dim, base)
-            self._angles[dim, base, dtype] = cos[:, :, None].to(dtype), sin[:, :, None].to(dtype)
-        return self._angles[dim, base, dtype]
+            return cos[:, :, None].to(dtype), sin[:, :, None].to(dtype)
+
+        return self.once(("angles", dim, base, dtype), make)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` gives, made by the first layer of a call that asks for it and shared by the others."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """Move the padding of x [B, L, ...] to the right end of each row."""
@@ -155,9 +167,7 @@ class Span:
 
         Computed once a call, as the angles are.
         """
-        if size not in self._chunks:
-            self._chunks[size] = self._in_chunks(size)
-        return self._chunks[size]
+        return self.once(("chunks", size), lambda: self._in_chunks(size))
 
     def _in_chunks(self, size: int) -> Span:
         batch = self.start.position.shape[0]

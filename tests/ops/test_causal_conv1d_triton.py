@@ -134,6 +134,12 @@ def test_step(k: int, dtype: torch.dtype) -> None:
     assert_close(y, expected, "y", torch.float32 if dtype == torch.float32 else torch.bfloat16)
     assert torch.equal(state, after.to(dtype))
     assert torch.equal(i["state"], before)
+    for backend in ("triton", "cpu"):
+        given = before.clone()
+        again, held = causal_conv1d_step(x, *fixed[:2], given, in_place=True, backend=backend)
+        assert held is given
+        assert torch.equal(held, state)
+        assert_close(again, y.double(), f"y in place, {backend}", torch.bfloat16)
 
 
 @pytest.mark.gpu

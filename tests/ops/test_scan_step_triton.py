@@ -34,6 +34,16 @@ def compare(given: Inputs, dtype: torch.dtype) -> None:
     assert_close(y, expected, "y", torch.float32 if dtype == torch.float32 else torch.bfloat16)
     assert_close(state, after, "state", torch.float32)
     assert torch.equal(given["state"], before)
+    held = before.clone()
+    again, moved = selective_scan_step(**{**given, "state": held}, in_place=True, backend="triton")
+    assert moved is held
+    assert torch.equal(moved, state)
+    assert torch.equal(again, y)
+    held = wide["state"].clone()
+    again, moved = selective_scan_step(**{**wide, "state": held}, in_place=True, backend="cpu")
+    assert moved is held
+    assert torch.equal(moved, after)
+    assert torch.equal(again, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -39,6 +39,7 @@ class Engine:
     sequence costs does not depend on how long it is (but with full attention).
 
     Args:
+        model: is the engine's while it runs: in evaluation mode, with parameters that nobody changes any more.
         slots: texts continued at once; more wait their turn.
         queue_limit: requests that may wait; None: any number.
         chunk: prompt tokens read between two steps.
@@ -65,6 +66,7 @@ class Engine:
     ) -> None:
         check_request(model, tokenizer, chunk)
         self.model, self.tokenizer = model.eval(), tokenizer
+        model.fix_parameters()
         self.slots = Slots(model, slots)
         self.chunk, self.queue_limit, self.batch_invariant = chunk, queue_limit, batch_invariant
         far = 1 << 30

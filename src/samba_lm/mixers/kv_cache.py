@@ -67,7 +67,9 @@ def update(cache: Tensors, k: torch.Tensor, v: torch.Tensor, span: Span) -> Tens
     if not span.keep:
         return {"k": cache["k"], "v": cache["v"]}
     if span.in_place and length == 1 and span.documents is None:
-        row, slot = torch.arange(k.shape[0], device=k.device), span.start.position % slots
+        row, slot = span.once(
+            ("slot", slots), lambda: (torch.arange(k.shape[0], device=k.device), span.start.position % slots)
+        )
         cache["k"][row, slot], cache["v"][row, slot] = k[:, 0], v[:, 0]
         return {"k": cache["k"], "v": cache["v"]}
     end = span.end.position[:, None]
@@ -89,7 +91,7 @@ def filled(cache: Tensors, span: Span) -> torch.Tensor | None:
     if end.device.type == "cpu" and int(end.min()) >= slots:
         return None
     # A row that has read nothing yet (padding only) still looks at one slot, to stay finite.
-    return torch.arange(slots, device=end.device) < end.clamp(min=1)[:, None]
+    return span.once(("filled", slots), lambda: torch.arange(slots, device=end.device) < end.clamp(min=1)[:, None])
 
 
 def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -39,10 +39,22 @@ class Selection(nn.Module):
         self.A_log = nn.Parameter(torch.empty(inner, state))
         self.D = nn.Parameter(torch.empty(inner))
         self.dt_bias = nn.Parameter(torch.empty(inner))
+        self.fixed: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def A(self, dtype: torch.dtype) -> torch.Tensor:  # noqa: N802 - the equation's name
         """-exp(A_log), [E, N]."""
         return -torch.exp2(self.A_log.to(dtype) * math.log2(math.e))  # exp2 is 4x faster than exp on CPUs
+
+    def for_step(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A, D and dt_bias in ``dtype``, without gradients."""
+        if self.fixed is not None and self.fixed[0].dtype == dtype:
+            return self.fixed
+        return self.A(dtype), self.D.to(dtype), self.dt_bias.to(dtype)
+
+    def fix(self) -> None:
+        """The parameters stay as they are from now on: what a step makes of them is made once."""
+        with torch.no_grad():
+            self.fixed = self.for_step(state_dtype(self.D.dtype))
 
     def reset_parameters(self, init: Init) -> None:
         init.a_log(self.A_log)
@@ -71,7 +83,7 @@ class S6(nn.Module):
         self, h: torch.Tensor, gate: torch.Tensor | None, tensors: Tensors, span: Span
     ) -> tuple[torch.Tensor, Tensors]:
         if span.length == 1 and span.documents is None and not torch.is_grad_enabled():
-            return self._step(h[:, 0], None if gate is None else gate[:, 0], tensors)
+            return self._step(h[:, 0], None if gate is None else gate[:, 0], tensors, span.in_place)
         u, conv = causal_conv1d(
             h,
             self.conv.weight,
@@ -105,13 +117,16 @@ class S6(nn.Module):
         weight = cast(self.dt_proj.weight, low.dtype)
         return remade(delta, partial(linear, low.detach(), weight.detach()))
 
-    def _step(self, h: torch.Tensor, gate: torch.Tensor | None, tensors: Tensors) -> tuple[torch.Tensor, Tensors]:
+    def _step(
+        self, h: torch.Tensor, gate: torch.Tensor | None, tensors: Tensors, in_place: bool
+    ) -> tuple[torch.Tensor, Tensors]:
         """One token, without gradients: h [B, E]."""
-        u, conv = causal_conv1d_step(h, self.conv.weight, self.conv.bias, tensors["conv"])
+        conv, ssm = tensors["conv"], tensors["ssm"]
+        u, conv = causal_conv1d_step(h, self.conv.weight, self.conv.bias, conv, in_place=in_place)
         low, B, C = self.x_proj(u).split((self.rank, self.state, self.state), dim=-1)
-        selection, dtype = self.selection, tensors["ssm"].dtype
-        bias, skip = selection.dt_bias.to(dtype), selection.D.to(dtype)
-        y, ssm = selective_scan_step(u, self.dt_proj(low), selection.A(dtype), B, C, skip, gate, bias, tensors["ssm"])
+        A, skip, bias = self.selection.for_step(ssm.dtype)
+        delta = self.dt_proj(low)
+        y, ssm = selective_scan_step(u, delta, A, B, C, skip, gate, bias, ssm, in_place=in_place)
         return y[:, None], {"conv": conv, "ssm": ssm}
 
     def init_tensors(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensors:

@@ -67,11 +67,18 @@ def causal_conv1d(
 
 
 def causal_conv1d_step(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, state: torch.Tensor, *, backend: Backend = "auto"
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    state: torch.Tensor,
+    *,
+    in_place: bool = False,
+    backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token of :func:`causal_conv1d` with bias and SiLU, for decoding: x [B, E], state [B, k-1, E] in x's dtype.
 
-    Returns y [B, E] and the new state; the given one stays as it was. No gradients on the triton backend.
+    Returns y [B, E] and the new state; the given one stays as it was, or is the new one with ``in_place`` (contiguous
+    and in x's dtype then). No gradients on the triton backend.
     """
     require_rank("causal_conv1d_step", "x", x, "B, E")
     require_rank("causal_conv1d_step", "weight", weight, "E, k")
@@ -80,7 +87,10 @@ def causal_conv1d_step(
         "causal_conv1d_step", x.device, weight=(weight, (E, k)), bias=(bias, (E,)), state=(state, (batch, k - 1, E))
     )
     if choose(backend, STEP_BACKENDS, "causal_conv1d_step", x) == "triton":
-        from samba_lm.ops.causal_conv1d.triton_step import step_triton
+        from samba_lm.ops.causal_conv1d.triton_step import launch, step_triton
 
+        if in_place:
+            return launch(x, weight, bias, state, state), state
         return step_triton(x, weight, bias, state)
-    return step_cpu(x, weight, bias, state)
+    y, new_state = step_cpu(x, weight, bias, state)
+    return y, state.copy_(new_state) if in_place else new_state

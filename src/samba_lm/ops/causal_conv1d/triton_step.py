@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from samba_lm.ops.shapes import last_dense
 from samba_lm.ops.triton_math import silu
 
 BLOCK = 128  # channels a program: decoding has few, and wants them on many multiprocessors
@@ -48,9 +49,18 @@ def step_triton(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, state: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Same arguments, results and meaning as ``causal_conv1d_step``; no gradients."""
+    new_state = x.new_empty(state.shape)
+    return launch(x, weight, bias, state, new_state), new_state
+
+
+def launch(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, state: torch.Tensor, new_state: torch.Tensor
+) -> torch.Tensor:
+    """y; writes ``new_state``, contiguous and in x's dtype, which may be ``state``: each channel reads a tap before it
+    writes to its place."""
     (B, E), k = x.shape, weight.shape[1]
-    x = x if x.stride(1) == 1 or E == 1 else x.contiguous()
-    y, new_state = x.new_empty(B, E), x.new_empty(B, k - 1, E)
+    x = last_dense(x)
+    y = x.new_empty(B, E)
     with torch.cuda.device_of(x):
         _step_kernel[triton.cdiv(E, BLOCK), B](
             x,
@@ -67,7 +77,7 @@ def step_triton(
             num_warps=1,
             num_stages=1,
         )
-    return y, new_state
+    return y
 
 
 @step_triton.register_fake

@@ -127,12 +127,14 @@ def selective_scan_step(
     delta_bias: torch.Tensor,
     state: torch.Tensor,
     *,
+    in_place: bool = False,
     backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token of :func:`selective_scan`, for decoding: u, delta, z [B, E], B, C [B, N]; A, D, delta_bias as state.
 
     Returns y [B, E] in u's dtype and the new state [B, E, N] in the state's, fp32 at least; the given one stays as it
-    was. No gradients on the triton backend.
+    was, or is the new one with ``in_place`` (contiguous then, and without gradients). No gradients on the triton
+    backend.
     """
     require_rank("selective_scan_step", "u", u, "B, E")
     require_rank("selective_scan_step", "A", A, "E, N")
@@ -151,13 +153,16 @@ def selective_scan_step(
     )
     dtype = state.dtype
     if choose(backend, STEP_BACKENDS, "selective_scan_step", state) == "triton":
-        from samba_lm.ops.selective_scan.triton_step import step_triton
+        from samba_lm.ops.selective_scan.triton_step import launch, step_triton
 
+        if in_place:
+            return launch(u, delta, A, B, C, D, z, delta_bias, state, state), state
         return step_triton(u, delta, A, B, C, D, z, delta_bias, state)
     x = u.to(dtype)
     step = F.softplus(delta.to(dtype) + delta_bias)
     decay = ((step * math.log2(math.e))[..., None] * A).exp2_()
-    state = torch.baddbmm(decay.mul_(state), (step * x)[..., None], B.to(dtype)[:, None])
+    out = state if in_place else None
+    state = torch.baddbmm(decay.mul_(state), (step * x)[..., None], B.to(dtype)[:, None], out=out)
     y = torch.bmm(state, C.to(dtype)[..., None])[..., 0].addcmul_(x, D)
     if z is not None:
         y.mul_(F.silu(z.to(dtype)))

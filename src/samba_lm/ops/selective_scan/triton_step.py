@@ -81,10 +81,27 @@ def step_triton(
 
     u, delta, z, B and C may be slices of wider rows, which are read where they are.
     """
+    new_state = state.new_empty(state.shape)
+    return launch(u, delta, A, B, C, D, z, delta_bias, state, new_state), new_state
+
+
+def launch(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    z: torch.Tensor | None,
+    delta_bias: torch.Tensor,
+    state: torch.Tensor,
+    new_state: torch.Tensor,
+) -> torch.Tensor:
+    """y; writes ``new_state``, contiguous, which may be ``state``: a program reads its part before it writes it."""
     (batch, E), N = u.shape, A.shape[1]
     u, delta, B, C = (last_dense(t) for t in (u, delta, B, C))
     z = None if z is None else last_dense(z)
-    y, new_state = u.new_empty(batch, E), state.new_empty(state.shape)
+    y = u.new_empty(batch, E)
     n_block = triton.next_power_of_2(N)
     block = max(1, min(TILE // n_block, triton.next_power_of_2(E)))
     with torch.cuda.device_of(u):
@@ -114,7 +131,7 @@ def step_triton(
             num_warps=WARPS,
             num_stages=1,
         )
-    return y, new_state
+    return y
 
 
 @step_triton.register_fake
