@@ -346,4 +346,5 @@ def backward_shared(N: int, shape: Shape, element: int, gated: bool) -> int:
     elements = TILE * CHANNELS
     tile = 4 * (elements * (2 + 1 + 2) + TILE * 2 * N)
     sums = 4 * (elements * N // shape.states * 3 + TILE * 2 * N)
-    return 2 * tile + sums + input_bytes(N, shape, element, 4 if gated else 3, gated)
+    tiles = 3 if shape.helpers and shape.stage else 2
+    return tiles * tile + sums + input_bytes(N, shape, element, 4 if gated else 3, gated)

@@ -22,7 +22,9 @@ struct Backward {
 };
 
 constexpr int HALF = T / 2;
-enum { PREPARED = 1, FREE_LATE, FREE_EARLY, WALKED_LATE, WALKED_EARLY };  // barriers: a tile, and halves' sums
+constexpr bool APART = STAGE != 0 && HELP != 0;
+constexpr int TILES = APART ? 3 : 2;  // in shared memory: helpers finish one and prepare another while one is walked
+enum { PREPARED = 1, FREE_LATE = 3, FREE_EARLY, WALKED_LATE, WALKED_EARLY };  // barriers: even and odd tiles; halves' sums
 constexpr bool PRECISE = IO != 1;  // sums on the tensor cores of more than 10 bits of mantissa
 
 struct BackwardTile {
@@ -39,7 +41,7 @@ struct BackwardInputs {
 };
 
 struct BackwardShared {
-  BackwardTile tile[2];
+  BackwardTile tile[TILES];
   float2 part[T * G * CH];  // each group's share of the gradients of step * u and of step
   float part_y[T * G * CH];
   float sums[T * 2 * N];    // dB, dC
@@ -370,7 +372,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
   if (works) {
     fetch(end - 1), fetch(end - 2), fetch(end - 3);
     wait_copies<2>();
-    BackwardTile& start = shared.tile[(end - 1) & 1];
+    BackwardTile& start = shared.tile[(end - 1) % TILES];
     prepare(start, end - 1, 1), prepare(start, end - 1, 0), prepare_states(start, end - 1);
   }
   float h[T + 1][S], decay[T][S];
@@ -385,35 +387,37 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
     for (int i = 0; i < S; ++i) h[0][i] = next_state[i];
     load_state(tile - 2);
   };
-  if constexpr (STAGE != 0 && HELP != 0) {
+  if constexpr (APART) {
     if (works) {
-      arrive(PREPARED, THREADS), arrive(FREE_LATE, THREADS);
+      auto prepare_all = [&](int tile) {
+        BackwardTile& to = shared.tile[tile % TILES];
+        wait_copies<1>();
+        prepare(to, tile, 1), prepare(to, tile, 0), prepare_states(to, tile);
+        arrive(PREPARED + (tile & 1), THREADS);
+      };
+      arrive(PREPARED + (end - 1 & 1), THREADS), arrive(FREE_LATE, THREADS);
+      if (end - 2 >= first) prepare_all(end - 2);
       for (int tile = end - 1; tile >= first; --tile) {
-        BackwardTile& now = shared.tile[tile & 1];
-        BackwardTile& other = shared.tile[~tile & 1];
-        wait_copies<1>();  // for the next tile
-        meet(WALKED_EARLY, THREADS);
-        if (tile < end - 1) finish(other, tile + 1, 0);
+        meet(WALKED_EARLY, THREADS);  // the tile after
+        if (tile < end - 1) finish(shared.tile[(tile + 1) % TILES], tile + 1, 0);
         arrive(FREE_EARLY, THREADS);
-        prepare(other, tile - 1, 1), prepare(other, tile - 1, 0);  // before the first tile: zeros that nobody reads
-        prepare_states(other, tile - 1);
-        if (tile > first) arrive(PREPARED, THREADS);
-        fetch(tile - 3);  // where the tile before was
+        fetch(tile - 3);  // where the tile after was
+        if (tile - 2 >= first) prepare_all(tile - 2);
         meet(WALKED_LATE, THREADS);
-        finish(now, tile, 1);
+        finish(shared.tile[tile % TILES], tile, 1);
         if (tile > first) arrive(FREE_LATE, THREADS);
       }
       meet(WALKED_EARLY, THREADS);
-      finish(shared.tile[first & 1], first, 0);
+      finish(shared.tile[first % TILES], first, 0);
     } else {
       Stage ahead;
       float total[4] = {};
       for (int tile = end - 1; tile >= first; --tile) {
-        const BackwardTile& now = shared.tile[tile & 1];
+        const BackwardTile& now = shared.tile[tile % TILES];
         const float* bc = &now.bc[group * 2 * S];
         const u32 dropped = RESETS ? ballot(reset_raw != 0) : 0u;
         if (RESETS) reset_raw = load_reset(resets, (tile - 1) * T, tile > first ? limit : 0, lane);
-        meet(PREPARED, THREADS);
+        meet(PREPARED + (tile & 1), THREADS);
         if (RESETS && dropped)
           run_forward<true>(h, decay, w.A, &now.step[lane], bc, dropped);
         else
