@@ -133,11 +133,12 @@ class SambaLM(nn.Module):
         layers = [_layer(layer).mixer.init_tensors(batch, self.device, self.dtype) for layer in self.layers]
         return State(Cursor.fresh(batch, self.device), layers)
 
-    def fix_parameters(self) -> None:
-        """Promise that parameters stay as and where they are: what decoding makes of them is then made once."""
+    def fix_parameters(self, yes: bool = True) -> None:
+        """Promise that parameters stay as and where they are (or take it back): what a step makes of them is then made
+        once, not every time."""
         for module in self.modules():
             if isinstance(module, mamba.Selection):
-                module.fix()
+                module.fix(yes)
 
     def reset_parameters(self, seed: int) -> None:
         """Initialise all parameters by the config's rules; the same seed gives the same weights on the same device."""

@@ -18,6 +18,7 @@ from samba_lm.engine.request import End, Event, Piece, Progress, Request
 from samba_lm.errors import UserError
 from samba_lm.generation.params import SamplingParams
 from samba_lm.generation.prefill import Reader
+from samba_lm.mixers.attention import AttentionMixer
 from samba_lm.model import SambaLM
 from samba_lm.tokenizer import ByteTokenizer
 
@@ -269,13 +270,24 @@ def test_logits_that_are_no_numbers_end_their_own_request() -> None:
         assert engine.failure is None
 
 
-def test_more_than_full_attention_can_hold_is_told(model: SambaLM) -> None:
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_more_than_full_attention_can_hold_is_told(batch_invariant: bool) -> None:
     full = make(None)
-    with Engine(full, TOKENIZER, slots=2) as engine:
+    full.config = full.config.with_overrides(max_context=600)
+    for layer in full.layers:
+        if isinstance(layer.mixer, AttentionMixer):  # type: ignore[union-attr]
+            layer.mixer.max_context = 600  # type: ignore[union-attr]
+    with Engine(full, TOKENIZER, slots=2, batch_invariant=batch_invariant) as engine:
+        good = engine.stream(Request(ids("a"), SamplingParams(max_tokens=9)))
         with pytest.raises(UserError, match="max_context"):
-            list(engine.stream(Request([np.zeros(5000, np.int64)])))
+            list(engine.stream(Request([np.zeros(700, np.int64)])))
         with pytest.raises(UserError, match="unlimited"):
             engine.submit(Request(ids("a"), SamplingParams(max_tokens=None)), lambda _: None)
+        long = SamplingParams(max_tokens=500, stop_at_eos=False)
+        _, end = collect(engine, Request([np.zeros(300, np.int64)], long))
+        assert (end.finish, end.new_tokens) == ("length", 301)  # the last one needs no room
+        assert isinstance(list(good)[-1], End)
+        assert engine.failure is None
 
 
 def test_async(model: SambaLM) -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from samba_lm.engine.decoder import Decoder
 from samba_lm.engine.request import Completion, End, Event, Finish, Piece, Request, Sink, Token
 from samba_lm.engine.sequence import Sequence as Running
 from samba_lm.engine.sequence import report
@@ -74,7 +75,9 @@ class Engine:
         self._waiting: deque[Running] = deque()
         self._reading: deque[Running] = deque()
         self._running: list[Running] = []  # in the order of their rows
-        self._options: Options | None = None  # of the running ones; None: to be made anew
+        device, vocab_size = model.device, tokenizer.vocab_size
+        self._decoder = Decoder(self.slots, vocab_size, device, whole=batch_invariant)
+        self._settled = False  # the decoder knows the options of the running ones
         self._wake = threading.Condition()
         self._closing = False
         self._failure: BaseException | None = None
@@ -199,6 +202,7 @@ class Engine:
             self._wake.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+            self.model.fix_parameters(False)
 
     def __enter__(self) -> Engine:
         return self
@@ -255,6 +259,7 @@ class Engine:
                 running = self._waiting.popleft()
             try:
                 running.begin(self.model, self.batch_invariant)
+                self._require_room(running.length + len(running.unread))
             except PROMPT_FAILS as error:
                 running.end("error", error)
                 continue
@@ -262,6 +267,14 @@ class Engine:
                 self._start(running)
             else:
                 self._reading.append(running)
+
+    def _require_room(self, length: int) -> None:
+        most = self.model.config.max_context
+        if not self.constant and length > most:
+            raise UserError(
+                f"The prompt has {length} tokens, but {self.model.config.name} has full attention and a max_context of "
+                f"{most}: give a shorter one, raise max_context in config.json, or use a model with a window."
+            )
 
     def _read(self) -> None:
         """At most ``chunk`` tokens of the prompts that came first."""
@@ -287,7 +300,7 @@ class Engine:
         running.row = self.slots.put(running.reader.state, running.length)
         running.reader.state.layers.clear()  # it lives in the slot now
         self._running.append(running)
-        self._options = None
+        self._settled = False
         logits = running.reader.logits
         if logits is not None and not running.unread:
             options = Options.of([running.request.params], self.tokenizer.vocab_size, logits.device)
@@ -299,15 +312,10 @@ class Engine:
         """One token for every running sequence: read the one it made last, and draw the next."""
         running = list(self._running)
         ids = [one.next_token() for one in running]
-        if self.batch_invariant:
-            ids += [0] * (self.slots.capacity - len(ids))
-        device = self.model.device
-        longest = max(one.length for one in running) - 1
-        logits = self.slots.step(torch.tensor(ids).to(device), longest)[: len(running)]
-        if self._options is None:
-            self._options = Options.of([one.request.params for one in running], self.tokenizer.vocab_size, device)
-        positions = torch.tensor([one.length for one in running]).to(device)
-        drawn = sample(logits, self._options, positions, self._histories(running), self.tokenizer.vocab_size)
+        if not self._settled:
+            self._decoder.set_options([one.request.params for one in running])
+            self._settled = True
+        drawn, logits = self._decoder.step(ids, [one.length for one in running], self._histories(running))
         self._take(running, drawn.tolist(), logits)
 
     def _histories(self, running: list[Running]) -> History | None:
@@ -343,6 +351,8 @@ class Engine:
                 self._finish(row, "error", one.error)
             elif one.answer.finish is not None and not one.unread:
                 self._finish(row, one.answer.finish)
+            elif not self.constant and one.length >= self.model.config.max_context:
+                self._finish(row, "length")  # no room to read what was made last
 
     def _finish(self, row: int, finish: Finish, error: BaseException | None = None) -> None:
         running = self._running[row]
@@ -353,5 +363,5 @@ class Engine:
             self._running[row] = self._running[moved]
             self._running[row].row = row
         self._running.pop()
-        self._options = None
+        self._settled = False
         running.end(finish, error)

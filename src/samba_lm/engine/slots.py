@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 from torch import Tensor
 
 from samba_lm.errors import UserError
 from samba_lm.model import SambaLM
 from samba_lm.span import Cursor
 from samba_lm.state import State
+
+LEAST = 256
+"""Tokens to make room for at first, where the state grows."""
 
 
 class Slots:
@@ -18,6 +23,7 @@ class Slots:
 
     Attributes:
         used: how many there are: rows 0 .. used - 1.
+        reserved: the length of text that there is room for; the largest number with constant states.
     """
 
     def __init__(self, model: SambaLM, capacity: int) -> None:
@@ -25,13 +31,17 @@ class Slots:
             raise UserError(f"slots={capacity} is too few: at least 1 sequence must have room.")
         self._model = model
         self._state = model.init_state(capacity)
+        # What grows with the text is empty as long as nothing was read.
+        self._growing = [[name for name, t in layer.items() if 0 in t.shape] for layer in self._state.layers]
+        self._most = model.config.max_context
+        self.reserved = 0 if any(self._growing) else sys.maxsize
         self.capacity = capacity
         self.used = 0
 
     def put(self, state: State, longest: int) -> int:
         """Copy the state of one sequence, of which ``longest`` tokens were read, into the next free row."""
         assert self.used < self.capacity, "no slot is free"
-        self._make_room(state)
+        self.reserve(longest)
         _copy(self.rows(self.used, self.used + 1), state)
         self.used += 1
         return self.used - 1
@@ -56,30 +66,41 @@ class Slots:
     def step(self, token_ids: Tensor, longest: int) -> Tensor:
         """Read one token of each of the first rows, int64 [n], of which none has read more than ``longest``.
 
-        Logits [n, V]. Raises UserError where full attention would need more than max_context.
+        There must be room for the token, see :meth:`reserve`. Logits [n, V].
         """
-        before = self.rows(0, token_ids.shape[0])
-        after = State(before.cursor, list(before.layers))
-        logits = self._model.step(token_ids, after, longest)
-        if any(a.shape[1:] != t.shape[1:] for a, t in _pairs(after, before)):
-            self._make_room(after)  # full attention has grown
-            before = self.rows(0, token_ids.shape[0])
-        _copy(before, after)
+        held = self.rows(0, token_ids.shape[0])
+        moved = State(held.cursor, list(held.layers))
+        logits = self._model.step(token_ids, moved, longest)
+        _copy(held, moved)
         return logits
+
+    def reserve(self, length: int) -> None:
+        """Make room for sequences of ``length`` tokens where the state grows with them.
+
+        Raises UserError where full attention would need more than max_context.
+        """
+        if length <= self.reserved:
+            return
+        if length > self._most:
+            raise UserError(
+                f"full attention would have to hold {length} positions, but max_context is {self._most}: ask for fewer "
+                "tokens, raise max_context in the model's config.json, or use a model with a window"
+            )
+        # Doubled, so that a growing text is moved rarely.
+        self.reserved = min(max(length, 2 * self.reserved, LEAST), self._most)
+        for layer, index in zip(self._state.layers, self._growing, strict=True):
+            for name in index:
+                tensor = layer[name]
+                layer[name] = tensor.new_zeros(tensor.shape[0], self.reserved, *tensor.shape[2:])
+                layer[name][:, : tensor.shape[1]] = tensor
+
+    def restore(self, state: State, rows: int) -> None:
+        """Put the states of the first rows back as they were."""
+        _copy(self.rows(0, rows), state)
 
     def nbytes(self) -> int:
         """Bytes held for all slots."""
         return self._state.nbytes()
-
-    def _make_room(self, like: State) -> None:
-        """Let what grows (full attention's keys and values) be as long as in ``like``; the new part is zero."""
-        for layer, wanted in zip(self._state.layers, like.layers, strict=True):
-            for name, tensor in layer.items():
-                size = wanted[name].shape[1]
-                if tensor.shape[1] < size:
-                    grown = tensor.new_zeros(tensor.shape[0], size, *tensor.shape[2:])
-                    grown[:, : tensor.shape[1]] = tensor
-                    layer[name] = grown
 
 
 def _pairs(a: State, b: State) -> list[tuple[Tensor, Tensor]]:
@@ -88,7 +109,11 @@ def _pairs(a: State, b: State) -> list[tuple[Tensor, Tensor]]:
 
 
 def _copy(to: State, source: State) -> None:
-    """``source`` into the views ``to``, whose rings may be longer."""
+    """``source`` into the views ``to``; of rings of different length, which are not full then, the common part."""
     pairs = [(t, s) for t, s in _pairs(to, source) if t.data_ptr() != s.data_ptr()]
     for t, s in pairs:
-        (t if t.dim() < 2 else t[:, : s.shape[1]]).copy_(s)
+        common = min(t.shape[1], s.shape[1]) if t.dim() > 1 else None
+        if common is None:
+            t.copy_(s)
+        else:
+            t[:, :common].copy_(s[:, :common])

@@ -9,7 +9,8 @@ computed without a look at the others, neither batching nor resuming changes a r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,8 +68,14 @@ class Options:
             cut=min(top_k, default=vocab_size) < vocab_size or any(p.top_p < 1 or p.min_p > 0 for p in params),
         )
 
-    def tensors(self) -> list[Tensor]:
-        return [value for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)]
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that have one number for each sequence."""
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+
+    def rows(self, which: slice) -> Options:
+        """Those of some sequences, as views."""
+        views: dict[str, Any] = {name: tensor[which] for name, tensor in self.tensors().items()}
+        return replace(self, **views)
 
 
 def penalised(params: SamplingParams) -> bool:

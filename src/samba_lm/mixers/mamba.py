@@ -51,10 +51,12 @@ class Selection(nn.Module):
             return self.fixed
         return self.A(dtype), self.D.to(dtype), self.dt_bias.to(dtype)
 
-    def fix(self) -> None:
-        """The parameters stay as they are from now on: what a step makes of them is made once."""
-        with torch.no_grad():
-            self.fixed = self.for_step(state_dtype(self.D.dtype))
+    def fix(self, yes: bool) -> None:
+        """The parameters stay as they are from now on, or no longer: what a step makes of them is made once."""
+        self.fixed = None
+        if yes:
+            with torch.no_grad():
+                self.fixed = self.for_step(state_dtype(self.D.dtype))
 
     def reset_parameters(self, init: Init) -> None:
         init.a_log(self.A_log)
