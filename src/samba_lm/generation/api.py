@@ -30,6 +30,7 @@ def stream(
     *,
     chunk: int = DEFAULT_CHUNK,
     on_progress: OnProgress | None = None,
+    context: Reader | None = None,
     **options: Any,
 ) -> TextStream:
     """Continue a prompt and yield the text, piece by piece, as it is made.
@@ -40,6 +41,8 @@ def stream(
         params: see :class:`SamplingParams`; any of its fields may be given by name, e.g. ``temperature=0``.
         chunk: prompt tokens read at once; more is faster and takes more memory.
         on_progress: called with the number of prompt tokens read, after each chunk.
+        context: where to begin instead of nothing, such as ``Snapshot.reader()``; it is copied, never changed. The
+            prompt follows it at once, and an empty one adds nothing.
 
     The pieces are whole characters and end before a stop string, never showing a part of it. The model is in
     evaluation mode until the text ends or the stream is closed.
@@ -50,7 +53,7 @@ def stream(
     params = _params(params, options)
     check_request(model, tokenizer, chunk)
     timing = Timing()
-    return TextStream(stream_pieces(model, tokenizer, prompt, params, chunk, on_progress, timing), timing)
+    return TextStream(stream_pieces(model, tokenizer, prompt, params, chunk, on_progress, timing, context), timing)
 
 
 @overload
@@ -62,6 +65,7 @@ def generate(
     *,
     chunk: int = DEFAULT_CHUNK,
     on_progress: OnProgress | None = None,
+    context: Reader | None = None,
     **options: Any,
 ) -> list[str]: ...
 
@@ -75,6 +79,7 @@ def generate(
     *,
     chunk: int = DEFAULT_CHUNK,
     on_progress: OnProgress | None = None,
+    context: Reader | None = None,
     **options: Any,
 ) -> str: ...
 
@@ -87,6 +92,7 @@ def generate(
     *,
     chunk: int = DEFAULT_CHUNK,
     on_progress: OnProgress | None = None,
+    context: Reader | None = None,
     **options: Any,
 ) -> str | list[str]:
     """Continue a prompt and return the new text, or a list of prompts together and return the list of texts.
@@ -98,10 +104,11 @@ def generate(
     Raises UserError as :func:`stream` does.
     """
     if not isinstance(prompt, list):
-        return "".join(stream(model, tokenizer, prompt, params, chunk=chunk, on_progress=on_progress, **options))
+        more: dict[str, Any] = {"chunk": chunk, "on_progress": on_progress, "context": context, **options}
+        return "".join(stream(model, tokenizer, prompt, params, **more))
     params = _params(params, options)
     check_request(model, tokenizer, chunk)
-    return _generate_batch(model, tokenizer, prompt, params, chunk, on_progress)
+    return _generate_batch(model, tokenizer, prompt, params, chunk, on_progress, context)
 
 
 @torch.inference_mode()
@@ -112,14 +119,18 @@ def _generate_batch(
     params: SamplingParams,
     chunk: int,
     on_progress: OnProgress | None,
+    context: Reader | None,
 ) -> list[str]:
     answers = [Answer(tokenizer, params) for _ in prompts]
     texts: list[list[str]] = [[] for _ in prompts]
     if not prompts:
         return []
     with evaluating(model):
-        reader = Reader.create(model, params, batch=len(prompts))
-        prefill(model, [prompt_chunks(prompt, tokenizer) for prompt in prompts], reader, chunk, on_progress)
+        reader = Reader.create(model, params, batch=len(prompts), context=context)
+        before = sum(reader.lengths)
+        chunks = [prompt_chunks(prompt, tokenizer, begins=before == 0) for prompt in prompts]
+        tell = None if on_progress is None else lambda tokens: on_progress(tokens - before)
+        prefill(model, chunks, reader, chunk, tell)
         # The prompts whose texts still go on, in the order of the reader's rows.
         running = [i for i, answer in enumerate(answers) if answer.finish is None]
         while running:

@@ -41,12 +41,13 @@ DEFAULT_TEMPLATE = ChatTemplate()
 class ChatSession:
     """A conversation with a model, in memory that does not grow with it (but for :attr:`text`).
 
-    Between turns the state is that of a model which has read exactly :attr:`text`: neither a stop string nor
-    half a character stays in it. (Read anew as a whole, a BPE may cut the same text into other tokens.)
+    Between turns the state is that of a model which has read exactly :attr:`text`, after its context: neither a stop
+    string nor half a character stays in it. (Read anew as a whole, a BPE may cut the same text into other tokens.)
 
     Args:
         system: what stands before the first message; None: nothing.
         params: how answers are drawn; the template's stop strings are added to its own.
+        context: what was read before the conversation, such as ``Snapshot.reader()``; it is copied, never changed.
 
     Attributes:
         reader: where the conversation stands: the model's state and the number of tokens in it.
@@ -63,6 +64,7 @@ class ChatSession:
         template: ChatTemplate = DEFAULT_TEMPLATE,
         params: SamplingParams | None = None,
         chunk: int = DEFAULT_CHUNK,
+        context: Reader | None = None,
     ) -> None:
         check_request(model, tokenizer, chunk)
         params = params or SamplingParams()
@@ -72,13 +74,14 @@ class ChatSession:
         self._template = template
         self._params = params.replace(stop=(*params.stop, *template.stop))
         self._chunk = chunk
+        self._context = context
         self._turn: Generator[str, None, None] | None = None
         self.reset()
 
     def reset(self) -> None:
-        """Forget the conversation; the system text stays."""
+        """Forget the conversation; the context and the system text stay."""
         self._leave_turn()
-        self.reader = Reader.create(self._model, self._params, batch=1)
+        self.reader = Reader.create(self._model, self._params, batch=1, context=self._context)
         self._parts: list[str] = []
         self.tokens_fed = 0
 
@@ -176,4 +179,5 @@ class ChatSession:
         self.tokens_fed += 1
 
     def _system_text(self) -> str:
-        return "" if self._system is None else self._template.system.replace("{text}", self._system)
+        before = "" if self._context is None else self._template.end
+        return before + ("" if self._system is None else self._template.system.replace("{text}", self._system))

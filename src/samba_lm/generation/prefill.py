@@ -33,10 +33,21 @@ class Reader:
     history: History | None = None
 
     @classmethod
-    def create(cls, model: SambaLM, params: SamplingParams, batch: int) -> Reader:
-        """Return `batch` sequences of which nothing was read."""
+    def create(cls, model: SambaLM, params: SamplingParams, batch: int, context: Reader | None = None) -> Reader:
+        """Return `batch` sequences of which nothing was read, or copies of the one sequence of a context.
+
+        Raises UserError when the context holds several.
+        """
         history = History.create(batch, model.config.vocab_size, model.device) if penalised(params) else None
-        return cls(model.init_state(batch), [0] * batch, history=history)
+        if context is None:
+            return cls(model.init_state(batch), [0] * batch, history=history)
+        if len(context.lengths) != 1:
+            raise UserError(f"A context of {len(context.lengths)} sequences: give one, such as context.select([0]).")
+        reader = context.select([0] * batch)
+        if history is not None and reader.history is not None:
+            history.seen |= reader.history.seen  # all of it is prompt by now
+        reader.history = history
+        return reader
 
     def fork(self) -> Reader:
         """Return an independent copy."""
@@ -70,6 +81,7 @@ def prefill(
     Raises UserError for a token id outside the model's vocabulary; the reader is then of no further use.
     """
     last: Tensor | None = None
+    before = list(reader.lengths)
     per_row = max(1, chunk // len(prompts))
     empty = np.empty(0, dtype=np.int64)
     for rows in zip_longest(*(rechunk(prompt, per_row) for prompt in prompts), fillvalue=empty):
@@ -98,7 +110,12 @@ def prefill(
         if on_progress is not None:
             on_progress(sum(reader.lengths))
     if last is not None:
-        reader.logits = model.head(last)
+        logits = model.head(last)
+        if reader.logits is not None and any(row == length for row, length in zip(before, reader.lengths, strict=True)):
+            # Of empty prompts after a context, what comes next is known already.
+            grown = torch.tensor([[row < length] for row, length in zip(before, reader.lengths, strict=True)])
+            logits = torch.where(grown.to(logits.device), logits, reader.logits)
+        reader.logits = logits
 
 
 def check_ids(token_ids: TokenIds, vocab_size: int, offset: int) -> None:

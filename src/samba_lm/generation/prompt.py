@@ -24,11 +24,11 @@ CUT_CONTEXT = 200
 CUTS = (re.compile(r"(?<=\S\n)(?=\S)"), re.compile(r"(?<=\S)(?=[ \n]\S)"), re.compile(r"(?<=.)(?=.)", re.DOTALL))
 
 
-def prompt_chunks(prompt: Prompt, tokenizer: Tokenizer) -> Iterator[TokenIds]:
+def prompt_chunks(prompt: Prompt, tokenizer: Tokenizer, begins: bool = True) -> Iterator[TokenIds]:
     """Yield the token ids of a prompt, in one chunk or several.
 
-    An empty prompt becomes the end-of-text token, which is what a document starts after in training. Raises UserError
-    when the prompt is none of the kinds of :data:`Prompt`.
+    Where a text ``begins`` with it, an empty prompt becomes the end-of-text token, which is what a document starts
+    after in training. Raises UserError when the prompt is none of the kinds of :data:`Prompt`.
     """
     empty = True
     for chunk in _chunks(prompt, tokenizer):
@@ -39,7 +39,7 @@ def prompt_chunks(prompt: Prompt, tokenizer: Tokenizer) -> Iterator[TokenIds]:
         if chunk.size:
             empty = False
             yield chunk
-    if empty:
+    if empty and begins:
         if tokenizer.eos_id is None:
             raise UserError(
                 "The prompt is empty and the tokenizer has no end-of-text token to start from: give a text."

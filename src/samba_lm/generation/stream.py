@@ -156,20 +156,22 @@ def stream_pieces(
     chunk: int,
     on_progress: OnProgress | None,
     timing: Timing,
+    context: Reader | None = None,
 ) -> Generator[str, None, None]:
-    """Read a prompt and yield the non-empty pieces of its continuation, keeping `timing` up to date."""
+    """Read a prompt, after a context, and yield the non-empty pieces of what follows, keeping `timing` up to date."""
     # The decorator enters inference mode only while this generator runs: the consumer's own code is not under it.
     answer = Answer(tokenizer, params)
     with evaluating(model):
         began = time.perf_counter()
 
         def note(tokens: int) -> None:
-            timing.prompt_tokens, timing.read_seconds = tokens, time.perf_counter() - began
+            timing.prompt_tokens, timing.read_seconds = tokens - before, time.perf_counter() - began
             if on_progress is not None:
-                on_progress(tokens)
+                on_progress(tokens - before)
 
-        reader = Reader.create(model, params, batch=1)
-        prefill(model, [prompt_chunks(prompt, tokenizer)], reader, chunk, note)
+        reader = Reader.create(model, params, batch=1, context=context)
+        before = reader.lengths[0]
+        prefill(model, [prompt_chunks(prompt, tokenizer, begins=before == 0)], reader, chunk, note)
         while answer.finish is None:
             ids = draw(reader, params, tokenizer.vocab_size)  # waits for the device
             piece = answer.feed(ids[0])
