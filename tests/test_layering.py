@@ -43,7 +43,14 @@ EXTRAS = {
     "liger_kernel": ("bench/peers.py",),
     "mamba_ssm": ("bench/peers.py",),
     "causal_conv1d": ("bench/peers.py",),
+    "fastapi": ("serve/*",),
+    "starlette": ("serve/*",),
+    "uvicorn": ("serve/*",),
+    "prometheus_client": ("serve/*",),
+    "llguidance": ("serve/*",),
 }
+# Rooms that are an extra as a whole: they import its packages anywhere, and only functions import them.
+WHOLE_EXTRAS = {"serve"}
 # The GPU kernels: the public file triton.py of an operation, and what it is made of (triton_forward.py, ...).
 KERNELS = ("ops/*/triton*.py", "ops/triton_math.py")
 PARSERS = {"argparse", "optparse", "getopt", "click", "typer", "tyro", "sys.argv"}
@@ -168,8 +175,11 @@ def _packages(path: str, imports: list[Import]) -> Iterator[tuple[int, str]]:
                         each.line,
                         f"the optional package {extra} is not imported here, only in {owners or 'external.py'}",
                     )
-                elif not each.lazy:
+                elif not each.lazy and room not in WHOLE_EXTRAS:
                     yield each.line, f"the optional package {extra} is imported inside the function that needs it"
+        for other in WHOLE_EXTRAS - {room}:
+            if each.within(f"samba_lm.{other}") and not each.lazy:
+                yield each.line, f"samba_lm.{other} needs an extra: it is imported inside the function that needs it"
         if each.within("torch.distributed.fsdp") and path != "train/parallel.py":
             yield each.line, "only train/parallel.py wraps a model in FSDP"
 
@@ -285,6 +295,8 @@ PLANTED = [
     ("optional package transformers", "model.py", "def f():\n    from transformers import AutoModel"),
     ("optional package pyarrow is imported inside", "data/sources.py", "import pyarrow.parquet as pq"),
     ("optional package torch.utils.tensorboard is im", "train/metrics.py", "from torch.utils.tensorboard import X"),
+    ("optional package fastapi", "engine/engine.py", "def f():\n    import fastapi"),
+    ("serve needs an extra", "cli/serve.py", "from samba_lm.serve import app"),
     ("FSDP", "train/loop.py", "from torch.distributed.fsdp import fully_shard"),
     ("imports argparse", "train/loop.py", "import argparse"),
     ("imports tyro", "config.py", "from tyro.conf import Positional"),
@@ -322,6 +334,8 @@ ALLOWED = [
     ("ops/gla/external.py", "def f():\n    import fla"),
     ("ops/gla/__init__.py", "def f():\n    from samba_lm.ops.gla import triton"),
     ("data/sources.py", "def f():\n    import pyarrow"),
+    ("serve/app.py", "import fastapi"),
+    ("cli/serve.py", "def f():\n    from samba_lm.serve import app"),
     ("train/metrics.py", "def f():\n    from torch.utils.tensorboard import SummaryWriter"),
     ("demo/run.py", "from samba_lm.train import loop\nfrom samba_lm.eval import perplexity"),
     ("convert/official.py", "from pickle import UnpicklingError"),

@@ -36,6 +36,7 @@ COMMANDS = (
     Command("train", "train a model from a recipe, or resume", "samba_lm.cli.train"),
     Command("generate", "continue a prompt of any length", "samba_lm.cli.generate"),
     Command("chat", "talk with a checkpoint, its state kept between turns", "samba_lm.cli.chat"),
+    Command("serve", "answer OpenAI's clients over HTTP", "samba_lm.cli.serve"),
     Command("eval perplexity", "measure perplexity against context length", "samba_lm.cli.eval"),
     Command("convert from-official", "read a checkpoint of the paper's reference code", "samba_lm.cli.convert"),
     Command("convert from-transformers", "read a transformers Llama, Mistral or Mamba", "samba_lm.cli.convert"),

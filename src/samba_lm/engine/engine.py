@@ -290,6 +290,8 @@ class Engine:
             if running.has_read:
                 self._reading.popleft()
                 if running.answer.finish is not None:  # nothing was to be made
+                    if running.request.keep_prompt and running.reader is not None:
+                        running.tell_ready(running.reader.fork())
                     running.end(running.answer.finish)
                 else:
                     self._start(running)
@@ -297,6 +299,8 @@ class Engine:
     def _start(self, running: Running) -> None:
         """Give a sequence a row; what was read tells its first token."""
         assert running.reader is not None
+        if running.request.keep_prompt and not running.unread:
+            running.tell_ready(running.reader.fork())
         running.row = self.slots.put(running.reader.state, running.length)
         running.reader.state.layers.clear()  # it lives in the slot now
         self._running.append(running)
@@ -311,12 +315,24 @@ class Engine:
     def _decode(self) -> None:
         """One token for every running sequence: read the one it made last, and draw the next."""
         running = list(self._running)
+        reading = [(i, one) for i, one in enumerate(running) if one.unread]
         ids = [one.next_token() for one in running]
         if not self._settled:
             self._decoder.set_options([one.request.params for one in running])
             self._settled = True
         drawn, logits = self._decoder.step(ids, [one.length for one in running], self._histories(running))
+        for row, one in reading:
+            if not one.unread:
+                self._has_read(one, row, logits[row : row + 1])
         self._take(running, drawn.tolist(), logits)
+
+    def _has_read(self, running: Running, row: int, logits: torch.Tensor) -> None:
+        """Note what the last token of a prompt told that was read one token a step."""
+        reader = running.reader
+        assert reader is not None
+        reader.logits = logits.clone()
+        if running.request.keep_prompt:
+            running.tell_ready(replace(reader, state=self.slots.take(row), lengths=list(reader.lengths)))
 
     def _histories(self, running: list[Running]) -> History | None:
         """What the penalties look at, a row for each; None where nobody asks for any."""

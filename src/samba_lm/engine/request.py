@@ -30,6 +30,8 @@ class Request:
     """Those of the prompt's tokens too."""
     keep: bool = False
     """Give the state at the end back, to go on from."""
+    keep_prompt: bool = False
+    """Give the state at the end of the prompt too, as soon as that was read."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,13 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Ready:
+    """The prompt is read: where the sequence stands, if that was asked for."""
+
+    reader: Reader
+
+
+@dataclass(frozen=True)
 class End:
     """The last event of a request."""
 
@@ -79,7 +88,7 @@ class End:
     """and from there to the end."""
 
 
-Event = Piece | Progress | End
+Event = Piece | Progress | Ready | End
 Sink = Callable[[Event], None]
 """Takes a request's events, on the engine's thread: it must return at once and raise nothing."""
 

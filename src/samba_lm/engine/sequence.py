@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from samba_lm.engine.request import End, Finish, Piece, Progress, Request, Sink, Token
+from samba_lm.engine.request import End, Finish, Piece, Progress, Ready, Request, Sink, Token
 from samba_lm.errors import UserError
 from samba_lm.generation.prefill import Reader, check_ids, prefill
 from samba_lm.generation.prompt import TokenIds
@@ -130,6 +130,11 @@ class Sequence:
         made = (token or Token(token_id),) if self.answer.tokens > before else ()
         if text or made:
             self._sink(Piece(text, made))
+
+    def tell_ready(self, reader: Reader) -> None:
+        """Hand out where the sequence stands after its prompt, for others to begin from; penalties are its own."""
+        reader.history = None
+        self._sink(Ready(reader))
 
     def settle(self, state: State) -> None:
         """Keep the state that the sequence's row had."""

@@ -1,0 +1,157 @@
+"""``POST /v1/completions``: texts and token ids continued as they are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+from samba_lm.engine.request import End, Piece, Request, Token
+from samba_lm.generation.prompt import TokenIds, prompt_chunks
+from samba_lm.serve import sse
+from samba_lm.serve.answers import Answer, gather, new_id, reason
+from samba_lm.serve.contexts import Context
+from samba_lm.serve.errors import ApiError
+from samba_lm.serve.jobs import Job
+from samba_lm.serve.models import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
+from samba_lm.serve.service import Service
+from samba_lm.serve.words import Words
+
+DEFAULT_MAX_TOKENS = 16
+
+
+@dataclass
+class Prompts:
+    """What a request wants continued: token ids, and the texts that ``echo`` shows."""
+
+    ids: list[TokenIds]
+    texts: list[str]
+
+
+async def read_prompts(service: Service, request: CompletionRequest, context: Context | None) -> Prompts:
+    """The prompts of a request, within the limits. Raises ApiError or UserError for those that are not."""
+    given = request.prompt
+    several: list[Any] = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+    most = service.settings.max_prompts
+    if len(several) > most:
+        raise ApiError(400, f"{len(several)} prompts are above this server's limit of {most}.", param="prompt")
+    prompts = Prompts([], [])
+    tokenizer = service.engine.tokenizer
+    for one in several:
+        ids = await service.encode(one) if isinstance(one, str) else service.token_ids(one)
+        if not ids.size and context is None:
+            ids = next(prompt_chunks("", tokenizer))
+        service.check_length(ids)
+        prompts.ids.append(ids)
+        if request.echo:
+            prompts.texts.append(one if isinstance(one, str) else tokenizer.decode(ids))
+    return prompts
+
+
+class Completions:
+    """One request on its way. Made, it is in the engine's queue; raises what refuses it."""
+
+    def __init__(self, service: Service, request: CompletionRequest, prompts: Prompts, context: Context | None) -> None:
+        self._service, self._request, self._prompts = service, request, prompts
+        params = service.params(request, request.max_tokens, DEFAULT_MAX_TOKENS)
+        self._copies = request.n or 1
+        self._count = self._copies * len(prompts.ids)
+        if request.stream and request.echo and request.logprobs is not None:
+            raise ApiError(400, "echo with logprobs cannot be streamed: leave one of the three out.", param="stream")
+        requests = [
+            Request(
+                (ids,) if ids.size else (),
+                params,
+                None if context is None else context.reader,
+                logprobs=request.logprobs,
+                prompt_logprobs=bool(request.echo) and request.logprobs is not None,
+            )
+            for ids in prompts.ids
+        ]
+        self._read = sum(ids.size for ids in prompts.ids)
+        self._cached = 0 if context is None else context.tokens * len(prompts.ids)
+        self._head: dict[str, Any] = {
+            "id": new_id("cmpl"),
+            "created": int(time.time()),
+            "model": service.settings.model_name,
+        }
+        service.metrics.cached_tokens.inc(self._cached)
+        self._job = Job(service.bridge, requests, self._copies)
+
+    async def whole(self) -> Completion:
+        """The answer, when it is complete."""
+        answers = await gather(self._job, self._count)
+        first = [answers[i - i % self._copies] for i in range(self._count)]  # it has read the prompt
+        choices = [self._choice(i, *pair) for i, pair in enumerate(zip(answers, first, strict=True))]
+        made = sum(answer.end.new_tokens for answer in answers if answer.end is not None)
+        return Completion(**self._head, choices=choices, usage=self._usage(made))
+
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        """The answer as events."""
+        head = self._head | {"object": "text_completion"}
+        options = self._request.stream_options
+        usage = options is not None and options.include_usage
+        rest = {"usage": None} if usage else {}
+        offsets = [0] * self._count
+        if self._request.echo:
+            for i in range(self._count):
+                text = self._prompts.texts[i // self._copies]
+                offsets[i] = len(text)
+                choice = {"index": i, "text": text, "logprobs": None, "finish_reason": None}
+                yield sse.data(head | {"choices": [choice]} | rest)
+        made = 0
+        async for batch in self._job.events(self._service.settings.keep_alive_seconds):
+            out = [] if batch else [sse.KEEP_ALIVE]
+            for index, event in batch:
+                choice = {"index": index, "text": "", "logprobs": None, "finish_reason": None}
+                if isinstance(event, Piece):
+                    choice["text"] = event.text
+                    if self._request.logprobs is not None:
+                        choice["logprobs"] = self._logprobs(event.tokens, offsets[index]).model_dump()
+                        offsets[index] += len(event.text)
+                elif isinstance(event, End):
+                    choice["finish_reason"] = reason(event)
+                    made += event.new_tokens
+                else:
+                    continue
+                out.append(sse.data(head | {"choices": [choice]} | rest))
+            if out:
+                yield b"".join(out)
+        if usage:
+            yield sse.data(head | {"choices": [], "usage": self._usage(made).model_dump()})
+        yield sse.DONE
+
+    def close(self) -> None:
+        """Cancel what still runs."""
+        self._job.close()
+
+    def _usage(self, made: int) -> Any:
+        return self._service.usage(self._read + self._cached, made, self._cached)
+
+    def _choice(self, index: int, answer: Answer, first: Answer) -> CompletionChoice:
+        echo = self._prompts.texts[index // self._copies] if self._request.echo else ""
+        logprobs = None
+        if self._request.logprobs is not None:
+            prompt = first.end.prompt if first.end is not None else ()
+            logprobs = self._logprobs((*prompt, *answer.tokens), 0)
+        return CompletionChoice(index=index, text=echo + answer.text, logprobs=logprobs, finish_reason=answer.reason)
+
+    def _logprobs(self, tokens: tuple[Token, ...], offset: int) -> CompletionLogprobs:
+        words = self._service.words
+        shown = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        for token in tokens:
+            shown.tokens.append(words.text(token.id))
+            shown.token_logprobs.append(token.logprob)
+            shown.top_logprobs.append(None if token.logprob is None else top(token, words))
+            shown.text_offset.append(offset)
+            offset += len(words.bytes(token.id).decode(errors="ignore"))
+        return shown
+
+
+def top(token: Token, words: Words) -> dict[str, float]:
+    """The likeliest tokens by their texts; of two with the same text, the likelier."""
+    found: dict[str, float] = {}
+    for token_id, logprob in token.top:
+        found.setdefault(words.text(token_id), logprob)
+    return found

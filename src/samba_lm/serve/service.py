@@ -1,0 +1,103 @@
+"""What all endpoints share: the engine, the limits, and the words for tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from samba_lm.engine.engine import Engine
+from samba_lm.generation.params import SamplingParams
+from samba_lm.generation.prefill import check_ids
+from samba_lm.generation.prompt import TokenIds
+from samba_lm.serve.errors import ApiError
+from samba_lm.serve.jobs import Bridge
+from samba_lm.serve.metrics import Metrics
+from samba_lm.serve.models import Sampling, Usage
+from samba_lm.serve.settings import Settings
+from samba_lm.serve.templates import PlainTemplate
+from samba_lm.serve.words import Words
+
+SHORT = 4096
+"""Characters that are turned into tokens at once; longer texts must not hold the event loop."""
+
+
+@dataclass
+class Service:
+    """One server's parts."""
+
+    engine: Engine
+    settings: Settings
+    metrics: Metrics
+    words: Words
+    bridge: Bridge
+    template: PlainTemplate
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ApiError for another model's name."""
+        if name is not None and name != self.settings.model_name:
+            raise ApiError(
+                404,
+                f"There is no model {name[:100]!r}: this server has {self.settings.model_name!r}.",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def encode(self, text: str) -> TokenIds:
+        """The tokens of a text."""
+        encode = self.engine.tokenizer.encode
+        return encode(text) if len(text) <= SHORT else await asyncio.to_thread(encode, text)
+
+    def token_ids(self, ids: list[int]) -> TokenIds:
+        """Token ids that a client gave. Raises UserError for one that the model does not know."""
+        array = np.array(ids, dtype=np.int64)
+        check_ids(array, self.engine.model.config.vocab_size, 0)
+        return array
+
+    def check_length(self, tokens: TokenIds) -> None:
+        """Raise ApiError for a prompt above the limit."""
+        most = self.settings.max_prompt_tokens
+        if tokens.size > most:
+            raise ApiError(
+                400,
+                f"The prompt has {tokens.size:,} tokens, the limit is {most:,}: shorten it, or make a context of it "
+                "(POST /v1/contexts).",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+
+    def params(self, request: Sampling, max_tokens: int | None, default: int) -> SamplingParams:
+        """How a request wants its texts. Raises ApiError for more than is allowed."""
+        most = self.settings.max_tokens
+        if max_tokens is None:
+            max_tokens = min(default, most)
+        if max_tokens > most:
+            raise ApiError(400, f"max_tokens={max_tokens} is above this server's limit of {most}.", param="max_tokens")
+        copies = request.n or 1
+        if copies > self.settings.max_choices:
+            raise ApiError(400, f"n={copies} is above this server's limit of {self.settings.max_choices}.", param="n")
+        given = {
+            name: value
+            for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+                         "frequency_penalty")
+            if (value := getattr(request, name)) is not None
+        }  # fmt: skip
+        stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+        seed = time.time_ns() if request.seed is None else request.seed
+        return SamplingParams(
+            max_tokens=max_tokens, stop=stop, seed=seed % 2**64, stop_at_eos=not request.ignore_eos, **given
+        )
+
+    def usage(self, prompt: int, made: int, cached: int) -> Usage:
+        details = {"cached_tokens": cached}
+        return Usage.model_validate(
+            {
+                "prompt_tokens": prompt,
+                "completion_tokens": made,
+                "total_tokens": prompt + made,
+                "prompt_tokens_details": details,
+            }
+        )

@@ -1,0 +1,41 @@
+"""What a server is told when it starts: where it listens, what it allows, how long it waits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """See the fields. Times are in seconds, sizes in bytes."""
+
+    model_name: str
+    """What clients call the model."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0: any free one."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages of other origins that may call: ``https://example.org``, or ``*`` for all."""
+    max_tokens: int = 4096
+    """Tokens that one answer may have."""
+    max_prompt_tokens: int = 1 << 21
+    """Tokens that one prompt may have, what stands in a context not counted."""
+    max_prompts: int = 256
+    """Prompts of one request."""
+    max_choices: int = 16
+    """Answers to one prompt, ``n``."""
+    max_body: int = 32 * MIB
+    cache_bytes: int = 256 * MIB
+    """For the states of conversations, so that the next turn does not read the last ones again; 0: none are kept."""
+    max_contexts: int = 1024
+    """Contexts of one key."""
+    header_seconds: float = 10.0
+    """A connection must have sent its request's head by then,"""
+    body_seconds: float = 60.0
+    """and the body by then."""
+    drain_seconds: float = 30.0
+    """What runs may go on so long after the server was told to stop."""
+    keep_alive_seconds: float = 15.0
+    """A stream without news gets a comment so often, or proxies would take it for dead."""
