@@ -17,6 +17,7 @@ from samba_lm.contexts.token_hash import TokenHash
 from samba_lm.errors import UserError
 from samba_lm.generation.prefill import Reader
 from samba_lm.generation.sampling import History
+from samba_lm.generation.stream import advance
 from samba_lm.model import Layer, SambaLM
 from samba_lm.span import Cursor
 from samba_lm.state import State
@@ -61,6 +62,8 @@ class Snapshot:
     def of(cls, reader: Reader, read: TokenHash, title: str = "") -> Snapshot:
         """A copy of where one sequence stands; ``read``: the hash of the ``reader.lengths[0]`` tokens it has read.
 
+        The reader's logits must be those after its last token; for what an engine gives back see :meth:`of_answer`.
+
         Raises UserError when nothing was read yet.
         """
         if reader.logits is None:
@@ -68,6 +71,16 @@ class Snapshot:
         assert reader.lengths == [read.tokens], f"{reader.lengths} tokens were read, {read.tokens} hashed"
         seen = None if reader.history is None else reader.history.seen.clone()
         return cls(reader.state.fork(), reader.logits.clone(), read, title, seen=seen)
+
+    @classmethod
+    def of_answer(cls, model: SambaLM, reader: Reader, last: int, read: TokenHash, title: str = "") -> Snapshot:
+        """A copy of where an engine's answer ended (``End.reader``), after its last token (``End.last``) too.
+
+        ``read``: the hash of all its tokens, the last one among them.
+        """
+        reader = reader.fork()
+        advance(model, reader, [last])
+        return cls.of(reader, read, title)
 
     @property
     def tokens(self) -> int:
