@@ -159,5 +159,6 @@ def test_on_the_gpu(compiled: bool) -> None:
         losses.append([train_step(model, optimizer, data, settings, gpu, step=i + 1)[0] for i in range(20)])
     assert math.isfinite(losses[1][-1])
     assert losses[0] != losses[1]
-    assert losses[1][-1] < 0.8 * losses[1][0]
-    assert all(abs(a - b) < 0.1 for a, b in zip(*losses, strict=True))
+    fell = [one[0] - one[-1] for one in losses]  # not step by step: what rounding does to the first steps is larger
+    assert fell[0] > 1
+    assert fell[1] > 0.8 * fell[0], losses
