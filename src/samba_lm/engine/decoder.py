@@ -33,7 +33,8 @@ class Decoder:
         self._options = Options.of([SamplingParams(temperature=0)] * slots.capacity, vocab_size, device)
         self._ids = torch.zeros(slots.capacity, dtype=torch.int64, device=device)
         self._positions = torch.zeros_like(self._ids)
-        self._graphs: dict[tuple[int, str], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._graphs: dict[tuple[int, str, bool], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._bias: Tensor | None = None  # made when it is first asked for
         self._reserved = slots.reserved
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
@@ -44,12 +45,15 @@ class Decoder:
             held[: len(params)].copy_(getattr(options, name))
         self._options = replace(self._options, greedy=options.greedy, most=options.most, cut=options.cut)
 
-    def step(self, ids: Sequence[int], positions: Sequence[int], history: History | None) -> tuple[Tensor, Tensor]:
+    def step(
+        self, ids: Sequence[int], positions: Sequence[int], history: History | None, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Read one token of each of the first rows.
 
         Args:
             ids: the tokens. positions: the index that the drawn token of each row will have.
             history: for the penalties, of these rows; None: none has any.
+            bias: fp32 [n, vocab_size] on the CPU, see :func:`samba_lm.generation.sampling.sample`.
 
         Returns the tokens drawn, int64 [n], and the logits [n, V] they were drawn from, valid until the next step.
         """
@@ -61,30 +65,36 @@ class Decoder:
             host = host.pin_memory()
         self._ids[:count].copy_(host[0], non_blocking=True)
         self._positions[:count].copy_(host[1], non_blocking=True)
+        if bias is not None:
+            if self._bias is None:
+                self._bias = torch.zeros(self._slots.capacity, self._vocab_size, device=self._device)
+            bias = bias.pin_memory() if self._device.type == "cuda" else bias
+            self._bias[:count].copy_(bias, non_blocking=True)
         if self._device.type == "cuda" and history is None:
-            drawn, logits = self._replay(size, longest)
+            drawn, logits = self._replay(size, longest, bias is not None)
         else:
-            drawn, logits = self._run(size, longest, history, count)
+            drawn, logits = self._run(size, longest, history, count, bias is not None)
         return drawn[:count], logits[:count]
 
-    def _run(self, size: int, longest: int, history: History | None, count: int) -> tuple[Tensor, Tensor]:
+    def _run(self, size: int, longest: int, history: History | None, count: int, biased: bool) -> tuple[Tensor, Tensor]:
         logits = self._slots.step(self._ids[:size], longest)
         rows = slice(0, size if history is None else count)
         options = self._options.rows(rows)
-        return sample(logits[rows], options, self._positions[rows], history, self._vocab_size), logits
+        bias = self._bias[rows] if biased and self._bias is not None else None
+        return sample(logits[rows], options, self._positions[rows], history, self._vocab_size, bias), logits
 
-    def _replay(self, size: int, longest: int) -> tuple[Tensor, Tensor]:
+    def _replay(self, size: int, longest: int, biased: bool) -> tuple[Tensor, Tensor]:
         if self._reserved != self._slots.reserved:  # the states have moved
             self._graphs.clear()
             self._reserved = self._slots.reserved
         mode = GREEDY if self._options.greedy else CUT if self._options.cut else PLAIN
-        if (size, mode) not in self._graphs:
-            self._graphs[size, mode] = self._record(size, longest)
-        graph, drawn, logits = self._graphs[size, mode]
+        if (size, mode, biased) not in self._graphs:
+            self._graphs[size, mode, biased] = self._record(size, longest, biased)
+        graph, drawn, logits = self._graphs[size, mode, biased]
         graph.replay()
         return drawn, logits
 
-    def _record(self, size: int, longest: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    def _record(self, size: int, longest: int, biased: bool) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         # Running it moves states on: those of the rows in use are put back.
         kept = self._slots.rows(0, size).fork()
         stream = torch.cuda.Stream(self._device)
@@ -92,10 +102,10 @@ class Decoder:
         options, self._options = self._options, replace(self._options, most=None)  # one graph for every top-k
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
-                self._run(size, longest, None, size)
+                self._run(size, longest, None, size, biased)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-                drawn, logits = self._run(size, longest, None, size)
+                drawn, logits = self._run(size, longest, None, size, biased)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         self._options = options
         self._slots.restore(kept, size)

@@ -309,7 +309,9 @@ class Engine:
         if logits is not None and not running.unread:
             options = Options.of([running.request.params], self.tokenizer.vocab_size, logits.device)
             position = torch.tensor([running.length], device=logits.device)
-            ids = sample(logits, options, position, running.reader.history, self.tokenizer.vocab_size)
+            bias = self._biases([running])
+            bias = None if bias is None else bias.to(logits.device)
+            ids = sample(logits, options, position, running.reader.history, self.tokenizer.vocab_size, bias)
             self._take([running], ids.tolist(), logits)
 
     def _decode(self) -> None:
@@ -320,7 +322,8 @@ class Engine:
         if not self._settled:
             self._decoder.set_options([one.request.params for one in running])
             self._settled = True
-        drawn, logits = self._decoder.step(ids, [one.length for one in running], self._histories(running))
+        bias = self._biases(running)
+        drawn, logits = self._decoder.step(ids, [one.length for one in running], self._histories(running), bias)
         for row, one in reading:
             if not one.unread:
                 self._has_read(one, row, logits[row : row + 1])
@@ -334,6 +337,12 @@ class Engine:
         if running.request.keep_prompt:
             running.tell_ready(replace(reader, state=self.slots.take(row), lengths=list(reader.lengths)))
 
+    def _biases(self, running: list[Running]) -> torch.Tensor | None:
+        """What is added to the logits, a row for each, on the CPU; None where nobody asks for it."""
+        if not any(one.biased for one in running):
+            return None
+        return torch.stack([one.bias() for one in running])
+
     def _histories(self, running: list[Running]) -> History | None:
         """What the penalties look at, a row for each; None where nobody asks for any."""
         if not any(penalised(one.request.params) for one in running):
@@ -344,7 +353,11 @@ class Engine:
 
     def _take(self, running: list[Running], ids: list[int], logits: torch.Tensor) -> None:
         """Tell each sequence its next token; those that have ended leave their rows."""
-        told = [(i, one) for i, one in enumerate(running) if not one.unread and one.answer.finish is None]
+        told = [
+            (i, one)
+            for i, one in enumerate(running)
+            if not one.unread and one.answer.finish is None and one.error is None
+        ]
         asked = [(i, one) for i, one in told if one.request.logprobs is not None]
         reports: dict[int, Token] = {}
         if asked:

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from samba_lm.generation.params import SamplingParams
 from samba_lm.generation.prefill import Reader
 from samba_lm.generation.prompt import TokenIds
 
 Finish = Literal["length", "stop", "eos", "cancelled", "error"]
+
+
+class Guide(Protocol):
+    """Says which tokens may come next in one text; called on the engine's thread. May raise UserError."""
+
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        """[the tokenizer's vocab_size], with at least one token: the end-of-text one where the text is complete."""
+
+    def take(self, token_id: int) -> None:
+        """The token that was drawn."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,8 @@ class Request:
     """The log-probabilities of each token made and of so many of the likeliest; None: none."""
     prompt_logprobs: bool = False
     """Those of the prompt's tokens too."""
+    guide: Callable[[], Guide] | None = None
+    """Makes what limits the tokens of the answer; None: all are allowed."""
     keep: bool = False
     """Give the state at the end back, to go on from."""
     keep_prompt: bool = False

@@ -13,7 +13,7 @@ from samba_lm.engine.request import End, Finish, Piece, Progress, Ready, Request
 from samba_lm.errors import UserError
 from samba_lm.generation.prefill import Reader, check_ids, prefill
 from samba_lm.generation.prompt import TokenIds
-from samba_lm.generation.sampling import NOT_FINITE, History, require_finite
+from samba_lm.generation.sampling import NOT_FINITE, History, bias_of, require_finite
 from samba_lm.generation.stream import Answer
 from samba_lm.model import SambaLM
 from samba_lm.state import State
@@ -32,6 +32,8 @@ class Sequence:
     def __init__(self, request: Request, tokenizer: Tokenizer, sink: Sink) -> None:
         self.request = request
         self.answer = Answer(tokenizer, request.params)
+        self._bias = bias_of(request.params, tokenizer.vocab_size)
+        self._guide = None if request.guide is None else request.guide()
         self.cancelled = False
         self.error: BaseException | None = None
         self.reader: Reader | None = None
@@ -52,6 +54,25 @@ class Sequence:
         """Tokens of the sequence: read, and the one made last."""
         assert self.reader is not None
         return self.reader.lengths[0]
+
+    @property
+    def biased(self) -> bool:
+        """Whether :meth:`bias` has something to say."""
+        return self._bias is not None or self._guide is not None
+
+    def bias(self) -> torch.Tensor:
+        """What is added to the logits of the next token, fp32 [vocab_size], on the CPU."""
+        bias = torch.zeros(self._tokenizer.vocab_size) if self._bias is None else self._bias
+        if self._guide is None or self.unread:
+            return bias
+        try:
+            allowed = torch.from_numpy(self._guide.allowed())
+            if not allowed.any():
+                raise UserError("The answer's grammar allows no token here: it cannot be completed.")
+        except UserError as error:
+            self.error = error
+            return bias
+        return bias.masked_fill(~allowed, -torch.inf)
 
     @property
     def history(self) -> History | None:
@@ -127,6 +148,8 @@ class Sequence:
             history.add(torch.tensor([token_id], device=history.seen.device))
         if self.answer.finish is not None:
             text += self.answer.flush()
+        elif self._guide is not None:
+            self._guide.take(token_id)
         made = (token or Token(token_id),) if self.answer.tokens > before else ()
         if text or made:
             self._sink(Piece(text, made))

@@ -45,6 +45,8 @@ class SamplingParams:
     """The text ends before the first of these strings; a single string may be given as it is."""
     stop_ids: tuple[int, ...] = ()
     """The text ends before any of these tokens."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Pairs of a token id and a number that is added to its logit, after the penalties; -100 all but rules it out."""
     stop_at_eos: bool = True
     """End at the tokenizer's end-of-text token; False: go on with the next document."""
 
@@ -52,6 +54,7 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop, "strings")
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_ids", _tuple("stop_ids", self.stop_ids, "token ids"))
+        object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
         _check("temperature", self.temperature, float, lambda t: t >= 0, "0 (greedy) or more")
         _check("top_p", self.top_p, float, lambda p: 0 < p <= 1, "more than 0 and at most 1 (1 turns it off)")
         _check("min_p", self.min_p, float, lambda p: 0 <= p <= 1, "from 0 (off) to 1")
@@ -91,6 +94,16 @@ def _check(name: str, value: float, kind: type, ok: Callable[[Any], bool], allow
     if not (right_kind and (kind is int or abs(value) <= sys.float_info.max) and ok(value)):
         shown = "a very large integer" if isinstance(value, int) and value.bit_length() > 1024 else repr(value)
         raise UserError(f"{name}={shown} is out of range: it must be {allowed}.")
+
+
+def _pairs(values: Iterable[Any]) -> tuple[tuple[int, float], ...]:
+    pairs = tuple(tuple(pair) if isinstance(pair, list | tuple) else (pair,) for pair in values)
+    for pair in pairs:
+        if len(pair) != 2:
+            raise UserError(f"logit_bias={values!r} must hold pairs of a token id and a number.")
+        _check("logit_bias", pair[0], int, lambda i: 0 <= i < 2**31, "pairs whose first is a token id")
+        _check("logit_bias", pair[1], float, lambda b: abs(b) <= 1e4, "pairs whose second is from -1e4 to 1e4")
+    return pairs
 
 
 def _tuple(name: str, values: Iterable[Any], of: str) -> tuple[Any, ...]:

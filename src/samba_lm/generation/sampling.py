@@ -78,6 +78,20 @@ class Options:
         return replace(self, **views)
 
 
+def bias_of(params: SamplingParams, vocab_size: int) -> Tensor | None:
+    """The bias fp32 [vocab_size] that one sequence asks for, on the CPU. Raises UserError for an id beyond."""
+    if not params.logit_bias:
+        return None
+    bias = torch.zeros(vocab_size)
+    for token_id, value in params.logit_bias:
+        if token_id >= vocab_size:
+            raise UserError(
+                f"logit_bias names token {token_id}, but the tokenizer has {vocab_size}: give ids below that."
+            )
+        bias[token_id] = value
+    return bias
+
+
 def penalised(params: SamplingParams) -> bool:
     """Whether a sequence with these options needs a history."""
     return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
@@ -123,6 +137,7 @@ def sample(
     positions: Tensor,
     history: History | None = None,
     vocab_size: int | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Draw the next token of B sequences.
 
@@ -131,6 +146,7 @@ def sample(
         positions: int64 [B], the index the drawn token will have in its sequence.
         history: what the penalties look at, as wide as the logits; None: no penalties.
         vocab_size: columns from here on are padding and never drawn; None: all of V'.
+        bias: fp32 [B or 1, vocab_size], added after the penalties; -inf rules a token out.
 
     Returns int64 [B], NOT_FINITE where the largest logit is no finite number. On a GPU nothing is waited for.
     """
@@ -138,6 +154,8 @@ def sample(
     if history is not None:
         logits = penalise(logits, options, history)
     logits = logits[:, :vocab_size]
+    if bias is not None:
+        logits = logits + bias
     best, ids = logits.max(dim=-1)
     # One comparison catches NaN and both infinities: such logits come from weights that diverged.
     finite = torch.isfinite(best)

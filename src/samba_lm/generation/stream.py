@@ -14,7 +14,7 @@ from samba_lm.errors import UserError
 from samba_lm.generation.params import SamplingParams
 from samba_lm.generation.prefill import OnProgress, Reader, prefill
 from samba_lm.generation.prompt import Prompt, prompt_chunks
-from samba_lm.generation.sampling import Options, require_finite, sample
+from samba_lm.generation.sampling import Options, bias_of, require_finite, sample
 from samba_lm.model import SambaLM, evaluating
 from samba_lm.tokenizer import Tokenizer
 
@@ -196,7 +196,9 @@ def draw(reader: Reader, params: SamplingParams, vocab_size: int) -> list[int]:
     assert reader.logits is not None, "nothing was read yet"
     options = Options.of([params] * len(reader.lengths), vocab_size, reader.logits.device)
     positions = torch.tensor(reader.lengths).to(reader.logits.device)
-    ids: list[int] = sample(reader.logits, options, positions, reader.history, vocab_size).tolist()
+    bias = bias_of(params, vocab_size)
+    bias = None if bias is None else bias[None].to(reader.logits.device)
+    ids: list[int] = sample(reader.logits, options, positions, reader.history, vocab_size, bias).tolist()
     require_finite(ids)
     return ids
 
