@@ -107,7 +107,7 @@ class TrainSection(Section):
     float8: bool = False
     """Compute the large linear maps by float8 products, forward and backward: on NVIDIA GPUs of compute capability 8.9
     or higher (H100), with dtype bfloat16. Parameters, optimizer, head and everything else stay as they are.
-    Experimental: a step is a fifth shorter, but in 300 steps of samba-421m the loss stayed 0.09 nats behind bfloat16's."""
+    Experimental: a step is a fifth shorter, but after 300 steps of samba-421m the loss was 0.09 nats behind."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What backward computes again to save memory. none: nothing; selective: what costs next to nothing, on a GPU and
     without compile; full: each layer from its input, much less memory, about a third slower."""
