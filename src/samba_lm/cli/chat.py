@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from tyro.conf import OmitArgPrefixes, Positional
 
 from samba_lm.cli.generate import SamplingOptions, open_stdin
-from samba_lm.cli.model import CheckpointName, Dtype, load_with_tokenizer
+from samba_lm.cli.model import CheckpointName, ContextFile, Dtype, load_context, load_with_tokenizer
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError, did_you_mean
 from samba_lm.files import write_text
@@ -41,6 +41,8 @@ class Chat:
     """A checkpoint folder, or a training run's: its newest checkpoint."""
     system: str | None = None
     """What stands before the first message."""
+    context: ContextFile = None
+    """Talk about what was read into this file of `samba-lm context save`."""
     sampling: OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
     chunk: int = DEFAULT_CHUNK
     """Tokens of a message read at once: more is faster and takes more memory."""
@@ -57,7 +59,11 @@ def main(argv: list[str]) -> None:
 
     stdin = open_stdin()
     model, tokenizer = load_with_tokenizer(command.checkpoint, command.device, command.dtype)
-    session = ChatSession(model, tokenizer, command.system, params=command.sampling, chunk=command.chunk)
+    snapshot = load_context(command.context, model, tokenizer)
+    context = None if snapshot is None else snapshot.reader()
+    session = ChatSession(
+        model, tokenizer, command.system, params=command.sampling, chunk=command.chunk, context=context
+    )
     interactive = stdin.isatty()
     if interactive:
         import readline  # noqa: F401 - gives input() line editing and a history

@@ -8,14 +8,14 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal, Protocol, TextIO
 
 import tyro
 from rich.console import Console
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 from tyro.constructors import PrimitiveConstructorSpec
 
-from samba_lm.cli.model import CheckpointName, Dtype, load_with_tokenizer
+from samba_lm.cli.model import CheckpointName, ContextFile, Dtype, load_context, load_with_tokenizer
 from samba_lm.cli.output import JsonFile, write_json
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError
@@ -27,6 +27,7 @@ from samba_lm.train.progress import count
 if TYPE_CHECKING:
     import torch
 
+    from samba_lm.contexts.snapshot import Snapshot
     from samba_lm.generation.stream import Timing
     from samba_lm.model import SambaLM
     from samba_lm.tokenizer import Tokenizer
@@ -68,6 +69,8 @@ class Generate:
     """The text to continue."""
     prompt_file: Path | None = None
     """A UTF-8 file to continue; `-` is the standard input. It is read in pieces, never whole."""
+    context: ContextFile = None
+    """Go on from this file of `samba-lm context save`; a prompt follows what was read there."""
     sampling: OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
     chunk: int = DEFAULT_CHUNK
     """Prompt tokens read at once: more is faster and takes more memory."""
@@ -90,7 +93,9 @@ def main(argv: list[str]) -> None:
             prompt: Prompt = command.prompt or ""
         else:
             prompt = encode_pieces(read_text(file, str(path or "The standard input")), tokenizer)
-        _generate(command, model, tokenizer, prompt, None if path is None else file)
+        context = load_context(command.context, model, tokenizer)
+        told = None if path is None else file
+        write_continuation(command, model, tokenizer, prompt, command.sampling, told, context)
 
 
 def _open_prompt(command: Generate, stack: contextlib.ExitStack) -> BinaryIO | None:
@@ -114,7 +119,30 @@ def open_stdin() -> TextIO:
     return sys.stdin
 
 
-def _generate(command: Generate, model: SambaLM, tokenizer: Tokenizer, prompt: Prompt, file: BinaryIO | None) -> None:
+class Command(Protocol):
+    """What is asked of a command that writes a text, besides the text."""
+
+    @property
+    def checkpoint(self) -> str: ...
+    @property
+    def chunk(self) -> int: ...
+    @property
+    def dtype(self) -> Dtype | None: ...
+    @property
+    def json(self) -> Path | None: ...
+
+
+def write_continuation(
+    command: Command,
+    model: SambaLM,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    sampling: SamplingParams,
+    file: BinaryIO | None,
+    context: Snapshot | None = None,
+    strip: bool = False,
+) -> None:
+    """Read a prompt and write what follows; ``file``: tells how far it was read; ``strip``: no space comes first."""
     from samba_lm.generation.api import stream
 
     with Console(stderr=True).status("reading the prompt") as status:  # silent unless stderr is a terminal
@@ -122,19 +150,23 @@ def _generate(command: Generate, model: SambaLM, tokenizer: Tokenizer, prompt: P
             model,
             tokenizer,
             prompt,
-            command.sampling,
+            sampling,
             chunk=command.chunk,
+            context=None if context is None else context.reader(),
             on_progress=lambda tokens: status.update(f"reading the prompt: {tokens:,} tokens{file_share(file)}"),
         )
         try:
             for piece in text:
                 status.stop()
+                if strip:
+                    piece = piece.lstrip()
+                    strip = not piece
                 print(piece, end="", flush=True)
             interrupted = False
         except KeyboardInterrupt:
             interrupted = True
     print(flush=True)
-    _report(command, text.timing, model.device, interrupted)
+    _report(command, sampling, text.timing, model.device, interrupted, context)
     if interrupted:
         raise KeyboardInterrupt
 
@@ -147,11 +179,19 @@ def file_share(file: BinaryIO | None) -> str:
     return f", {100 * min(place, size) // size}% of {count(size)}B" if size else ""
 
 
-def _report(command: Generate, timing: Timing, device: torch.device, interrupted: bool) -> None:
+def _report(
+    command: Command,
+    sampling: SamplingParams,
+    timing: Timing,
+    device: torch.device,
+    interrupted: bool,
+    context: Snapshot | None,
+) -> None:
     memory = _peak_memory(device)
+    before = "" if context is None else f"went on after {context.tokens:,} tokens of {context.title!r}, "
     ending = "interrupted" if interrupted else timing.finish
     print(
-        f"read {timing.prompt_tokens:,} tokens in {timing.read_seconds:.2f} s "
+        f"{before}read {timing.prompt_tokens:,} tokens in {timing.read_seconds:.2f} s "
         f"({timing.read_tokens_per_second:,.0f} tokens/s), "
         f"made {timing.new_tokens:,} in {timing.decode_seconds:.2f} s "
         f"({timing.decode_tokens_per_second:,.1f} tokens/s), "
@@ -163,7 +203,8 @@ def _report(command: Generate, timing: Timing, device: torch.device, interrupted
             "checkpoint": command.checkpoint,
             "device": str(device),
             "dtype": command.dtype,
-            "sampling": dataclasses.asdict(command.sampling),
+            "sampling": dataclasses.asdict(sampling),
+            "context_tokens": 0 if context is None else context.tokens,
             **dataclasses.asdict(timing),
             "read_tokens_per_second": timing.read_tokens_per_second,
             "decode_tokens_per_second": timing.decode_tokens_per_second,

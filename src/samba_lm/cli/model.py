@@ -11,11 +11,14 @@ import tyro
 from samba_lm.errors import UserError
 
 if TYPE_CHECKING:
+    from samba_lm.contexts.snapshot import Snapshot
     from samba_lm.model import SambaLM
     from samba_lm.tokenizer import Tokenizer
 
 Dtype = Literal["float32", "bfloat16"]
 CheckpointName = Annotated[str, tyro.conf.arg(metavar="CKPT")]
+ContextFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+"""The option ``--context``, for :func:`load_context`."""
 
 
 def load(name: str, device: str, dtype: Dtype | None) -> tuple[SambaLM, Tokenizer | None]:
@@ -44,3 +47,12 @@ def load_with_tokenizer(name: str, device: str, dtype: Dtype | None) -> tuple[Sa
             f"{name} has no tokenizer, so it can neither read nor write text: put its tokenizer.json there."
         )
     return model, tokenizer
+
+
+def load_context(path: Path | None, model: SambaLM, tokenizer: Tokenizer) -> Snapshot | None:
+    """The snapshot in a file of `samba-lm context save`, None where none was named. Raises UserError unless it fits."""
+    if path is None:
+        return None
+    from samba_lm.contexts.snapshot import load
+
+    return load(path, model, tokenizer)
