@@ -97,7 +97,7 @@ class SambaLM(nn.Module):
         self._check(input_ids, state)
         batch, length = input_ids.shape
         span = Span.of(batch, length, input_ids.device, None if state is None else state.cursor, segments)
-        hidden, state = self._run(span.pack(input_ids), state, span)
+        hidden, state = self.run(span.pack(input_ids), state, span)
         return span.unpack(hidden), state
 
     def hidden_states(self, input_ids: torch.Tensor, segments: torch.Tensor | None = None) -> torch.Tensor:
@@ -105,7 +105,7 @@ class SambaLM(nn.Module):
         self._check(input_ids, None)
         batch, length = input_ids.shape
         span = Span.of(batch, length, input_ids.device, None, segments, keep=False)
-        return span.unpack(self._run(span.pack(input_ids), None, span)[0])
+        return span.unpack(self.run(span.pack(input_ids), None, span)[0])
 
     @torch.no_grad()
     def step(self, token_ids: torch.Tensor, state: State, longest: int | None = None) -> torch.Tensor:
@@ -115,7 +115,7 @@ class SambaLM(nn.Module):
         """
         self._check(token_ids[:, None], state)
         span = Span.of(token_ids.shape[0], 1, token_ids.device, state.cursor, None, in_place=True, longest=longest)
-        hidden, new = self._run(token_ids[:, None], state, span)
+        hidden, new = self.run(token_ids[:, None], state, span)
         state.cursor, state.layers = new.cursor, new.layers
         return self.head(hidden[:, 0])
 
@@ -152,7 +152,8 @@ class SambaLM(nn.Module):
         if self.unembedding is not None:
             init.embedding(self.unembedding)
 
-    def _run(self, input_ids: torch.Tensor, state: State | None, span: Span) -> tuple[torch.Tensor, State]:
+    def run(self, input_ids: torch.Tensor, state: State | None, span: Span) -> tuple[torch.Tensor, State]:
+        """``features`` of tokens [B, L] whose padding stands at the right, for a span of the caller's own."""
         # A wide residual stream: small updates of late layers survive bf16 (the reference keeps it in fp32 too).
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         x: torch.Tensor = F.embedding(input_ids, self.embedding).to(wide)

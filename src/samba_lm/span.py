@@ -50,7 +50,7 @@ class Span:
     order: torch.Tensor | None = None
     """int64 [B, L] where each packed column came from, when padding had to be moved to the right."""
     longest: int | None = None
-    """``longest_past``, where it is known; otherwise who needs it asks the device, and waits for it."""
+    """No row starts further on, where that is known; otherwise who needs it asks the device, and waits for it."""
     in_place: bool = False
     """Caches may be written in place: the caller gives the old state away."""
     keep: bool = True
@@ -82,6 +82,14 @@ class Span:
             end = Cursor(begin.segment, begin.position + length)
             return cls(length, begin, end, positions, longest=longest, in_place=in_place, keep=keep)
         return cls._packed(begin, _checked(segments, batch, length), steps, longest, in_place, keep)
+
+    @classmethod
+    def padded(cls, start: Cursor, length: int, lengths: torch.Tensor, longest: int) -> Span:
+        """``length`` tokens of which the first ``lengths`` (int64 [B]) count and go on from ``start``, of which no row
+        is further than ``longest``. Made without waiting for the device."""
+        positions = start.position[:, None] + torch.arange(length, device=lengths.device)
+        end = Cursor(start.segment, start.position + lengths)
+        return cls(length, start, end, positions, lengths=lengths, longest=longest)
 
     @classmethod
     def _packed(
@@ -123,7 +131,7 @@ class Span:
 
     @cached_property
     def longest_past(self) -> int:
-        """The largest starting position: how far back any row's document reaches. 0 when nothing was read yet."""
+        """How far back any row's document reaches, at most. 0 when nothing was read yet."""
         return int(self.start.position.max()) if self.longest is None else self.longest
 
     @property

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from samba_lm.engine.decoder import Decoder
+from samba_lm.engine.prefiller import Prefiller
 from samba_lm.engine.request import Completion, End, Event, Finish, Piece, Request, Sink, Token
 from samba_lm.engine.sequence import Sequence as Running
 from samba_lm.engine.sequence import report
@@ -22,6 +23,7 @@ from samba_lm.generation.prompt import Prompt, prompt_chunks
 from samba_lm.generation.sampling import History, Options, penalised, sample
 from samba_lm.generation.stream import check_request
 from samba_lm.model import SambaLM
+from samba_lm.state import State
 from samba_lm.tokenizer import Tokenizer
 
 PROMPT_FAILS = (UserError, OSError, ValueError, torch.OutOfMemoryError)
@@ -77,6 +79,7 @@ class Engine:
         self._running: list[Running] = []  # in the order of their rows
         device, vocab_size = model.device, tokenizer.vocab_size
         self._decoder = Decoder(self.slots, vocab_size, device, whole=batch_invariant)
+        self._prefiller = Prefiller(model, chunk, graphs=device.type == "cuda" and self.constant)
         self._settled = False  # the decoder knows the options of the running ones
         self._wake = threading.Condition()
         self._closing = False
@@ -282,7 +285,7 @@ class Engine:
         while self._reading and left > 0:
             running = self._reading[0]
             try:
-                left -= running.read(self.model, left)
+                left -= running.read(self.model, self._prefiller, left)
             except PROMPT_FAILS as error:
                 self._reading.popleft()
                 running.end("error", error)
@@ -291,7 +294,9 @@ class Engine:
                 self._reading.popleft()
                 if running.answer.finish is not None:  # nothing was to be made
                     if running.request.keep_prompt and running.reader is not None:
-                        running.tell_ready(running.reader.fork())
+                        running.tell_ready(running.reader.state.fork())
+                    if running.request.keep and running.reader is not None:
+                        running.settle(running.reader.state.fork())
                     running.end(running.answer.finish)
                 else:
                     self._start(running)
@@ -300,9 +305,9 @@ class Engine:
         """Give a sequence a row; what was read tells its first token."""
         assert running.reader is not None
         if running.request.keep_prompt and not running.unread:
-            running.tell_ready(running.reader.fork())
+            running.tell_ready(running.reader.state.fork())
         running.row = self.slots.put(running.reader.state, running.length)
-        running.reader.state.layers.clear()  # it lives in the slot now
+        running.reader.state = State(running.reader.state.cursor, [])  # it lives in the slot now
         self._running.append(running)
         self._settled = False
         logits = running.reader.logits
@@ -335,7 +340,7 @@ class Engine:
         assert reader is not None
         reader.logits = logits.clone()
         if running.request.keep_prompt:
-            running.tell_ready(replace(reader, state=self.slots.take(row), lengths=list(reader.lengths)))
+            running.tell_ready(self.slots.take(row))
 
     def _biases(self, running: list[Running]) -> torch.Tensor | None:
         """What is added to the logits, a row for each, on the CPU; None where nobody asks for it."""

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from samba_lm.engine.prefiller import Prefiller
 from samba_lm.engine.request import End, Finish, Piece, Progress, Ready, Request, Sink, Token
 from samba_lm.errors import UserError
-from samba_lm.generation.prefill import Reader, check_ids, prefill
+from samba_lm.generation.prefill import Reader, check_ids
 from samba_lm.generation.prompt import TokenIds
 from samba_lm.generation.sampling import NOT_FINITE, History, bias_of, require_finite
 from samba_lm.generation.stream import Answer
@@ -82,12 +83,7 @@ class Sequence:
         """Make the state to begin with."""
         self._times[1:] = [time.perf_counter()] * 2
         request = self.request
-        if request.context is None:
-            self.reader = Reader.create(model, request.params, batch=1)
-        else:
-            self.reader = request.context.fork()
-            if self.reader.history is None:
-                self.reader.history = Reader.create(model, request.params, batch=1).history
+        self.reader = Reader.create(model, request.params, 1, request.context)
         self._chunks = iter(request.tokens)
         if one_by_one:
             for chunk in self._chunks:
@@ -96,7 +92,7 @@ class Sequence:
             if not self.unread and self.reader.logits is None:
                 raise UserError(EMPTY)
 
-    def read(self, model: SambaLM, most: int) -> int:
+    def read(self, model: SambaLM, prefiller: Prefiller, most: int) -> int:
         """Read up to ``most`` tokens of the prompt; how many it were. ``has_read`` tells when it is done."""
         assert self.reader is not None
         chunk = next(self._chunks, None) if self._rest is None else self._rest
@@ -113,7 +109,7 @@ class Sequence:
                 for part in np.split(chunk, range(LOGITS_AT_ONCE, chunk.size, LOGITS_AT_ONCE)):
                     self._read_with_logprobs(model, part)
             else:
-                prefill(model, [[chunk]], self.reader, chunk.size)
+                prefiller.read(self.reader, chunk)
             self._read += chunk.size
             self._sink(Progress(self._read))
         return int(chunk.size)
@@ -154,10 +150,11 @@ class Sequence:
         if text or made:
             self._sink(Piece(text, made))
 
-    def tell_ready(self, reader: Reader) -> None:
-        """Hand out where the sequence stands after its prompt, for others to begin from; penalties are its own."""
-        reader.history = None
-        self._sink(Ready(reader))
+    def tell_ready(self, state: State) -> None:
+        """Hand out where the sequence stands after its prompt, with a state of its own, for others to begin from."""
+        assert self.reader is not None
+        history = None if self.reader.history is None else self.reader.history.fork()
+        self._sink(Ready(Reader(state, list(self.reader.lengths), self.reader.logits, history)))
 
     def settle(self, state: State) -> None:
         """Keep the state that the sequence's row had."""

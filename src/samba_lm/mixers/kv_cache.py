@@ -53,8 +53,12 @@ def past(cache: Tensors, span: Span, reach: int) -> tuple[torch.Tensor, torch.Te
         return cache["k"][:, :0], cache["v"][:, :0], begin.new_empty(begin.shape[0], 0)
     position = begin[:, None] + torch.arange(-count, 0, device=begin.device)
     k, v = (_take(cache[name], position.remainder(slots)) for name in ("k", "v"))
+    if begin.shape[0] == 1 and span.longest is None:
+        return k, v, None  # ``count`` is exact
     held = position >= 0
-    return k, v, None if bool(held.all()) else torch.where(held, 0, -1)
+    if held.device.type == "cpu" and bool(held.all()):  # a GPU would be waited for
+        return k, v, None
+    return k, v, torch.where(held, 0, -1)
 
 
 def update(cache: Tensors, k: torch.Tensor, v: torch.Tensor, span: Span) -> Tensors:
