@@ -1,4 +1,4 @@
-"""Reading prompts in pieces of few fixed lengths, on a GPU each as a CUDA graph: it waits longer for Python otherwise."""
+"""Reading prompts in pieces of few fixed lengths, on a GPU each as a CUDA graph: it would wait for Python otherwise."""
 
 from __future__ import annotations
 
