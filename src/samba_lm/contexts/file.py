@@ -52,7 +52,7 @@ class Contents:
     entries: list[Entry]
     nbytes: int
     """The file's size."""
-    data: bytearray
+    data: npt.NDArray[np.uint8]
     """All of it, where it was asked for; entries' places count from its beginning."""
 
 
@@ -139,8 +139,8 @@ def _read(path: Path, fd: int, with_data: bool) -> Contents:
         raise UserError(
             f"{path} has format version {version!r}, this samba-lm reads {VERSION!r}: upgrade samba-lm, or {_AGAIN}"
         )
-    data = bytearray(size if with_data else 0)
-    if _checksum(fd, size, mark, data) != text[mark - 8 : mark + 56].decode("latin-1"):
+    data = np.empty(size if with_data else 0, np.uint8)
+    if _checksum(fd, size, mark, data if with_data else None) != text[mark - 8 : mark + 56].decode("latin-1"):
         raise UserError(f"{path} is damaged or cut off (its checksum differs): {_AGAIN}")
     try:
         entries = [_entry(name, entry, 8 + length, size) for name, entry in header.items()]
@@ -158,16 +158,22 @@ def _entry(name: str, entry: Any, offset: int, size: int) -> Entry:
     return Entry(name, str(dtype), tuple(shape), offset + begin, offset + end)
 
 
-def _checksum(fd: int, size: int, mark: int, into: bytearray | None = None) -> str:
+def _checksum(fd: int, size: int, mark: int, into: npt.NDArray[np.uint8] | None = None) -> str:
     """The checksum of a file whose checksum's digits begin at ``mark``; what is read is kept in ``into``."""
 
     def digest(begin: int) -> bytes:
-        block = bytearray(os.pread(fd, min(_BLOCK, size - begin), begin))
-        if into:
-            into[begin : begin + len(block)] = block
-        for place in range(max(mark, begin), min(mark + 64, begin + len(block))):
-            block[place - begin] = ord("0")
+        end = min(begin + _BLOCK, size)
+        block: memoryview | bytes
+        if into is not None:
+            block = into[begin:end].data
+            block = block[: os.preadv(fd, [block], begin)]
+        else:
+            block = os.pread(fd, end - begin, begin)
+        if begin < mark + 64 and mark < end:
+            block = b"".join((block[: mark - begin], _ZEROS.encode(), block[mark + 64 - begin :]))
         return hashlib.sha256(block).digest()
+
+    assert mark + 64 <= _BLOCK, "the header is in the first block"
 
     return hashlib.sha256(b"".join(in_threads(digest, range(0, size, _BLOCK)))).hexdigest()
 

@@ -137,7 +137,7 @@ def load(path: str | os.PathLike[str], model: SambaLM, tokenizer: Tokenizer) -> 
     differs = mismatch(info.made_by, model, tokenizer)
     if differs is not None:
         raise UserError(f"{path} {differs}")
-    whole = torch.frombuffer(contents.data, dtype=torch.uint8).to(model.device)  # once, not tensor by tensor
+    whole = torch.from_numpy(contents.data).to(model.device)  # once, not tensor by tensor
     try:
         tensors = {
             entry.name: whole[entry.begin : entry.end].view(_TORCH[entry.dtype]).view(entry.shape)
@@ -173,7 +173,7 @@ def _state(tensors: dict[str, Tensor], model: SambaLM, tokens: int) -> State:
         layer = {name: tensors.pop(f"layers.{i}.{name}") for name in expected}
         for name, tensor in layer.items():
             shape = list(expected[name].shape)
-            if name in ("k", "v") and shape[1] == 0:  # full attention's keys and values, which grow
+            if shape[1:2] == [0] and tensor.shape[1]:  # what grows with the text: full attention's keys and values
                 shape[1] = max(position, tensor.shape[1])
             if tensor.dtype != expected[name].dtype or list(tensor.shape) != shape:
                 raise ValueError(name)
