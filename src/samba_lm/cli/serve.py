@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
 from samba_lm.cli.model import CheckpointName, Dtype, load_with_tokenizer
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError
+
+if TYPE_CHECKING:
+    from samba_lm.serve.stores import Store
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,20 @@ class Serve:
     """Texts that may wait; more get 429."""
     max_tokens: int = 4096
     """Tokens that one answer may have."""
+    max_prompt_tokens: int = 1 << 21
+    """Tokens that one prompt may have, what stands in a context not counted."""
+    api_key_file: Path | None = None
+    """A file with an API key a line, limits after it: `requests_per_minute=60 concurrent=4 name=alice`."""
+    cors_origin: UseAppendAction[tuple[str, ...]] = ()
+    """A web page's origin that may call, such as https://example.org, or `*`; may be given several times."""
+    contexts: str | None = None
+    """Keep contexts in this folder, or at this fsspec URL, which replicas may share; by default in memory."""
+    cache: int = 256
+    """MiB for the states of conversations, so that their next turn reads only what is new; 0: none are kept."""
+    max_body: int = 32
+    """MiB that one request's body may have."""
+    drain: float = 30.0
+    """Seconds that running requests may go on after SIGTERM."""
     batch_invariant: bool = False
     """Greedy answers do not depend on what else runs, to the last bit; prompts are read as slowly as answers are
     written."""
@@ -46,24 +63,59 @@ class Serve:
 def main(argv: list[str]) -> None:
     """Run ``samba-lm serve`` with these arguments."""
     command = parse(Serve, argv, prog="samba-lm serve")
+    _check(command)
     try:
+        from samba_lm.serve.app import create_app
+        from samba_lm.serve.auth import Keys
         from samba_lm.serve.server import serve
-        from samba_lm.serve.settings import Settings
+        from samba_lm.serve.service import Service
+        from samba_lm.serve.settings import MIB, Settings
+        from samba_lm.serve.stores import FileStore, MemoryStore
+        from samba_lm.serve.templates import find_template
     except ModuleNotFoundError as error:
         raise UserError(
             f"The server needs the package {error.name}: install it with `pip install 'samba-lm[serve]'`."
         ) from error
+    from samba_lm.checkpoint import latest_step
     from samba_lm.engine.engine import Engine
 
+    keys = Keys() if command.api_key_file is None else Keys.read(command.api_key_file)
     model, tokenizer = load_with_tokenizer(command.checkpoint, command.device, command.dtype)
+    folder = Path(command.checkpoint).resolve()
     settings = Settings(
-        model_name=command.name or Path(command.checkpoint).resolve().name,
+        model_name=command.name or folder.name,
         host=command.host,
         port=command.port,
+        cors_origins=command.cors_origin,
         max_tokens=command.max_tokens,
+        max_prompt_tokens=command.max_prompt_tokens,
+        max_body=command.max_body * MIB,
+        cache_bytes=command.cache * MIB,
+        drain_seconds=command.drain,
     )
+    if command.contexts is None:
+        store: Store = MemoryStore()
+    else:
+        store = FileStore(command.contexts, model, tokenizer, settings.cache_bytes)
+    template = find_template(latest_step(folder) or folder, tokenizer)
     with Engine(
         model, tokenizer, slots=command.slots, queue_limit=command.queue, batch_invariant=command.batch_invariant
     ) as engine:
-        print(f"samba-lm: serving {settings.model_name} at http://{settings.host}:{settings.port}", file=sys.stderr)
-        serve(engine, settings)
+        service = Service(engine, settings, keys, template, store)
+        serve(create_app(service), service)
+
+
+def _check(command: Serve) -> None:
+    for name, value, least in (
+        ("--slots", command.slots, 1),
+        ("--queue", command.queue, 0),
+        ("--max-tokens", command.max_tokens, 1),
+        ("--max-prompt-tokens", command.max_prompt_tokens, 1),
+        ("--cache", command.cache, 0),
+        ("--max-body", command.max_body, 1),
+        ("--drain", command.drain, 0),
+    ):
+        if not least <= value < 2**31:
+            raise UserError(f"{name} {value} is out of range: give at least {least}.")
+    if not 0 <= command.port < 2**16:
+        raise UserError(f"--port {command.port} is out of range: give 1 to 65535, or 0 for any free one.")

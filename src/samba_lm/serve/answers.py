@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from samba_lm.engine.request import End, Piece, Token
+from samba_lm.engine.request import End, Event, Piece, Token
 from samba_lm.serve.errors import unavailable
-from samba_lm.serve.jobs import Job
 
 Reason = Literal["stop", "length"]
 
@@ -32,10 +31,10 @@ class Answer:
         return reason(self.end)
 
 
-async def gather(job: Job, count: int) -> Sequence[Answer]:
+async def gather(events: AsyncIterator[list[tuple[int, Event]]], count: int) -> Sequence[Answer]:
     """All answers, when all have ended."""
     answers = [Answer() for _ in range(count)]
-    async for batch in job.events():
+    async for batch in events:
         for index, event in batch:
             if isinstance(event, Piece):
                 answers[index].parts.append(event.text)

@@ -63,7 +63,7 @@ class Completions:
             Request(
                 (ids,) if ids.size else (),
                 params,
-                None if context is None else context.reader,
+                None if context is None else context.reader(),
                 logprobs=request.logprobs,
                 prompt_logprobs=bool(request.echo) and request.logprobs is not None,
             )
@@ -81,7 +81,7 @@ class Completions:
 
     async def whole(self) -> Completion:
         """The answer, when it is complete."""
-        answers = await gather(self._job, self._count)
+        answers = await gather(self._job.events(), self._count)
         first = [answers[i - i % self._copies] for i in range(self._count)]  # it has read the prompt
         choices = [self._choice(i, *pair) for i, pair in enumerate(zip(answers, first, strict=True))]
         made = sum(answer.end.new_tokens for answer in answers if answer.end is not None)

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from samba_lm.engine.engine import Engine, QueueFullError
 from samba_lm.engine.request import End, Event, Ready, Request
+from samba_lm.serve.errors import unavailable
 from samba_lm.serve.metrics import Metrics
 
 RETRY_SECONDS = 0.05
@@ -21,21 +22,34 @@ class Bridge:
 
     def __init__(self, engine: Engine, metrics: Metrics) -> None:
         self.engine, self.metrics = engine, metrics
-        self._loop = asyncio.get_running_loop()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._arrived: deque[tuple[Job, int, Event]] = deque()
         self._woken = False
+        self._jobs: set[Job] = set()
 
     def submit(self, job: Job, index: int, request: Request) -> Callable[[], None]:
+        loop = self._loop = self._loop or asyncio.get_running_loop()
         times = [time.perf_counter(), 0.0]
 
         def sink(event: Event) -> None:  # on the engine's thread
             self.metrics.note(event, times)
             self._arrived.append((job, index, event))
-            if not self._woken and not self._loop.is_closed():
+            if not self._woken and not loop.is_closed():
                 self._woken = True
-                self._loop.call_soon_threadsafe(self._deliver)
+                loop.call_soon_threadsafe(self._deliver)
 
-        return self.engine.submit(request, sink)
+        cancel = self.engine.submit(request, sink)
+        self._jobs.add(job)
+        return cancel
+
+    def forget(self, job: Job) -> None:
+        """It is over."""
+        self._jobs.discard(job)
+
+    def stop_all(self) -> None:
+        """End all jobs: the server is shutting down."""
+        for job in self._jobs:
+            job.stop()
 
     def _deliver(self) -> None:
         self._woken = False
@@ -65,6 +79,7 @@ class Job:
         self._left = len(requests) * copies
         self._events: deque[tuple[int, Event]] = deque()
         self._wake = asyncio.Event()
+        self._stopped = False
         self._submit()
 
     def take(self, index: int, event: Event) -> None:
@@ -82,9 +97,11 @@ class Job:
         try:
             quiet_since = time.monotonic()
             while self._left:
+                if self._stopped:
+                    raise unavailable()
                 if not self._events:
                     await self._wait(patience)
-                if not self._events:
+                if not self._events and not self._stopped:
                     if patience is not None and time.monotonic() - quiet_since >= patience:
                         quiet_since = time.monotonic()
                         yield []
@@ -111,6 +128,12 @@ class Job:
             cancel()
         self._live.clear()
         self._pending.clear()
+        self._bridge.forget(self)
+
+    def stop(self) -> None:
+        """Let :meth:`events` raise that the server is shutting down."""
+        self._stopped = True
+        self._wake.set()
 
     async def _wait(self, patience: float | None) -> None:
         # Others may have taken all places between two of our sequences: then nothing of ours will wake us.

@@ -19,6 +19,13 @@ ContextId = Annotated[str, StringConstraints(pattern=r"^ctx-[A-Za-z0-9_-]{22}$")
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
 
+UNIONS = {
+    "prompt": "prompt must be a text, a list of texts, a list of token ids, or a list of such lists, none of them empty.",
+    "stop": "stop must be a text or a list of at most 16, each of 1 to 1000 characters.",
+}
+"""What to say of fields that may be of several kinds."""
+
+
 class Wire(BaseModel):
     """Exact types, no unknown fields, no infinities."""
 
@@ -210,3 +217,55 @@ class ErrorDetail(BaseModel):
 
 class ErrorBody(BaseModel):
     error: ErrorDetail
+
+
+Title = Annotated[str, StringConstraints(max_length=200)]
+
+
+class ContextRequest(Wire):
+    """A text to read: ``text`` or ``tokens``."""
+
+    text: str | None = None
+    tokens: TokenIds | None = None
+    title: Title = Field("", description="One printable line.")
+    context_id: ContextId | None = Field(None, description="Go on after this one, which stays as it is.")
+    stream: bool = Field(False, description="Tell how far it is, as server-sent events.")
+    model: str | None = None
+
+
+class ForkRequest(Wire):
+    title: Title | None = None
+
+
+class Context(BaseModel):
+    id: str
+    object: Literal["context"] = "context"
+    title: str
+    created: int
+    tokens: int
+    bytes: int = Field(description="Memory of its state.")
+    token_hash: str = Field(description="sha256 over the token ids that were read.")
+
+
+class ContextProgress(BaseModel):
+    object: Literal["context.progress"] = "context.progress"
+    read: int
+    total: int
+
+
+class ContextList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Context]
+
+
+class ContextDeleted(BaseModel):
+    id: str
+    object: Literal["context.deleted"] = "context.deleted"
+    deleted: Literal[True] = True
+
+
+class Health(BaseModel):
+    status: Literal["ok", "stopping", "failed"]
+    waiting: int
+    reading: int
+    running: int

@@ -1,23 +1,158 @@
-"""Running the application: a real socket, and a shutdown that finishes what it began."""
+"""Running the application: a real socket, patience with slow clients, and a shutdown that finishes what it began."""
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import json
+import logging
+import socket
+import sys
+from types import FrameType
+from typing import Any
+
+import h11
 import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from samba_lm.engine.engine import Engine
-from samba_lm.serve.app import create_app
-from samba_lm.serve.settings import Settings
+from samba_lm.errors import UserError
+from samba_lm.serve.errors import ApiError
+from samba_lm.serve.service import Service
+
+BACKLOG = 2048
+IDLE_SECONDS = 30
+"""A connection without a request is closed after so long."""
+LAST_SECONDS = 3
+"""What is left after the drain has so long to tell its client."""
 
 
-def serve(engine: Engine, settings: Settings) -> None:
-    """Answer requests until the process is told to stop (SIGTERM, SIGINT)."""
+def serve(app: FastAPI, service: Service) -> None:
+    """Answer requests until the process is told to stop (SIGTERM or SIGINT; a second one stops at once).
+
+    Raises UserError where the address cannot be listened at.
+    """
+    settings = service.settings
+    listener = listen(settings.host, settings.port)
     config = uvicorn.Config(
-        create_app(engine, settings),
-        host=settings.host,
-        port=settings.port,
-        log_level="warning",
+        app,
+        http=functools.partial(PatientProtocol, settings.header_seconds),  # type: ignore[arg-type]
+        ws="none",
+        lifespan="off",
+        log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=int(settings.drain_seconds),
+        timeout_keep_alive=IDLE_SECONDS,
+        timeout_graceful_shutdown=LAST_SECONDS,
     )
-    uvicorn.Server(config).run()
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    _Server(config, service).run([listener])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises UserError for an address that is taken or not this machine's."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"Cannot listen at {host}, port {port} ({reason}): choose another --port (0: any) or --host."
+        ) from None
+
+
+class _Server(uvicorn.Server):
+    """Told to stop, it refuses new work with 503, lets what runs go on for a while, cancels the rest, and ends."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._drain_task: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        assert sockets is not None
+        host, port = sockets[0].getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        print(
+            f"samba-lm: serving {self._service.settings.model_name} at http://{host}:{port}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._service.draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._service.draining = True
+        self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._drain_task = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        service = self._service
+        until = self._loop.time() + service.settings.drain_seconds
+        if service.active:
+            print(
+                f"samba-lm: stopping: {service.active} requests may go on for {service.settings.drain_seconds:g} s "
+                "(again to stop at once)",
+                file=sys.stderr,
+                flush=True,
+            )
+        while service.active and self._loop.time() < until and not self.should_exit:
+            await asyncio.sleep(0.05)
+        service.bridge.stop_all()
+        until = self._loop.time() + LAST_SECONDS
+        while service.active and self._loop.time() < until and not self.should_exit:
+            await asyncio.sleep(0.02)
+        self.should_exit = True
+
+
+class PatientProtocol(H11Protocol):
+    """HTTP/1.1 that waits for a request's head, and for the rest of a refused body, only so long."""
+
+    def __init__(self, seconds: float, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._seconds = seconds
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unset()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        answered = self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
+        if not (self.conn.their_state is h11.IDLE or answered) or self.transport.is_closing():
+            self._unset()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self._seconds, self._too_slow)
+
+    def _unset(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _too_slow(self) -> None:
+        self._timer = None
+        if self.transport.is_closing():
+            return
+        if self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:
+            body = json.dumps(ApiError(408, f"The request's head did not come within {self._seconds:g} s.").body())
+            headers = [("content-type", "application/json"), ("connection", "close")]
+            for event in (
+                h11.Response(status_code=408, headers=[*headers, ("content-length", str(len(body)))]),
+                h11.Data(data=body.encode()),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -12,29 +12,47 @@ from samba_lm.engine.engine import Engine
 from samba_lm.generation.params import SamplingParams
 from samba_lm.generation.prefill import check_ids
 from samba_lm.generation.prompt import TokenIds
-from samba_lm.serve.errors import ApiError
+from samba_lm.serve.auth import Keys
+from samba_lm.serve.errors import ApiError, busy
 from samba_lm.serve.jobs import Bridge
 from samba_lm.serve.metrics import Metrics
 from samba_lm.serve.models import Sampling, Usage
 from samba_lm.serve.settings import Settings
-from samba_lm.serve.templates import PlainTemplate
+from samba_lm.serve.stores import Store
+from samba_lm.serve.templates import Template
+from samba_lm.serve.turns import Turns
 from samba_lm.serve.words import Words
 
 SHORT = 4096
 """Characters that are turned into tokens at once; longer texts must not hold the event loop."""
 
 
-@dataclass
 class Service:
-    """One server's parts."""
+    """One server's parts.
 
-    engine: Engine
-    settings: Settings
-    metrics: Metrics
-    words: Words
-    bridge: Bridge
-    template: PlainTemplate
-    started: int = field(default_factory=lambda: int(time.time()))
+    Attributes:
+        draining: the server is shutting down, and refuses new work.
+        active: requests that are being worked on.
+    """
+
+    def __init__(self, engine: Engine, settings: Settings, keys: Keys, template: Template, store: Store) -> None:
+        self.engine, self.settings, self.keys, self.template, self.store = engine, settings, keys, template, store
+        self.metrics = Metrics(engine)
+        self.words = Words(engine.tokenizer)
+        self.bridge = Bridge(engine, self.metrics)
+        self.turns = Turns(settings.cache_bytes)
+        self.started = int(time.time())
+        self.draining = False
+        self.active = 0
+
+    def check_room(self) -> None:
+        """Raise ApiError (429) when no request could be taken now."""
+        counts, limit = self.engine.counts(), self.engine.queue_limit
+        if limit is None:
+            return
+        free = self.engine.slots.capacity - counts["running"] - counts["reading"]
+        if counts["waiting"] >= limit + max(0, free):
+            raise busy(f"{counts['waiting']} requests are waiting, the limit is {limit}: try again later.")
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError for another model's name."""
@@ -86,9 +104,15 @@ class Service:
             if (value := getattr(request, name)) is not None
         }  # fmt: skip
         stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
-        seed = time.time_ns() if request.seed is None else request.seed
+        seed = secrets.randbits(63) if request.seed is None else request.seed
+        bias = tuple((int(token_id), value) for token_id, value in (request.logit_bias or {}).items())
         return SamplingParams(
-            max_tokens=max_tokens, stop=stop, seed=seed % 2**64, stop_at_eos=not request.ignore_eos, **given
+            max_tokens=max_tokens,
+            stop=stop,
+            seed=seed % 2**64,
+            logit_bias=bias,
+            stop_at_eos=not request.ignore_eos,
+            **given,
         )
 
     def usage(self, prompt: int, made: int, cached: int) -> Usage:

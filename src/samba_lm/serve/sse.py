@@ -17,6 +17,7 @@ from samba_lm.serve.errors import ApiError, api_error
 
 T = TypeVar("T")
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+Pieces = AsyncGenerator[bytes, None]
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 
@@ -34,7 +35,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, pieces: AsyncGenerator[bytes, None], close: Callable[[], None]) -> None:
+    def __init__(self, pieces: Pieces, close: Callable[[], None]) -> None:
         super().__init__(headers=HEADERS)
         del self.headers["content-length"]
         self._pieces, self._close = pieces, close

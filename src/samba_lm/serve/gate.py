@@ -1,0 +1,103 @@
+"""What every request passes before its handler: is the server open, who asks, how much do they send, how slowly."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from samba_lm.serve.auth import Client
+from samba_lm.serve.errors import ApiError, unavailable
+from samba_lm.serve.service import Service
+
+OPEN = ("/health", "/openapi.json")
+"""Paths that need no key; so do those outside /v1 and /metrics, which hold no secrets."""
+log = logging.getLogger("samba_lm.serve")
+
+
+class Gate:
+    """An ASGI application around another one."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        service = self._service
+        status = 0
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = message["headers"] = list(message.get("headers", []))
+                headers.append((b"x-content-type-options", b"nosniff"))
+            await send(message)
+
+        working = scope["path"].startswith("/v1/") and scope["method"] not in ("GET", "HEAD", "OPTIONS")
+        client: Client | None = None
+        try:
+            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+            scope.setdefault("state", {})["client"] = service.keys.check(None) if not service.keys.needed else None
+            if scope["path"].startswith("/v1/") or scope["path"] == "/metrics":
+                scope["state"]["client"] = service.keys.check(headers.get("authorization"))
+            if working:
+                if service.draining:
+                    raise unavailable()
+                service.check_room()
+                _check_size(headers.get("content-length"), service.settings.max_body)
+                scope["state"]["client"].enter()
+                client = scope["state"]["client"]
+                service.active += 1
+            body = _Body(receive, service.settings.max_body, service.settings.body_seconds)
+            await self._app(scope, body.receive, sending)
+        except ApiError as error:
+            await error.response()(scope, receive, sending)
+        finally:
+            if client is not None:
+                client.leave()
+                service.active -= 1
+            route = scope.get("route")
+            path = "other" if route is None else route.path
+            service.metrics.requests.labels(path, str(status or 499)).inc()
+
+
+class _Body:
+    """A request's body with limits on its size and on the time it takes."""
+
+    def __init__(self, receive: Receive, most: int, seconds: float) -> None:
+        self._receive, self._most = receive, most
+        self._until = asyncio.get_running_loop().time() + seconds
+        self._seconds = seconds
+        self._size, self._whole = 0, False
+
+    async def receive(self) -> Message:
+        if self._whole:
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._until):
+                message = await self._receive()
+        except TimeoutError:
+            raise ApiError(
+                408, f"The body did not come within {self._seconds:g} seconds.", headers={"Connection": "close"}
+            ) from None
+        if message["type"] == "http.request":
+            self._size += len(message.get("body", b""))
+            self._whole = not message.get("more_body", False)
+            if self._size > self._most:
+                raise _too_large(self._most)
+        return message
+
+
+def _check_size(length: str | None, most: int) -> None:
+    if length is not None and length.isdecimal() and int(length) > most:
+        raise _too_large(most)
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(
+        413, f"The body is larger than this server's limit of {most:,} bytes.", headers={"Connection": "close"}
+    )
