@@ -54,9 +54,9 @@ export class Api {
     return this.#json("DELETE", `v1/contexts/${encodeURIComponent(id)}`);
   }
 
-  /** Make a context of a text; yields what the server says while it reads, the context last. */
+  /** Make a context of a text (a Blob of UTF-8); yields how far the server is while it reads, the context last. */
   read(text, title, signal) {
-    return this.#events("v1/contexts", { text, title, stream: true }, signal);
+    return this.#events(`v1/contexts?${new URLSearchParams({ title, stream: "true" })}`, text, signal);
   }
 
   /** An answer's chunks, as they come. */
@@ -68,14 +68,15 @@ export class Api {
   async #fetch(method, path, body, signal) {
     const headers = {};
     if (this.key) headers.Authorization = `Bearer ${this.key}`;
-    if (body !== undefined) headers["Content-Type"] = "application/json";
+    const raw = body instanceof Blob;
+    if (body !== undefined) headers["Content-Type"] = raw ? "application/octet-stream" : "application/json";
     let response;
     try {
       response = await fetch(path, {
         method,
         headers,
         signal,
-        body: body === undefined ? undefined : JSON.stringify(body),
+        body: raw || body === undefined ? body : JSON.stringify(body),
       });
     } catch (error) {
       if (error.name === "AbortError") throw error;

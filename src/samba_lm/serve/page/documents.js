@@ -54,11 +54,11 @@ export class Documents {
     this.control = control;
     this.#progress(file.name);
     try {
-      const text = await decode(file);
+      const text = await checked(file);
       let made = null;
-      for await (const event of this.api.read(text, brief(file.name, 200), control.signal)) {
+      for await (const event of this.api.read(text, title(file.name), control.signal)) {
         if (event.object === "context") made = event;
-        else this.#progress(file.name, event.read_tokens, event.total_tokens);
+        else this.#progress(file.name, event.read, event.total);
       }
       if (made) {
         this.all.unshift(made);
@@ -120,7 +120,7 @@ export class Documents {
   async #fork(context) {
     this.#tell(null);
     try {
-      const copy = await this.api.fork(context.id, brief(`${context.title} (copy)`, 200));
+      const copy = await this.api.fork(context.id, title(`${context.title} (copy)`));
       this.all.unshift(copy);
       this.draw();
       announce(`A copy of ${context.title}`);
@@ -165,16 +165,24 @@ export class Documents {
   }
 }
 
-/** A file's text. Throws an error for people where it is none. */
-async function decode(file) {
+/** A file as a Blob of UTF-8. Throws an error for people where it is no text. */
+async function checked(file) {
+  let bytes;
+  try {
+    bytes = await file.arrayBuffer();
+  } catch {
+    throw new Error(`${file.name} cannot be read: it may have been moved or changed.`);
+  }
   let text;
   try {
-    text = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
-  } catch (error) {
-    if (error instanceof TypeError) throw new Error(`${file.name} is not a UTF-8 text: save it as one first.`);
-    throw new Error(`${file.name} cannot be read: it may have been moved or changed.`);
+    text = new TextDecoder("utf-8", { fatal: true }).decode(bytes);
+  } catch {
+    throw new Error(`${file.name} is not a UTF-8 text: save it as one first.`);
   }
   if (text.includes("\0")) throw new Error(`${file.name} is not a text.`);
   if (!text.trim()) throw new Error(`${file.name} is empty.`);
-  return text;
+  return new Blob([text]); // without a byte order mark
 }
+
+/** A file's name as a title: one printable line. */
+const title = (name) => brief(name.replace(/[\p{C}]/gu, " "), 200) || "Untitled";
