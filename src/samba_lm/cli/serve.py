@@ -49,6 +49,10 @@ class Serve:
     """MiB for the states of conversations, so that their next turn reads only what is new; 0: none are kept."""
     max_body: int = 32
     """MiB that one request's body may have."""
+    head_seconds: float = 10.0
+    """A connection must have sent its request's head by then,"""
+    body_seconds: float = 60.0
+    """and the body by then."""
     drain: float = 30.0
     """Seconds that running requests may go on after SIGTERM."""
     batch_invariant: bool = False
@@ -91,6 +95,8 @@ def main(argv: list[str]) -> None:
         max_prompt_tokens=command.max_prompt_tokens,
         max_body=command.max_body * MIB,
         cache_bytes=command.cache * MIB,
+        header_seconds=command.head_seconds,
+        body_seconds=command.body_seconds,
         drain_seconds=command.drain,
     )
     if command.contexts is None:
@@ -113,6 +119,8 @@ def _check(command: Serve) -> None:
         ("--max-prompt-tokens", command.max_prompt_tokens, 1),
         ("--cache", command.cache, 0),
         ("--max-body", command.max_body, 1),
+        ("--head-seconds", command.head_seconds, 0.1),
+        ("--body-seconds", command.body_seconds, 0.1),
         ("--drain", command.drain, 0),
     ):
         if not least <= value < 2**31:

@@ -81,9 +81,7 @@ class _Body:
             async with asyncio.timeout_at(self._until):
                 message = await self._receive()
         except TimeoutError:
-            raise ApiError(
-                408, f"The body did not come within {self._seconds:g} seconds.", headers={"Connection": "close"}
-            ) from None
+            raise ApiError(408, f"The body did not come within {self._seconds:g} seconds.") from None
         if message["type"] == "http.request":
             self._size += len(message.get("body", b""))
             self._whole = not message.get("more_body", False)
@@ -98,6 +96,5 @@ def _check_size(length: str | None, most: int) -> None:
 
 
 def _too_large(most: int) -> ApiError:
-    return ApiError(
-        413, f"The body is larger than this server's limit of {most:,} bytes.", headers={"Connection": "close"}
-    )
+    # The connection stays for a while, and what still comes is dropped: a client that is cut off reads no answer.
+    return ApiError(413, f"The body is larger than this server's limit of {most:,} bytes.")

@@ -20,7 +20,7 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
 
 UNIONS = {
-    "prompt": "prompt must be a text, a list of texts, a list of token ids, or a list of such lists, none of them empty.",
+    "prompt": "prompt must be a text, a list of texts, token ids, or a list of lists of token ids, none of them empty.",
     "stop": "stop must be a text or a list of at most 16, each of 1 to 1000 characters.",
 }
 """What to say of fields that may be of several kinds."""

@@ -1,7 +1,7 @@
 // Documents that the server has read: its contexts. Making one, choosing one for a conversation, forking, deleting.
 
 import { announce, ask, byId, el, icon, iconButton, notice } from "./dom.js";
-import { brief, count, tokens } from "./words.js";
+import { brief, bytes, count, tokens } from "./words.js";
 
 export class Documents {
   /** `chosen()`: the context of the conversation that is shown; `onChoose(context or null)`. */
@@ -101,8 +101,12 @@ export class Documents {
         on: { click: () => this.onChoose(chosen ? null : context) },
       },
       icon("page"),
-      el("span", { class: "clip" }, context.title || "Untitled"),
-      el("span", { class: "hint" }, tokens(context.tokens)),
+      el(
+        "span",
+        { class: "names clip" },
+        el("span", { class: "clip" }, context.title || "Untitled"),
+        el("span", { class: "hint clip" }, `${tokens(context.tokens)} \u00b7 ${bytes(context.bytes)}`),
+      ),
     );
     return el(
       "li",
@@ -167,15 +171,15 @@ export class Documents {
 
 /** A file as a Blob of UTF-8. Throws an error for people where it is no text. */
 async function checked(file) {
-  let bytes;
+  let content;
   try {
-    bytes = await file.arrayBuffer();
+    content = await file.arrayBuffer();
   } catch {
     throw new Error(`${file.name} cannot be read: it may have been moved or changed.`);
   }
   let text;
   try {
-    text = new TextDecoder("utf-8", { fatal: true }).decode(bytes);
+    text = new TextDecoder("utf-8", { fatal: true }).decode(content);
   } catch {
     throw new Error(`${file.name} is not a UTF-8 text: save it as one first.`);
   }

@@ -1,0 +1,233 @@
+"""What a server refuses, and how fast: sizes, slowness, keys, crowds, nonsense."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import KEY, OTHER_KEY, Server, Start, wait_until
+
+from samba_lm.serve.auth import Keys
+from samba_lm.serve.errors import ApiError
+
+ENDLESS = {"prompt": "a", "max_tokens": 4096, "stream": True, "ignore_eos": True}
+
+
+def read_all(connection: socket.socket) -> bytes:
+    parts = []
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(1 << 16):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def raw_post(path: str, body: bytes, length: int | None = None) -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+    return head.encode() + str(len(body) if length is None else length).encode() + b"\r\n\r\n" + body
+
+
+def test_a_hundred_megabytes_are_refused_at_once(plain: Server) -> None:
+    with plain.connect() as connection:
+        began = time.monotonic()
+        connection.sendall(raw_post("/v1/completions", b'{"prompt": "aaaa', 100_000_000))
+        assert b"HTTP/1.1 413" in connection.recv(1000)
+        assert time.monotonic() - began < 1
+    status, _ = plain.ask("POST", "/v1/completions", b" " * 100_000_000, {"Content-Type": "application/json"})
+    assert status == 413
+
+
+def test_a_body_without_a_length_is_counted(plain: Server) -> None:
+    with plain.connect() as connection:
+        head = b"POST /v1/contexts HTTP/1.1\r\nHost: x\r\nContent-Type: application/octet-stream\r\n"
+        connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(6 << 4):
+                connection.sendall(b"10000\r\n" + b"a" * 65536 + b"\r\n")
+        assert b"HTTP/1.1 413" in connection.recv(1000)
+
+
+def test_slow_clients_are_told_and_left(start: Start) -> None:
+    server = start("--head-seconds", "0.5", "--body-seconds", "1")
+    silent, head, body = server.connect(), server.connect(), server.connect()
+    with silent, head, body:
+        head.sendall(b"POST /v1/completions HTTP/1.1\r\nHos")
+        body.sendall(raw_post("/v1/completions", b'{"prompt"', 100))
+        for _ in range(8):
+            time.sleep(0.1)
+            with contextlib.suppress(OSError):
+                head.sendall(b"t")
+            body.sendall(b" ")
+        began = time.monotonic()
+        assert b"HTTP/1.1 408" in read_all(head)
+        assert read_all(silent) == b""
+        answer = read_all(body)
+        assert b"HTTP/1.1 408" in answer
+        assert b"did not come within 1 seconds" in answer
+        assert time.monotonic() - began < 3
+    assert server.ask("POST", "/v1/completions", {"prompt": "a"})[0] == 200
+
+
+BAD_BODIES = [
+    b"",
+    b"{",
+    b"null",
+    b"[]",
+    b"\xff\xfe",
+    b'{"prompt": "a", "temperature": NaN}',
+    b'{"prompt": "a", "temperature": Infinity}',
+    b'{"prompt": "a", "top_p": -NaN}',
+    b'{"prompt": "a", "temperature": 1e999}',
+    b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+    b'{"prompt": "\\ud800"}',
+    b'{"prompt": "a", "model": "\\ud800"}',
+    b'{"prompt": "a", "stop": [""]}',
+    b'{"prompt": "a", "max_tokens": "5"}',
+    b'{"prompt": "a", "max_tokens": -1}',
+    b'{"prompt": "a", "logit_bias": {"-1": 1}}',
+    b'{"prompt": "a", "context_id": "../../etc/passwd"}',
+    b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    b'{"messages": []}',
+]
+
+
+@pytest.mark.parametrize("body", BAD_BODIES, ids=lambda body: repr(body[:40]))
+def test_nonsense_is_told(plain: Server, body: bytes) -> None:
+    status, answer = plain.ask("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    assert status in (400, 404), answer
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+    assert "\n" not in answer["error"]["message"]
+    assert len(answer["error"]["message"]) < 500
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/completions", 405),
+        ("GET", "/v1/nothing", 404),
+        ("GET", "/v1/contexts/..%2f..%2fetc%2fpasswd", 404),
+        ("DELETE", "/v1/contexts/ctx-" + "a" * 22, 404),
+        ("DELETE", "/v1/contexts/ctx-" + "a" * 5000, 404),
+        ("GET", "/v1/models/other/name", 404),
+        ("GET", "/health", 200),
+        ("GET", "/openapi.json", 200),
+    ],
+)
+def test_paths(plain: Server, method: str, path: str, status: int) -> None:
+    got, answer = plain.ask(method, path)
+    assert got == status
+    if got >= 400:
+        assert answer["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
+def test_what_a_foreign_page_could_send_is_refused(plain: Server, kind: str) -> None:
+    """Browsers send these without asking the server first."""
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/contexts"):
+        assert plain.ask("POST", path, b'{"prompt": "a"}', {"Content-Type": kind})[0] == 415
+
+
+def test_no_page_of_another_origin_may_read_unless_asked(plain: Server, start: Start) -> None:
+    origin = {"Origin": "https://example.org"}
+    asking = origin | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    open_server = start("--cors-origin", "https://example.org")
+    assert "access-control-allow-origin" not in plain.ask_all("GET", "/v1/models", None, origin)[1]
+    assert plain.ask_all("OPTIONS", "/v1/completions", None, asking)[0] == 405
+    assert open_server.ask_all("GET", "/v1/models", None, origin)[1]["access-control-allow-origin"] == origin["Origin"]
+    status, headers, _ = open_server.ask_all("OPTIONS", "/v1/completions", None, asking)
+    assert (status, headers["access-control-allow-origin"]) == (200, "https://example.org")
+    assert (
+        "access-control-allow-origin"
+        not in open_server.ask_all("GET", "/v1/models", None, {"Origin": "https://evil.example"})[1]
+    )
+
+
+@pytest.fixture(scope="module")
+def guarded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two keys, one slot, and one place in the queue."""
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text(f"# ours\n{KEY} name=ann concurrent=2\n{OTHER_KEY} requests_per_minute=3 # slow\n")
+    server = Server(checkpoint, "--api-key-file", str(keys), "--slots", "1", "--queue", "1")
+    yield server
+    server.close()
+
+
+def test_keys(guarded: Server) -> None:
+    for path in ("/v1/models", "/metrics", "/v1/contexts"):
+        for headers in ({}, {"Authorization": f"Basic {KEY}"}, {"Authorization": f"Bearer {KEY}x"}):
+            status, found, answer = guarded.ask_all("GET", path, None, headers)
+            assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
+            assert found["www-authenticate"] == "Bearer"
+        assert guarded.ask("GET", path, key=KEY)[0] == 200
+    assert guarded.ask("GET", "/health")[0] == 200
+    assert guarded.ask("POST", "/v1/completions", {"prompt": "a"})[0] == 401
+
+
+def test_a_keys_contexts_are_its_own(guarded: Server) -> None:
+    _, made = guarded.ask("POST", "/v1/contexts", {"text": "a secret"}, key=KEY)
+    path = f"/v1/contexts/{made['id']}"
+    assert guarded.ask("GET", path, key=KEY)[0] == 200
+    assert guarded.ask("GET", path, key=OTHER_KEY)[0] == 404
+    assert guarded.ask("GET", "/v1/contexts", key=OTHER_KEY)[1]["data"] == []
+    assert guarded.ask("DELETE", path, key=KEY)[1]["deleted"]
+
+
+def open_stream(server: Server, body: dict[str, Any], key: str) -> socket.socket:
+    connection = server.connect()
+    request = raw_post("/v1/completions", json.dumps(body).encode())
+    connection.sendall(request.replace(b"Host: x", b"Host: x\r\nAuthorization: Bearer " + key.encode()))
+    return connection
+
+
+def test_a_full_queue_and_a_keys_limits(guarded: Server) -> None:
+    connections = [open_stream(guarded, ENDLESS, KEY) for _ in range(2)]
+    try:
+        assert wait_until(lambda: guarded.gauge("samba_running", KEY) + guarded.gauge("samba_waiting", KEY) == 2, 5)
+        status, headers, answer = guarded.ask_all("POST", "/v1/completions", {"prompt": "a"}, key=OTHER_KEY)
+        assert (status, headers["retry-after"]) == (429, "1")
+        assert "waiting, the limit is 1" in answer["error"]["message"]
+    finally:
+        for connection in connections:
+            connection.close()
+    assert wait_until(lambda: guarded.gauge("samba_running", KEY) == 0, 1)
+    statuses = [guarded.ask_all("POST", "/v1/completions", {"prompt": "a"}, key=OTHER_KEY) for _ in range(5)]
+    assert [status for status, _, _ in statuses].count(429) >= 2
+    assert 1 <= int(statuses[-1][1]["retry-after"]) <= 21
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no API key"),
+        ("short", "16 to 512"),
+        (f"{KEY}\n{KEY}", "line 2: the same key"),
+        (f"{KEY} concurent=3", "Did you mean 'concurrent'"),
+        (f"{KEY} concurrent=0", "whole number"),
+        (f"{KEY} concurrent=-1", "whole number"),
+    ],
+)
+def test_wrong_key_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "keys"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        Keys.read(path)
+    assert KEY not in str(caught.value)
+
+
+def test_keys_are_checked_in_the_right_way(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(f"{KEY} name=ann requests_per_minute=2\n")
+    keys = Keys.read(tmp_path / "keys")
+    client = keys.check(f"bearer {KEY}")
+    assert (client.name, client.requests_per_minute) == ("ann", 2)
+    for wrong in (None, "", KEY, f"Basic {KEY}", f"Bearer {KEY}0", "Bearer \udcff"):
+        with pytest.raises(ApiError):
+            keys.check(wrong)
+    client.enter()
+    client.enter()
+    with pytest.raises(ApiError, match="2 requests a minute"):
+        client.enter()
