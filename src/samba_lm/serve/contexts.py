@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import logging
 import secrets
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from samba_lm.contexts.reading import NOTING
 from samba_lm.contexts.snapshot import Snapshot
 from samba_lm.contexts.token_hash import TokenHash
 from samba_lm.engine.request import End, Progress, Request
+from samba_lm.errors import UserError
 from samba_lm.generation.prefill import Reader
 from samba_lm.generation.prompt import TokenIds, encode_pieces
 from samba_lm.generation.sampling import History
@@ -105,12 +107,16 @@ class Contexts:
             bytes=snapshot.nbytes(),
             token_hash=snapshot.read.hexdigest(),
         )
-        await asyncio.to_thread(self._store.put, self._owner, name, shown.model_dump(), snapshot)
+        try:
+            await asyncio.to_thread(self._store.put, self._owner, name, shown.model_dump(), snapshot)
+        except (UserError, OSError) as error:
+            logging.getLogger("samba_lm.serve").error("a context could not be kept: %s", error)
+            raise ApiError(503, "The server could not keep the context; its log says why.") from None
         return shown
 
     async def check_room(self) -> None:
         """Raise ApiError where the client has too many."""
-        if len(await asyncio.to_thread(self._store.cards, self._owner)) >= self._most:
+        if await asyncio.to_thread(self._store.count, self._owner) >= self._most:
             raise ApiError(
                 400,
                 f"There are {self._most} contexts already, this server's limit: delete some.",

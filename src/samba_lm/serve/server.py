@@ -126,6 +126,11 @@ class PatientProtocol(H11Protocol):
         super().data_received(data)
         self._watch()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.conn.their_state is h11.SEND_BODY:
+            self._watch()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._unset()
         super().connection_lost(exc)

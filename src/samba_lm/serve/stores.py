@@ -40,6 +40,8 @@ class Store(Protocol):
 
     def cards(self, owner: str) -> list[Card]: ...
 
+    def count(self, owner: str) -> int: ...
+
     def delete(self, owner: str, name: str) -> bool: ...
 
 
@@ -62,6 +64,9 @@ class MemoryStore:
 
     def cards(self, owner: str) -> list[Card]:
         return [card for card, _ in list(self._held.get(owner, {}).values())]
+
+    def count(self, owner: str) -> int:
+        return len(self._held.get(owner, {}))
 
     def delete(self, owner: str, name: str) -> bool:
         return self._held.get(owner, {}).pop(name, None) is not None
@@ -106,13 +111,18 @@ class FileStore:
         with self._files.reading(owner, f"{name}.ctx") as path:
             if path is None:
                 return None
-            found = load(path, self._model, self._tokenizer)
+            try:
+                found = load(path, self._model, self._tokenizer)
+            except UserError as error:  # for a client, who need not know our paths
+                raise UserError(str(error).replace(str(path), f"Context {name}")) from None
         self._remember(owner, name, found)
         return found
 
     def cards(self, owner: str) -> list[Card]:
-        names = [file.removesuffix(".json") for file in self._files.names(owner) if file.endswith(".json")]
-        return [card for name in names if NAME.fullmatch(name) and (card := self.card(owner, name)) is not None]
+        return [card for name in self._names(owner) if (card := self.card(owner, name)) is not None]
+
+    def count(self, owner: str) -> int:
+        return len(self._names(owner))
 
     def delete(self, owner: str, name: str) -> bool:
         with self._lock:
@@ -120,6 +130,10 @@ class FileStore:
         listed = self._files.remove(owner, f"{name}.json")
         self._files.remove(owner, f"{name}.ctx")
         return listed
+
+    def _names(self, owner: str) -> list[str]:
+        names = [file.removesuffix(".json") for file in self._files.names(owner) if file.endswith(".json")]
+        return [name for name in names if NAME.fullmatch(name)]
 
     def _remember(self, owner: str, name: str, snapshot: Snapshot) -> None:
         with self._lock:
