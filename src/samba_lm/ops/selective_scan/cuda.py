@@ -25,7 +25,7 @@ from samba_lm.ops.selective_scan.cuda_launch import (
 
 
 def fits(u: torch.Tensor, N: int) -> bool:
-    """Whether the kernels take these inputs: otherwise Triton's do."""
+    """Whether the kernels take these inputs: otherwise Triton's do, as in fp32 on GPUs whose blocks have 99 KB."""
     if not (u.is_cuda and u.dtype in TYPES and u.numel() > 0):
         return False
     batch, _, E = u.shape

@@ -1,11 +1,15 @@
 // Selective scan, backward: the tiles of [first, end) in reverse, all else as in the forward. Macros besides those of
-// common.cuh: RESETS as in the forward; KEEP 1: a tile's decays stay in registers, 0: they are computed twice; STAGE 1: an
-// owner of states loads a batch of tokens ahead, and helpers and owners wait only for each other.
+// common.cuh: RESETS as in the forward; KEEP 1: a tile's decays stay in registers, 0: they are computed twice. HELP is
+// never 0 here.
 //
 // Of a tile, a group runs its states forward from the checkpoint, keeping them in registers, then walks back with the
 // gradient of the state as the only carry. The sums over states go through shared memory as in the forward; those over
-// channels (for B and C) are lanes' sums, on the tensor cores. A tile has two halves of tokens, with a barrier after
-// each: while the states of one half are walked back, the sums of the other are finished, so one buffer serves both.
+// channels (for B and C) are lanes' sums, on the tensor cores.
+//
+// Owners do only this; helpers prepare tiles (phase A) and finish what was walked (phase C). They wait only for each
+// other, at named barriers. A tile has two halves of tokens: while one is walked back, the sums of the other are
+// finished, so one buffer serves both. Of three tiles in shared memory helpers finish one and prepare another while
+// the third is walked, so that owners find a tile ready.
 
 struct Backward {
   const Io *dy, *u, *delta, *B, *C, *z;
@@ -22,10 +26,11 @@ struct Backward {
 };
 
 constexpr int HALF = T / 2;
-constexpr bool APART = STAGE != 0 && HELP != 0;
-constexpr int TILES = APART ? 3 : 2;  // in shared memory: helpers finish one and prepare another while one is walked
-enum { PREPARED = 1, FREE_LATE = 3, FREE_EARLY, WALKED_LATE, WALKED_EARLY };  // barriers: even and odd tiles; halves' sums
+constexpr int TILES = 3;  // in shared memory
+// Barriers: an even tile is prepared (the next: an odd one); there is room for the sums of a half; they are there.
+enum { PREPARED = 1, FREE_LATE = 3, FREE_EARLY, WALKED_LATE, WALKED_EARLY };
 constexpr bool PRECISE = IO != 1;  // sums on the tensor cores of more than 10 bits of mantissa
+static_assert(HELP != 0, "helpers do phases A and C");
 
 struct BackwardTile {
   float2 step[T * CH];    // (step / ln 2, step * u)
@@ -74,53 +79,8 @@ struct Walker {
   bool upper, right, writes;
 };
 
-template <bool DROPS, int FROM>
-DEVICE void walk_back(Walker& w, const float (&h)[T + 1][S], const float (&decay)[T][S], const BackwardTile& tile, const float* bc,
-                      int c_at, float2* part, float* part_y, float* sums, u32 resets) {
-  float total[4];
-#pragma unroll
-  for (int t = FROM + HALF - 1; t >= FROM; --t) {
-    float2 s = tile.step[t * CH + c_at];
-    float dy = tile.dy[t * CH + c_at], b[S], c[S], db[S], dc[S], y = 0.0f, ddu = 0.0f, dstep = 0.0f;
-    load_bc(bc + t * BC_ROW, b, c);
-    if (t % BATCH == BATCH - 1) total[0] = total[1] = total[2] = total[3] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < S; ++i) {
-      float a = KEEP ? decay[t][i] : exp2_fast(s.x * w.A[i]);
-      if (!KEEP && DROPS && (resets >> t & 1)) a = 0.0f;
-      if (GATED) y = i == 0 ? c[i] * h[t + 1][i] : fmaf(c[i], h[t + 1][i], y);
-      const float g = fmaf(c[i], dy, w.carry[i]);  // gradient of the state after this token
-      db[i] = s.y * g, dc[i] = dy * h[t + 1][i];
-      ddu = i == 0 ? g * b[i] : fmaf(g, b[i], ddu);
-      w.carry[i] = a * g;
-      const float e = w.carry[i] * h[t][i];  // gradient of the logarithm of the decay
-      dstep = i == 0 ? e * w.A[i] : fmaf(e, w.A[i], dstep);
-      w.dA[i] = fmaf(e, s.x, w.dA[i]);
-    }
-    part[t * G * CH] = make_float2(ddu, dstep);
-    if (GATED) part_y[t * G * CH] = y;
-#pragma unroll
-    for (int i = 0; i < S; i += 2) {
-      const int r = t % BATCH * S + i;
-      const float low = w.select[r], high = w.select[r + 1];
-      sum_fours(total, low, high, db[i], dc[i], db[i + 1], dc[i + 1]);
-      if (PRECISE) {
-        const float x = db[i + 1] - high_part(db[i + 1]), y = dc[i + 1] - high_part(dc[i + 1]);
-        sum_fours(total, low, high, db[i] - high_part(db[i]), dc[i] - high_part(dc[i]), x, y);
-      }
-    }
-    if (t % BATCH == 0) {  // a lane's totals: dB of two states, dC of the same, of every eighth of the lanes
-      float left = w.upper ? total[2] : total[0], right = w.upper ? total[3] : total[1];
-      left += shuffle_xor(w.upper ? total[0] : total[2], 16), right += shuffle_xor(w.upper ? total[1] : total[3], 16);
-      float v = w.right ? right : left;
-      v += shuffle_xor(w.right ? left : right, 8);
-      v += shuffle_xor(v, 4);
-      if (w.writes) sums[t * 2 * N] = v;
-    }
-  }
-}
-
-// What an owner loads of BATCH tokens: before those after them are computed, as in the forward.
+// What an owner loads of BATCH tokens: while those after them are computed, as in the forward, because the compiler
+// moves no load over a store to shared memory that may be to the same place.
 struct Stage {
   float2 step[BATCH];
   float dy[BATCH], b[BATCH][S], c[BATCH][S];
@@ -187,21 +147,23 @@ DEVICE void walk_stage(Walker& w, float (&total)[4], const Stage& now, const flo
   }
 }
 
-// Half a tile backwards. On entry its last tokens are in ``ahead`` and the sums of the batch after them in ``total``; on
-// return those of the tokens before and of its first batch. ``stored()`` comes when the former sums are. Sums are stored
-// a batch late because they are long in the making, and no load passes a store.
-template <bool DROPS, int FROM, class Stored>
-DEVICE void walk_half(Walker& w, float (&total)[4], Stage& ahead, const float (&h)[T + 1][S], const float (&decay)[T][S],
-                      const BackwardTile& tile, const float* bc, int lane, float2* part, float* part_y, float* sums, u32 resets,
-                      Stored stored) {
+// A tile backwards. On entry its last tokens are in ``ahead`` and the sums of the batch after them in ``total``; on return
+// those of its first batch. Sums are stored a batch late because they are long in the making: a load or a barrier after
+// the store would wait for them. ``later()`` comes halfway: what it loads takes registers of states no longer needed.
+template <bool DROPS, class Later>
+DEVICE void walk_back(Walker& w, float (&total)[4], Stage& ahead, const float (&h)[T + 1][S], const float (&decay)[T][S],
+                      const BackwardTile& tile, const float* bc, int lane, float2* part, float* part_y, float* sums,
+                      u32 resets, Later later) {
 #pragma unroll
-  for (int first = FROM + HALF - BATCH; first >= FROM; first -= BATCH) {
+  for (int first = T - BATCH; first >= 0; first -= BATCH) {
+    const bool halfway = first == HALF - BATCH;
+    if (halfway) meet(FREE_EARLY, THREADS);
     const Stage now = ahead;
     const float before[4] = {total[0], total[1], total[2], total[3]};
     if (first > 0) load_stage(ahead, tile, bc, lane, first - BATCH);
     walk_stage<DROPS>(w, total, now, h, decay, first, part, part_y, resets);
     if (first + BATCH < T) store_sums(w, before, sums + (first + BATCH) * 2 * N);
-    if (first == FROM + HALF - BATCH) stored();
+    if (halfway) arrive(WALKED_LATE, THREADS), later();
   }
 }
 
@@ -216,8 +178,8 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
   SHARED_MEMORY(memory);
   BackwardShared& shared = *(BackwardShared*)memory;
   const int thread = threadIdx.x, lane = thread % 32;
-  const bool works = HELP == 0 || thread >= OWNERS;
-  const int worker = HELP == 0 ? thread : max(thread - OWNERS, 0);
+  const bool works = thread >= OWNERS;
+  const int worker = max(thread - OWNERS, 0);
   const int L = (int)p.L, E = (int)p.E, first = (int)p.first, end = (int)p.end;
   const i64 batch = blockIdx.y;
   const int limit = p.lengths ? (int)min(max(p.lengths[batch], (i64)0), p.L) : L;
@@ -226,7 +188,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
 
   // As owner of states.
   const int group = thread / CH, channel = blockIdx.x * CH + lane;
-  const bool inside = channel < E && thread < OWNERS;
+  const bool inside = channel < E && !works;
   const i64 at = (batch * E + channel) * N + group * S;
   Walker w;
 #pragma unroll
@@ -264,8 +226,6 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
 
   const u8* resets = RESETS ? p.resets + batch * L : nullptr;
 
-  float next_state[S];
-
   // Whether this thread's pair of round k is in that half of the tile; with few threads a matter of k alone.
   auto in_half = [&](int k, int half) {
     return ROUND <= HALF ? k * ROUND / HALF == half : row_of_tile(row, k) && (row + k * ROUND) / HALF == half;
@@ -293,17 +253,13 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
     dy -= T * p.dy_row, u -= T * p.u_row, delta -= T * p.delta_row, B -= T * p.B_row, C -= T * p.C_row;
     if constexpr (GATED) z -= T * p.z_row;
   };
-  auto load_state = [&](int tile) {
-#pragma unroll
-    for (int i = 0; i < S; ++i) next_state[i] = inside && tile >= first ? read_now(checkpoint + (i64)i * E) : 0.0f;
-    checkpoint -= (i64)N * E;
-  };
-  auto prepare = [&](BackwardTile& to, int tile, int half) {  // phase A
+  auto prepare = [&](int tile) {  // phase A
+    BackwardTile& to = shared.tile[tile % TILES];
     const BackwardInputs& from = shared.inputs[tile & (AHEAD - 1)];
     const int steps = limit - tile * T - row;  // rows from this thread's first on that have a step
 #pragma unroll
     for (int k = 0; k < ROUNDS; ++k) {
-      if (!in_half(k, half)) continue;
+      if (!row_of_tile(row, k)) continue;
       const int t = row + k * ROUND, index = t * COLUMNS + column / 2;
       float2 uu = unpack(from.u[k][worker]), x = unpack(from.delta[k][worker]), g = unpack(from.dy[k][worker]);
       float2 dz = make_float2(0.0f, 0.0f);
@@ -323,9 +279,6 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
       *(float2*)&to.dy[t * CH + column] = g;
       to.factors[index] = make_float4(slope.x, slope.y, dz.x, dz.y);
     }
-  };
-  auto prepare_states = [&](BackwardTile& to, int tile) {
-    const BackwardInputs& from = shared.inputs[tile & (AHEAD - 1)];
     float* bc = &to.bc[bc_to];
 #pragma unroll
     for (int k = 0; k < BC_ROUNDS; ++k) {
@@ -334,7 +287,8 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
       *(float2*)&bc[k * BC_ROUND * BC_ROW + S] = unpack(from.C[k][worker]);
     }
   };
-  auto finish = [&](const BackwardTile& from, int tile, int half) {  // phase C
+  auto finish = [&](int tile, int half) {  // phase C
+    const BackwardTile& from = shared.tile[tile % TILES];
     const int left = L - tile * T - row;
 #pragma unroll
     for (int k = 0; k < ROUNDS; ++k) {
@@ -367,148 +321,76 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
     if (half == 0) own -= (i64)T * E, partial -= T * 2 * N;
   };
 
-  u8 reset_raw = RESETS ? load_reset(resets, (end - 1) * T, limit, lane) : (u8)0;
-  load_state(end - 1);
   if (works) {
     fetch(end - 1), fetch(end - 2), fetch(end - 3);
     wait_copies<2>();
-    BackwardTile& start = shared.tile[(end - 1) % TILES];
-    prepare(start, end - 1, 1), prepare(start, end - 1, 0), prepare_states(start, end - 1);
-  }
-  float h[T + 1][S], decay[T][S];
-#pragma unroll
-  for (int i = 0; i < S; ++i) h[0][i] = next_state[i];
-  load_state(end - 2);
-
-  float2* const part = &shared.part[thread];
-  float* const part_y = &shared.part_y[thread];
-  auto next = [&](int tile) {
-#pragma unroll
-    for (int i = 0; i < S; ++i) h[0][i] = next_state[i];
-    load_state(tile - 2);
-  };
-  if constexpr (APART) {
-    if (works) {
-      auto prepare_all = [&](int tile) {
-        BackwardTile& to = shared.tile[tile % TILES];
-        wait_copies<1>();
-        prepare(to, tile, 1), prepare(to, tile, 0), prepare_states(to, tile);
-        arrive(PREPARED + (tile & 1), THREADS);
-      };
-      arrive(PREPARED + (end - 1 & 1), THREADS), arrive(FREE_LATE, THREADS);
-      if (end - 2 >= first) prepare_all(end - 2);
-      for (int tile = end - 1; tile >= first; --tile) {
-        meet(WALKED_EARLY, THREADS);  // the tile after
-        if (tile < end - 1) finish(shared.tile[(tile + 1) % TILES], tile + 1, 0);
-        arrive(FREE_EARLY, THREADS);
-        fetch(tile - 3);  // where the tile after was
-        if (tile - 2 >= first) prepare_all(tile - 2);
-        meet(WALKED_LATE, THREADS);
-        finish(shared.tile[tile % TILES], tile, 1);
-        if (tile > first) arrive(FREE_LATE, THREADS);
-      }
-      meet(WALKED_EARLY, THREADS);
-      finish(shared.tile[first % TILES], first, 0);
-    } else {
-      Stage ahead;
-      float total[4] = {};
-      for (int tile = end - 1; tile >= first; --tile) {
-        const BackwardTile& now = shared.tile[tile % TILES];
-        const float* bc = &now.bc[group * 2 * S];
-        const u32 dropped = RESETS ? ballot(reset_raw != 0) : 0u;
-        if (RESETS) reset_raw = load_reset(resets, (tile - 1) * T, tile > first ? limit : 0, lane);
-        meet(PREPARED + (tile & 1), THREADS);
-        if (RESETS && dropped)
-          run_forward<true>(h, decay, w.A, &now.step[lane], bc, dropped);
-        else
-          run_forward<false>(h, decay, w.A, &now.step[lane], bc, 0u);
-        load_stage(ahead, now, bc, lane, T - BATCH);
-        store_sums(w, total, sums);  // of the tile after
-        arrive(WALKED_EARLY, THREADS);
-        meet(FREE_LATE, THREADS);
-        auto none = [] {};
-        auto walked = [&] { arrive(WALKED_LATE, THREADS); };
-        if (RESETS && !KEEP && dropped) {
-          walk_half<true, HALF>(w, total, ahead, h, decay, now, bc, lane, part, part_y, sums, dropped, none);
-          meet(FREE_EARLY, THREADS);
-          walk_half<true, 0>(w, total, ahead, h, decay, now, bc, lane, part, part_y, sums, dropped, walked);
-        } else {
-          walk_half<false, HALF>(w, total, ahead, h, decay, now, bc, lane, part, part_y, sums, 0u, none);
-          meet(FREE_EARLY, THREADS);
-          walk_half<false, 0>(w, total, ahead, h, decay, now, bc, lane, part, part_y, sums, 0u, walked);
-        }
-        next(tile);
-      }
-      store_sums(w, total, sums);
-      arrive(WALKED_EARLY, THREADS);
-    }
-  } else {
+    prepare(end - 1);
+    arrive(PREPARED + (end - 1 & 1), THREADS), arrive(FREE_LATE, THREADS);
+    auto prepare_next = [&](int tile) {
+      if (tile < first) return;
+      wait_copies<1>();
+      prepare(tile);
+      arrive(PREPARED + (tile & 1), THREADS);
+    };
+    prepare_next(end - 2);
     for (int tile = end - 1; tile >= first; --tile) {
-      BackwardTile& now = shared.tile[tile & 1];
-      BackwardTile& other = shared.tile[~tile & 1];
+      meet(WALKED_EARLY, THREADS);  // the tile after
+      if (tile < end - 1) finish(tile + 1, 0);
+      arrive(FREE_EARLY, THREADS);
+      fetch(tile - 3);  // where the tile after was
+      prepare_next(tile - 2);
+      meet(WALKED_LATE, THREADS);
+      finish(tile, 1);
+      if (tile > first) arrive(FREE_LATE, THREADS);
+    }
+    meet(WALKED_EARLY, THREADS);
+    finish(first, 0);
+  } else {
+    u8 reset_raw = RESETS ? load_reset(resets, (end - 1) * T, limit, lane) : (u8)0;
+    float h[T + 1][S], decay[T][S], next_state[S];
+    auto load_state = [&](int tile) {
+#pragma unroll
+      for (int i = 0; i < S; ++i) next_state[i] = inside && tile >= first ? read_now(checkpoint + (i64)i * E) : 0.0f;
+      checkpoint -= (i64)N * E;
+    };
+    load_state(end - 1);
+    float2* const part = &shared.part[thread];
+    float* const part_y = &shared.part_y[thread];
+    Stage ahead;
+    float total[4] = {};
+    for (int tile = end - 1; tile >= first; --tile) {
+#pragma unroll
+      for (int i = 0; i < S; ++i) h[0][i] = next_state[i];
+      const BackwardTile& now = shared.tile[tile % TILES];
       const float* bc = &now.bc[group * 2 * S];
-      Stage ahead;
-      float total[4];
-      auto none = [] {};
       const u32 dropped = RESETS ? ballot(reset_raw != 0) : 0u;
       if (RESETS) reset_raw = load_reset(resets, (tile - 1) * T, tile > first ? limit : 0, lane);
-      __syncthreads();
-      run_both(
-          [&] {
-            wait_copies<1>();  // for the next tile
-            if (tile < end - 1) finish(other, tile + 1, 0);
-            prepare(other, tile - 1, 1);  // before the first tile: zeros that nobody reads
-            fetch(tile - 3);              // where the tile before was
-          },
-          [&] {
-            if (RESETS && dropped)
-              run_forward<true>(h, decay, w.A, &now.step[lane], bc, dropped);
-            else
-              run_forward<false>(h, decay, w.A, &now.step[lane], bc, 0u);
-            if constexpr (STAGE != 0) {
-              load_stage(ahead, now, bc, lane, T - BATCH);
-              if (RESETS && !KEEP && dropped)
-                walk_half<true, HALF>(w, total, ahead, h, decay, now, bc, lane, part, part_y, sums, dropped, none);
-              else
-                walk_half<false, HALF>(w, total, ahead, h, decay, now, bc, lane, part, part_y, sums, 0u, none);
-              store_sums(w, total, sums + HALF * 2 * N);
-            } else if (RESETS && !KEEP && dropped)
-              walk_back<true, HALF>(w, h, decay, now, bc, lane, part, part_y, sums, dropped);
-            else
-              walk_back<false, HALF>(w, h, decay, now, bc, lane, part, part_y, sums, 0u);
-          });
-      __syncthreads();
-      run_both(
-          [&] {
-            finish(now, tile, 1);
-            prepare(other, tile - 1, 0);
-            prepare_states(other, tile - 1);
-          },
-          [&] {
-            if constexpr (STAGE != 0) {
-              if (RESETS && !KEEP && dropped)
-                walk_half<true, 0>(w, total, ahead, h, decay, now, bc, lane, part, part_y, sums, dropped, none);
-              else
-                walk_half<false, 0>(w, total, ahead, h, decay, now, bc, lane, part, part_y, sums, 0u, none);
-              store_sums(w, total, sums);
-            } else if (RESETS && !KEEP && dropped)
-              walk_back<true, 0>(w, h, decay, now, bc, lane, part, part_y, sums, dropped);
-            else
-              walk_back<false, 0>(w, h, decay, now, bc, lane, part, part_y, sums, 0u);
-          });
-      next(tile);
+      meet(PREPARED + (tile & 1), THREADS);
+      if (RESETS && dropped)
+        run_forward<true>(h, decay, w.A, &now.step[lane], bc, dropped);
+      else
+        run_forward<false>(h, decay, w.A, &now.step[lane], bc, 0u);
+      load_stage(ahead, now, bc, lane, T - BATCH);
+      store_sums(w, total, sums);  // of the tile after
+      arrive(WALKED_EARLY, THREADS);
+      meet(FREE_LATE, THREADS);
+      auto later = [&] { load_state(tile - 1); };
+      if (RESETS && !KEEP && dropped)
+        walk_back<true>(w, total, ahead, h, decay, now, bc, lane, part, part_y, sums, dropped, later);
+      else
+        walk_back<false>(w, total, ahead, h, decay, now, bc, lane, part, part_y, sums, 0u, later);
     }
-    __syncthreads();
-    if (works) finish(shared.tile[first & 1], first, 0);
+    store_sums(w, total, sums);
+    arrive(WALKED_EARLY, THREADS);
+    if (inside) {
+#pragma unroll
+      for (int i = 0; i < S; ++i) {
+        p.dstate[at + i] = w.carry[i];
+        p.dA[at + i] = w.dA[i] * LN_2 + (start_over ? 0.0f : p.dA[at + i]);
+      }
+    }
   }
 
-  if (inside) {
-#pragma unroll
-    for (int i = 0; i < S; ++i) {
-      p.dstate[at + i] = w.carry[i];
-      p.dA[at + i] = w.dA[i] * LN_2 + (start_over ? 0.0f : p.dA[at + i]);
-    }
-  }
   __syncthreads();
   float4* const all = (float4*)shared.part;
   if (works) all[worker] = make_float4(dskip.x, dskip.y, dbias.x, dbias.y);

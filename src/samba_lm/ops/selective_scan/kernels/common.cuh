@@ -8,15 +8,16 @@
 //   HELP  threads that own no states, see below; 0 or a multiple of 32
 //   BLOCKS of a multiprocessor to make room for: bounds the registers of a thread
 //
-// A block walks CH channels, one for each lane of a warp, through a whole span of time, T tokens (a tile) after the other. Thread = channel c of
-// CH, group g of G = N / S: it owns the states g * S ... of its channel. What depends on the channel but not on the
-// state is computed once for each element by all of the threads together, as pairs of channels, and passed through shared
-// memory: softplus, products and gates before the states (phase A), the sums over the groups after them (phase C).
-// Between two barriers a block does phase C of a tile, phase A of the next but one and the states of the one between,
-// each on its own buffers: so one barrier a tile is enough, and the special functions of one phase overlap the
-// arithmetic of another. What a thread reads from global memory it fetches into shared memory two tiles ahead.
-
-// Where a block is alone on its multiprocessor, HELP more threads do phases A and C, and the states' owners nothing else.
+// A block walks CH channels, one for each lane of a warp, through a whole span of time, T tokens (a tile) after the other.
+// Thread = channel c of CH, group g of G = N / S: it owns the states g * S ... of its channel. What depends on the channel
+// but not on the state is computed once for each element, as pairs of channels, and passed through shared memory:
+// softplus, products and gates before the states (phase A), the sums over the groups after them (phase C). Each phase
+// works on buffers of its own, so that the special functions of one overlap the arithmetic of another: the states of a
+// tile with phase A of the next and phase C of the one before. What a thread reads from global memory it fetches into
+// shared memory two tiles ahead.
+//
+// Without helpers all threads do all phases, with one barrier a tile. HELP more threads do phases A and C, and the states'
+// owners nothing else: always in the backward, and in the forward where a block is alone on its multiprocessor.
 
 constexpr int CH = 32;
 constexpr int T = TOKENS;
@@ -31,9 +32,6 @@ constexpr int BC_ROUND = WORKERS / (N / 2);        // likewise for pairs of stat
 constexpr int BC_ROUNDS = (T + BC_ROUND - 1) / BC_ROUND;
 constexpr int BC_ROW = 2 * N;                      // for each group S of B, then S of C
 constexpr int AHEAD = 4;                           // tiles whose inputs are in shared memory: of phases A and C, and on their way
-// Every other four warps (one of each scheduler) take the states before phases A and C, so that those wait while these
-// compute, even if the block is alone on its multiprocessor.
-constexpr bool TURNS = HELP == 0 && THREADS >= 256;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
@@ -128,28 +126,6 @@ DEVICE float2 sum_groups(const float* x) {
     total.x += v.x, total.y += v.y;
   }
   return total;
-}
-
-// Runs both, in the threads whose task they are; with TURNS ``states`` first in every other four warps.
-template <class Elements, class States>
-DEVICE void run_both(Elements elements, States states) {
-  if constexpr (HELP != 0) {
-    if (threadIdx.x >= OWNERS)
-      elements();
-    else
-      states();
-  } else if constexpr (TURNS) {
-    const int when = threadIdx.x / 128 % 2 == 0;
-#pragma unroll 1
-    for (int turn = 0; turn < 2; ++turn)
-      if (turn == when)
-        states();
-      else
-        elements();
-  } else {
-    elements();
-    states();
-  }
 }
 
 // Bit t: the state is dropped before token ``start + t``. Padding drops nothing. All lanes of a warp call this.

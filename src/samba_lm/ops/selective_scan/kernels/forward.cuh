@@ -90,6 +90,26 @@ DEVICE void walk_on(float (&h)[S], Stage& ahead, const float (&A)[S], const floa
   }
 }
 
+// Both, in each thread. Every other four warps (one of each scheduler) take the states before phases A and C, so that those
+// wait while these compute, even if the block is alone on its multiprocessor.
+constexpr bool TURNS = THREADS >= 256;
+
+template <class Elements, class States>
+DEVICE void run_both(Elements elements, States states) {
+  if constexpr (TURNS) {
+    const int when = threadIdx.x / 128 % 2 == 0;
+#pragma unroll 1
+    for (int turn = 0; turn < 2; ++turn)
+      if (turn == when)
+        states();
+      else
+        elements();
+  } else {
+    elements();
+    states();
+  }
+}
+
 // What a thread fetched of a tile, for itself alone.
 struct ForwardInputs {
   Pair u[ROUNDS][WORKERS], delta[ROUNDS][WORKERS], z[GATED ? ROUNDS : 1][WORKERS], B[BC_ROUNDS][WORKERS], C[BC_ROUNDS][WORKERS];
