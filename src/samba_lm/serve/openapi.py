@@ -11,7 +11,16 @@ from samba_lm.serve.models import ChatRequest, CompletionRequest, ContextRequest
 
 JSON, BINARY, EVENT_STREAM = "application/json", "application/octet-stream", "text/event-stream"
 REF = "#/components/schemas/{model}"
-EVENTS = {EVENT_STREAM: {"schema": {"type": "string", "description": "With stream: server-sent events."}}}
+EVENTS: dict[str, Any] = {
+    EVENT_STREAM: {
+        "schema": {
+            "type": "object",
+            "description": "With stream: each event's data is a JSON object, the last one's `[DONE]`.",
+            "properties": {"data": {"type": "string"}},
+            "required": ["data"],
+        }
+    }
+}
 METRICS: dict[int | str, dict[str, Any]] = {
     200: {"description": "Counters", "content": {"text/plain": {"schema": {"type": "string"}}}},
     401: {"model": ErrorBody, "description": "No API key, or a wrong one."},
