@@ -27,10 +27,10 @@ help:
 demo: $(VENV)/.base
 	$(BIN)/samba-lm demo $(ARGS)
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)/.npm
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: $(VENV)/.test
+test-all: $(VENV)/.test $(VENV)/.npm
 	$(PYTEST) $(ARGS)
 
 lint: $(VENV)/.dev
@@ -41,7 +41,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
+	rm -rf $(VENV) tests/serve/js/node_modules build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp stands for a finished step and is written last: an interrupted installation is taken up again.
@@ -72,6 +72,15 @@ $(VENV)/.test: $(VENV)/.base
 	@echo "Installing what the tests need"
 	@$(PIP_INSTALL) -c constraints.txt -e ".[test]"
 	@touch $@
+
+# Clients of the server that are JavaScript, and what drives the browser; without npm their tests are skipped.
+$(VENV)/.npm: $(VENV)/.base tests/serve/js/package-lock.json
+	@if command -v npm >/dev/null; then \
+	  echo "Installing what the tests need of npm"; \
+	  (cd tests/serve/js && npm ci --silent --ignore-scripts --no-audit --no-fund) && touch $@; \
+	else \
+	  echo "make: no npm: the tests of the web page and of the npm client are skipped"; \
+	fi
 
 $(VENV)/.dev: $(VENV)/.test
 	@echo "Installing the linter and the type checker"

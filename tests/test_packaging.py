@@ -81,10 +81,13 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         names = archive.namelist()
         licence = archive.read(next(name for name in names if name.endswith("licenses/LICENSE"))).decode()
     inside = {name for name in names if ".dist-info/" not in name}
-    assert {name for name in SOURCES if name.endswith((".py", ".toml", ".cuh", "py.typed"))} == inside
+    assert {
+        name for name in SOURCES if name.endswith((".py", ".toml", ".cuh", "py.typed")) or "/page/" in name
+    } == inside
     assert "samba_lm/py.typed" in inside
     assert any(name.endswith(".toml") for name in inside), "no recipes"
     assert any(name.endswith(".cuh") for name in inside), "no CUDA kernels"
+    assert "samba_lm/serve/page/index.html" in inside
     assert "Apache License" in licence
     assert "END OF TERMS AND CONDITIONS" in licence
 

@@ -154,7 +154,11 @@ async function refusal(response) {
     503: `The server is stopping or not ready.${when}`,
     504: GONE,
   };
-  let message = texts[status] ?? told?.message ?? `The server refused with the status ${status}.`;
+  const codes = {
+    context_not_found: "The document is no longer on the server: choose another one, or go on without it.",
+    context_length_exceeded: "The conversation is too long to be read at once: begin a new one.",
+  };
+  let message = codes[told?.code] ?? texts[status] ?? told?.message ?? `The server refused with the status ${status}.`;
   if (status === 413 && told?.message) message += ` It says: ${told.message}`;
   return new ServerError(message, { status, retrySeconds, code: told?.code ?? null });
 }

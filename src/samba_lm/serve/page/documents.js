@@ -8,6 +8,7 @@ export class Documents {
   constructor(api, { chosen, onChoose, onKey }) {
     Object.assign(this, { api, chosen, onChoose, onKey });
     this.all = [];
+    this.changes = 0;
     this.control = null;
     byId("add-document").addEventListener("click", () => byId("file").click());
     byId("file").addEventListener("change", (event) => {
@@ -22,20 +23,27 @@ export class Documents {
   /** Ask the server what it has. */
   async load() {
     try {
-      this.all = await this.api.contexts();
+      let changes;
+      let all;
+      do {
+        changes = this.changes;
+        all = await this.api.contexts();
+      } while (changes !== this.changes); // one was made or deleted while the server told what it has
+      this.all = all;
     } catch (error) {
       if (error.status === 404 || error.status === 405) {
         byId("documents").hidden = true; // a server without contexts
-        return;
+      } else if (error.status !== 401 && error.status !== 0) {
+        this.#tell(error); // the page tells of these two elsewhere
       }
-      if (error.status !== 401 && error.status !== 0) this.#tell(error);
       return;
     }
     this.draw();
   }
 
-  has(id) {
-    return this.all.some((one) => one.id === id);
+  #have(all) {
+    this.all = all;
+    this.changes += 1;
   }
 
   draw() {
@@ -61,7 +69,7 @@ export class Documents {
         else this.#progress(file.name, event.read, event.total);
       }
       if (made) {
-        this.all.unshift(made);
+        this.#have([made, ...this.all]);
         this.onChoose(made);
         announce(`${made.title} has been read: ${tokens(made.tokens)}`);
       }
@@ -125,7 +133,7 @@ export class Documents {
     this.#tell(null);
     try {
       const copy = await this.api.fork(context.id, title(`${context.title} (copy)`));
-      this.all.unshift(copy);
+      this.#have([copy, ...this.all]);
       this.draw();
       announce(`A copy of ${context.title}`);
     } catch (error) {
@@ -144,7 +152,7 @@ export class Documents {
         return;
       }
     }
-    this.all = this.all.filter((one) => one.id !== context.id);
+    this.#have(this.all.filter((one) => one.id !== context.id));
     if (this.chosen()?.id === context.id) this.onChoose(null);
     this.draw();
     announce(`${context.title} is deleted`);

@@ -15,6 +15,8 @@ export class Messages {
     this.log = byId("log");
     this.latest = byId("latest");
     this.follow = true;
+    this.pending = "";
+    this.frame = 0;
     this.log.addEventListener("scroll", () => this.#scrolled());
     this.latest.addEventListener("click", () => {
       this.toEnd();
@@ -27,6 +29,7 @@ export class Messages {
   show(chat, running) {
     this.chat = chat;
     this.running = running;
+    this.pending = "";
     this.list.replaceChildren(...chat.messages.map((message, index) => this.#item(message, index)));
     this.list.setAttribute("aria-busy", String(running));
     byId("welcome").hidden = chat.messages.length > 0;
@@ -34,13 +37,18 @@ export class Messages {
     this.toEnd();
   }
 
-  /** More text of the last message. */
+  /** More text of the last message. It is drawn with the next frame: texts may come faster than can be seen. */
   append(text) {
+    this.pending += text;
+    this.frame ||= requestAnimationFrame(() => this.#flush());
+  }
+
+  #flush() {
+    this.frame = 0;
     const last = this.list.lastElementChild?.querySelector(".text");
-    if (!last) return;
-    if (last.firstChild instanceof Text) last.firstChild.appendData(text);
-    else last.replaceChildren(text.trimStart());
-    if (this.follow) this.toEnd();
+    if (last?.firstChild instanceof Text) last.firstChild.appendData(this.pending);
+    else last?.replaceChildren(this.pending.trimStart());
+    this.pending = "";
   }
 
   toEnd() {
