@@ -60,7 +60,8 @@ export const scenarios = {
     async play({ page, url }) {
       await open(page, url);
       assert.match(await page.locator("#base-note").innerText(), /base model/);
-      assert.match(await page.locator("#model").innerText(), /parameters[^]*State .*however long the text/);
+      assert.match(await page.locator("#model").innerText(), /tiny\s+29,728 parameters/);
+      assert.match(await page.locator("#status").innerText(), /State: [\d.]+ [kM]?B, however much/);
       await say(page, "Who is there?");
       await answered(page, 1);
       assert.equal(await page.locator(".mine .text").innerText(), "Who is there?");
@@ -68,7 +69,7 @@ export const scenarios = {
       assert.match(await figures(page).innerText(), /24 tokens[^]*tokens\/s[^]*first after [^]*read[^]*cut at the limit/);
       await say(page, "And now?");
       await answered(page, 2);
-      assert.match(await figures(page).innerText(), /[1-9]\d* known already/);
+      assert.match(await figures(page).innerText(), /[1-9]\d* known/);
       await page.waitForFunction(() => /^The answer: /.test(document.querySelector("[aria-live]").textContent));
     },
   },
@@ -107,6 +108,7 @@ export const scenarios = {
       await button(page, "Edit and send again").click();
       const editor = page.getByRole("textbox", { name: "Your message" });
       assert.equal(await editor.inputValue(), "first line");
+      assert.ok(await editor.evaluate((node) => node.getBoundingClientRect().top > 56));
       await editor.press("Escape");
       await button(page, "Edit and send again").click();
       await editor.fill("second");
@@ -157,6 +159,30 @@ export const scenarios = {
     },
   },
 
+  "left while it writes, in a browser that is full": {
+    async play({ page, url }) {
+      await open(page, url, { max_tokens: LONG });
+      await say(page, "leave me");
+      await writing(page);
+      await page.reload();
+      await chatNames(page).first().click();
+      assert.ok((await lastText(page).innerText()).length > 3);
+      await page.keyboard.press("Control+k");
+      await page.evaluate(() => {
+        for (let size = 1 << 22; size; size >>= 1) {
+          try {
+            localStorage.setItem(`full ${size}`, "x".repeat(size));
+          } catch {
+            // smaller
+          }
+        }
+      });
+      await say(page, "no room");
+      await page.getByRole("alert").filter({ hasText: /no room to keep/ }).waitFor();
+      await writing(page);
+    },
+  },
+
   "two conversations at once": {
     async play({ page, url }) {
       await open(page, url, { max_tokens: LONG });
@@ -196,9 +222,15 @@ export const scenarios = {
       assert.equal(await entry.getAttribute("aria-pressed"), "true");
       assert.match(await page.locator("#chosen").innerText(), /After sea\.txt/);
 
+      for (const pressed of ["false", "true"]) {
+        await entry.press("Enter");
+        assert.equal(await entry.getAttribute("aria-pressed"), pressed);
+        assert.ok(await entry.evaluate((node) => node === document.activeElement), "the focus is kept");
+      }
+
       await say(page, "What is salt?");
       await answered(page, 1);
-      assert.match(await figures(page).innerText(), /51,000 known already/);
+      assert.match(await figures(page).innerText(), /51,000 known/);
 
       await page.keyboard.press("Control+k");
       assert.ok(await page.locator("#chosen").isHidden());
@@ -443,7 +475,8 @@ export const scenarios = {
       await button(page, "Try again").click();
       await page.getByRole("alert").filter({ hasText: /does not answer/ }).waitFor();
       await say(page, "Hello?");
-      await page.getByRole("alert").filter({ hasText: /does not answer/ }).last().waitFor();
+      await page.getByRole("alert").filter({ hasText: /does not answer/ }).nth(1).waitFor();
+      assert.equal(await page.locator("#messages").getByRole("button", { name: "Try again" }).count(), 1);
       assert.deepEqual(await page.locator(".mine .text").allInnerTexts(), ["Go on for long", "Hello?"]);
     },
   },

@@ -69,9 +69,9 @@ export function figures(message) {
   if (stats.first) parts.push(`first after ${seconds(stats.first)}`);
   if (stats.prompt !== undefined) {
     const read = stats.prompt - stats.cached;
-    parts.push(stats.cached ? `${count(read)} read, ${count(stats.cached)} known already` : `${count(read)} read`);
+    parts.push(stats.cached ? `${count(read)} read, ${count(stats.cached)} known` : `${count(read)} read`);
   }
-  if (end === "length") parts.push("cut at the limit of tokens");
+  if (end === "length") parts.push("cut at the limit");
   if (end === "stopped") parts.push("stopped");
   return parts;
 }

@@ -4,7 +4,7 @@ import { Api } from "./api.js";
 import { Chats, asText, title } from "./chats.js";
 import { Conversation } from "./conversation.js";
 import { Documents } from "./documents.js";
-import { announce, ask, byId, el, iconButton, notice } from "./dom.js";
+import { announce, ask, byId, el, iconButton, notice, refill } from "./dom.js";
 import { isSend } from "./messages.js";
 import { Panels } from "./panels.js";
 import { Settings } from "./settings.js";
@@ -26,9 +26,14 @@ const conversation = new Conversation(api, chats, settings, {
     field.reportValidity();
   },
   onMissing: () => documents.load(),
+  onFull() {
+    byId("server-notice").replaceChildren(
+      notice("This browser has no room to keep the conversation: export it, or delete others."),
+    );
+  },
 });
 const documents = new Documents(api, {
-  chosen: () => conversation.chat.context,
+  chat: () => conversation.chat,
   onChoose: choose,
   onKey: needKey,
 });
@@ -45,6 +50,7 @@ async function connect() {
     return;
   }
   place.replaceChildren();
+  conversation.model = model.id;
   settings.limit(model.max_tokens);
   byId("base-note").hidden = model.chat_template === true;
   drawModel();
@@ -52,18 +58,18 @@ async function connect() {
 }
 
 function drawModel() {
-  const facts = [`${amount(model.parameters)} parameters`, stateText()];
   byId("model").replaceChildren(
     el("p", { class: "name clip" }, model.id),
-    ...facts.filter(Boolean).map((fact) => el("p", { class: "hint" }, fact)),
+    el("p", { class: "hint" }, `${amount(model.parameters)} parameters`),
   );
-  byId("status").textContent = `${model.id} \u00b7 ${stateText()}`;
+  byId("status").textContent = stateText();
 }
 
 function stateText() {
-  if (!model.state_bytes) return "";
   const size = bytes(model.state_bytes);
-  return model.constant_state ? `State ${size}, however long the text` : `State ${size}, and grows with the text`;
+  return model.constant_state
+    ? `State: ${size}, however much it has read`
+    : `State: ${size}, and it grows with what was read`;
 }
 
 function needKey() {
@@ -81,14 +87,20 @@ function drawList() {
     const shown = chat.id === conversation.chat.id;
     const open = el(
       "button",
-      { type: "button", class: "entry", "aria-current": shown ? "true" : null, on: { click: () => openChat(chat) } },
+      {
+        type: "button",
+        class: "entry",
+        "aria-current": shown ? "true" : null,
+        "data-focus": chat.id,
+        on: { click: () => openChat(chat) },
+      },
       el("span", { class: "clip" }, title(chat)),
       conversation.running.has(chat.id) ? el("span", { class: "hint" }, "writing") : null,
     );
     const remove = iconButton("bin", `Delete ${title(chat)}`, () => removeChat(chat));
     return el("li", { class: shown ? "item on" : "item" }, open, el("div", { class: "tools" }, remove));
   });
-  byId("chats").replaceChildren(...items);
+  refill(byId("chats"), items);
   byId("chats-title").hidden = !items.length;
   drawChosen();
 }
@@ -111,6 +123,7 @@ async function removeChat(chat) {
   chats.remove(chat.id);
   if (chat.id === conversation.chat.id) newChat();
   else drawList();
+  byId("new-chat").focus();
   announce("The conversation is deleted");
 }
 
@@ -183,6 +196,7 @@ byId("export").addEventListener("click", () => {
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
 });
 
+addEventListener("pagehide", () => conversation.keep());
 addEventListener("keydown", (event) => {
   if (event.defaultPrevented || event.isComposing) return;
   if ((event.ctrlKey || event.metaKey) && !event.shiftKey && !event.altKey && event.key.toLowerCase() === "k") {

@@ -8,9 +8,13 @@ import { Messages } from "./messages.js";
 const SAVE_EVERY = 1000; // milliseconds, while an answer is written
 
 export class Conversation {
-  /** `onChange()`: the list of conversations is another; `onKey()`: the server asks for a key; `onWrong(field)`. */
-  constructor(api, chats, settings, { onChange, onKey, onWrong, onMissing }) {
-    Object.assign(this, { api, chats, settings, onChange, onKey, onWrong, onMissing });
+  /**
+   * `on`: onChange() when the list of conversations is another, onKey() when the server asks for a key, onWrong(field)
+   * when a setting cannot be sent, onMissing() when the document is gone, onFull() when the browser keeps no more.
+   */
+  constructor(api, chats, settings, on) {
+    Object.assign(this, { api, chats, settings, ...on });
+    this.model = "Model";
     this.running = new Map(); // chat id -> AbortController
     this.messages = new Messages({
       edit: (index, text) => this.#edit(index, text),
@@ -68,6 +72,11 @@ export class Conversation {
     this.running.delete(chat.id);
   }
 
+  /** Keep what has come so far: the page is being left. */
+  keep() {
+    for (const id of this.running.keys()) this.chats.save(this.chats.all.get(id));
+  }
+
   fork(upTo) {
     this.open(this.chats.fork(this.chat, upTo));
     announce("A copy of the conversation: it goes its own way from here");
@@ -90,10 +99,10 @@ export class Conversation {
   async #ask(chat) {
     const control = new AbortController();
     const body = this.#body(chat);
-    const message = { role: "assistant", content: "" };
+    const message = { role: "assistant", content: "", model: this.model };
     chat.messages.push(message);
     this.running.set(chat.id, control);
-    this.chats.save(chat);
+    if (!this.chats.save(chat)) this.onFull();
     this.draw();
     announce("The model answers");
     let saved = performance.now();
@@ -124,7 +133,9 @@ export class Conversation {
 
   /** The request for a conversation's next answer. */
   #body(chat) {
-    const messages = chat.messages.map(({ role, content }) => ({ role, content }));
+    const messages = chat.messages
+      .filter(({ content, error }) => content || !error)
+      .map(({ role, content }) => ({ role, content }));
     if (this.settings.system) messages.unshift({ role: "system", content: this.settings.system });
     const body = { messages, ...this.settings.request() };
     if (chat.context) body.context_id = chat.context.id;

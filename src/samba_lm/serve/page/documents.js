@@ -1,12 +1,12 @@
 // Documents that the server has read: its contexts. Making one, choosing one for a conversation, forking, deleting.
 
-import { announce, ask, byId, el, icon, iconButton, notice } from "./dom.js";
+import { announce, ask, byId, el, icon, iconButton, notice, refill } from "./dom.js";
 import { brief, bytes, count, tokens } from "./words.js";
 
 export class Documents {
-  /** `chosen()`: the context of the conversation that is shown; `onChoose(context or null)`. */
-  constructor(api, { chosen, onChoose, onKey }) {
-    Object.assign(this, { api, chosen, onChoose, onKey });
+  /** `chat()`: the conversation that is shown; `onChoose(context or null)`: for it; `onKey()`: the server asks for one. */
+  constructor(api, { chat, onChoose, onKey }) {
+    Object.assign(this, { api, chat, onChoose, onKey });
     this.all = [];
     this.changes = 0;
     this.control = null;
@@ -47,8 +47,8 @@ export class Documents {
   }
 
   draw() {
-    const chosen = this.chosen();
-    byId("document-list").replaceChildren(...this.all.map((one) => this.#item(one, one.id === chosen?.id)));
+    const chosen = this.chat().context;
+    refill(byId("document-list"), this.all.map((one) => this.#item(one, one.id === chosen?.id)));
   }
 
   /** Let the server read a file. */
@@ -58,6 +58,7 @@ export class Documents {
       return;
     }
     this.#tell(null);
+    const asked = this.chat();
     const control = new AbortController();
     this.control = control;
     this.#progress(file.name);
@@ -70,7 +71,7 @@ export class Documents {
       }
       if (made) {
         this.#have([made, ...this.all]);
-        this.onChoose(made);
+        if (this.chat() === asked) this.onChoose(made);
         announce(`${made.title} has been read: ${tokens(made.tokens)}`);
       }
     } catch (error) {
@@ -106,6 +107,7 @@ export class Documents {
         type: "button",
         class: "entry",
         "aria-pressed": String(chosen),
+        "data-focus": context.id,
         on: { click: () => this.onChoose(chosen ? null : context) },
       },
       icon("page"),
@@ -123,7 +125,7 @@ export class Documents {
       el(
         "div",
         { class: "tools" },
-        iconButton("fork", `Fork ${context.title}`, () => this.#fork(context)),
+        iconButton("fork", `Fork ${context.title}`, () => this.#fork(context), { "data-focus": `fork ${context.id}` }),
         iconButton("bin", `Delete ${context.title}`, () => this.#remove(context)),
       ),
     );
@@ -153,7 +155,7 @@ export class Documents {
       }
     }
     this.#have(this.all.filter((one) => one.id !== context.id));
-    if (this.chosen()?.id === context.id) this.onChoose(null);
+    if (this.chat().context?.id === context.id) this.onChoose(null);
     this.draw();
     announce(`${context.title} is deleted`);
     byId("add-document").focus();

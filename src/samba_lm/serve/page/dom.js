@@ -43,6 +43,13 @@ export function iconButton(name, label, click, props = {}) {
   );
 }
 
+/** Put other elements into a list; what has the focus keeps it, where the new ones have the same `data-focus`. */
+export function refill(list, items) {
+  const key = list.contains(document.activeElement) ? document.activeElement.dataset.focus : null;
+  list.replaceChildren(...items);
+  if (key) list.querySelector(`[data-focus="${CSS.escape(key)}"]`)?.focus({ preventScroll: true });
+}
+
 /** Say something to screen readers. */
 export function announce(text) {
   const live = byId("live");

@@ -1,7 +1,7 @@
 // The messages of a conversation on the page.
 
 import { figures } from "./answer.js";
-import { announce, byId, el, iconButton, notice } from "./dom.js";
+import { announce, byId, el, iconButton, notice, refill } from "./dom.js";
 
 const NEAR_END = 80; // pixels
 
@@ -30,7 +30,7 @@ export class Messages {
     this.chat = chat;
     this.running = running;
     this.pending = "";
-    this.list.replaceChildren(...chat.messages.map((message, index) => this.#item(message, index)));
+    refill(this.list, chat.messages.map((message, index) => this.#item(message, index)));
     this.list.setAttribute("aria-busy", String(running));
     byId("welcome").hidden = chat.messages.length > 0;
     this.follow = true;
@@ -68,13 +68,13 @@ export class Messages {
     const writing = last && this.running;
     const text = el("div", { class: "text" });
     const shown = mine ? message.content : message.content.trimStart();
-    if (shown) text.append(shown);
+    if (shown.trim()) text.append(shown);
     else if (writing) text.append(el("span", { class: "waiting" }, "Reading"));
-    else if (!message.error) text.append(el("span", { class: "hint" }, "An empty answer."));
+    else if (!message.error) text.append(el("span", { class: "hint" }, message.content ? "Nothing but blanks." : "An empty answer."));
     const item = el(
       "li",
       { class: mine ? "message mine" : "message" },
-      el("h3", { class: mine ? "hidden" : "who" }, mine ? "You" : "Model"),
+      el("h3", { class: mine ? "hidden" : "who" }, mine ? "You" : (message.model ?? "Model")),
       text,
     );
     if (message.error) item.append(this.#trouble(message, last));
@@ -94,8 +94,10 @@ export class Messages {
       message.content !== "" && this.#copyButton(message),
       mine && !this.running && iconButton("edit", "Edit and send again", () => this.#edit(message, index, item)),
       !mine && last && !message.error && iconButton("again", "Another answer", () => this.actions.again()),
-      iconButton("fork", "Fork the conversation here", () => this.actions.fork(index + 1)),
+      (message.content !== "" || !message.error) &&
+        iconButton("fork", "Fork the conversation here", () => this.actions.fork(index + 1)),
     ];
+    for (const button of buttons) if (button) button.dataset.focus = `${index} ${button.title}`;
     const figured = figures(message).map((part) => el("span", {}, part));
     return el("div", { class: "foot" }, el("div", { class: "tools" }, ...buttons.filter(Boolean)),
       figured.length ? el("p", { class: "figures" }, ...figured) : null);
@@ -147,7 +149,9 @@ export class Messages {
     );
     item.querySelector(".text").replaceWith(form);
     item.querySelector(".foot").remove();
+    this.follow = false; // the conversation grows above its end
     field.focus();
+    item.scrollIntoView({ block: "nearest" });
   }
 }
 
