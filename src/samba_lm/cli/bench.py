@@ -30,7 +30,9 @@ class Bench:
     bandwidth, and the peak memory of reading a million tokens. Run it on a machine that does nothing else.
 
     On a CUDA GPU, each with options of its own (`samba-lm bench ops --help`): `ops`, every operation's kernels;
-    `train`, training steps; `prefill`, reading 131,072 tokens; `curve`, a training run beside the CPU's."""
+    `train`, training steps; `prefill`, reading 131,072 tokens; `curve`, a training run beside the CPU's.
+
+    `samba-lm bench serve URL` measures a running server."""
 
     what: Annotated[tuple[What, ...], tyro.conf.Positional] = ()
     """Which ones; all of the CPU's (scan, model, memory) without it."""
@@ -46,6 +48,11 @@ def main(argv: list[str]) -> None:
         from samba_lm.cli import bench_curve
 
         bench_curve.main(argv[1:])
+        return
+    if argv and argv[0] == "serve":
+        from samba_lm.cli import bench_serve
+
+        bench_serve.main(argv[1:])
         return
     if argv and argv[0] in ON_GPU:
         from samba_lm.cli import bench_gpu

@@ -23,6 +23,8 @@ from samba_lm.serve.service import Service
 BACKLOG = 2048
 IDLE_SECONDS = 30
 """A connection without a request is closed after so long."""
+SWITCH_SECONDS = 0.001
+"""How long a thread may keep the others waiting for Python: the engine's makes the tokens that the loop's sends."""
 LAST_SECONDS = 3
 """What is left after the drain has so long to tell its client."""
 
@@ -33,6 +35,7 @@ def serve(app: FastAPI, service: Service) -> None:
     Raises UserError where the address cannot be listened at.
     """
     settings = service.settings
+    sys.setswitchinterval(SWITCH_SECONDS)
     listener = listen(settings.host, settings.port)
     config = uvicorn.Config(
         app,
