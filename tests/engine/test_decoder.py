@@ -76,4 +76,4 @@ def test_graphs_are_made_once_for_what_is_asked(monkeypatch: pytest.MonkeyPatch)
         assert engine._decoder._graphs == made
         engine.generate(prompts, SamplingParams(max_tokens=40, temperature=0))
     assert [a.text for a in first] == [b.text for b in again]
-    assert {mode for _, mode in made} == {"cut"}
+    assert {mode for _, mode, _ in made} == {"cut"}

@@ -139,7 +139,12 @@ def test_on_the_gpu(L: int, K: int, V: int, scalar: bool, packed: bool) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_auto_takes_it_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(external, "gla_fla", lambda *a: (calls.append(1), gla_reference(*a))[1])
+
+    def counted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: torch.Tensor) -> object:
+        calls.append(1)
+        return gla_reference(q.float(), k.float(), v.float(), *rest)
+
+    monkeypatch.setattr(external, "gla_fla", counted)
     i = {name: t.cuda().bfloat16() for name, t in inputs(1, 40, 2, 32, 32, False).items()}
     gated_linear_attention(**i)
     assert calls == [1]

@@ -59,7 +59,7 @@ def run_ops(
     for operation in operations:
         torch.manual_seed(0)
         tables.append(bench.ours(operation))
-    save(_all(tables))  # a peer may take the GPU down
+        save(_all(tables))  # the next one, or a peer, may take the GPU down or be too much to wait for
     for operation, table in zip(operations, tables, strict=True):
         for peer in peers:
             if peer.operation == operation.name and operation.worth():
