@@ -106,10 +106,11 @@ def test_stop_strings_and_tokens(model: SambaLM) -> None:
         assert end.new_tokens <= 22
 
 
-def test_logprobs_are_the_models(model: SambaLM) -> None:
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_logprobs_are_the_models(model: SambaLM, batch_invariant: bool) -> None:
     prompt = TOKENIZER.encode("the sea is salt")
     request = Request([prompt[:4], prompt[4:]], SamplingParams(max_tokens=6, temperature=0), None, 3, True)
-    with Engine(model, TOKENIZER, chunk=6) as engine:
+    with Engine(model, TOKENIZER, chunk=6, batch_invariant=batch_invariant) as engine:
         events = list(engine.stream(request))
     end = events[-1]
     assert isinstance(end, End)

@@ -153,7 +153,7 @@ def test_stores(tmp_path: Path, kind: str) -> None:
     places = {"folder": str(tmp_path / "new" / "folder"), "url": f"file://{tmp_path}/at"}
 
     def open_store() -> Store:
-        return MemoryStore() if kind == "memory" else FileStore(places[kind], model, TOKENIZER, 1 << 20)
+        return MemoryStore(1 << 20) if kind == "memory" else FileStore(places[kind], model, TOKENIZER, 1 << 20)
 
     store = open_store()
     assert store.cards("ann") == []
@@ -181,10 +181,16 @@ def test_places_that_do_not_work(place: str) -> None:
         FileStore(place, make_model(), TOKENIZER, 0)
 
 
+def test_memory_for_contexts_is_limited(start: Start) -> None:
+    server = start("--context-memory", "0")
+    status, answer = server.ask("POST", "/v1/contexts", {"text": "abc"})
+    assert (status, answer["error"]["code"]) == (400, "too_many_contexts")
+
+
 def test_a_reading_stops_when_its_client_leaves(plain: Server) -> None:
     with plain.connect() as connection:
         body = json.dumps({"text": "a" * 3_000_000}).encode()
-        head = f"POST /v1/contexts HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        head = "POST /v1/contexts HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         assert wait_until(lambda: plain.gauge("samba_reading") == 1, 10)
     assert wait_until(lambda: plain.gauge("samba_reading") == 0, 1)

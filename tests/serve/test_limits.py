@@ -28,7 +28,7 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 def raw_post(path: str, body: bytes, length: int | None = None) -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
     return head.encode() + str(len(body) if length is None else length).encode() + b"\r\n\r\n" + body
 
 
@@ -44,7 +44,7 @@ def test_a_hundred_megabytes_are_refused_at_once(plain: Server) -> None:
 
 def test_a_body_without_a_length_is_counted(plain: Server) -> None:
     with plain.connect() as connection:
-        head = b"POST /v1/contexts HTTP/1.1\r\nHost: x\r\nContent-Type: application/octet-stream\r\n"
+        head = b"POST /v1/contexts HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\n"
         connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
         with contextlib.suppress(ConnectionError):
             for _ in range(6 << 4):
@@ -147,6 +147,28 @@ def test_no_page_of_another_origin_may_read_unless_asked(plain: Server, start: S
     )
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:80", 200),
+        ("127.0.0.1", 200),
+        ("[::1]:8000", 200),
+        ("evil.example", 403),
+        ("127.0.0.1.evil.example", 403),
+    ],
+)
+def test_only_by_its_own_name(plain: Server, host: str, status: int) -> None:
+    """Or a page whose name was made to lead here could read what it likes."""
+    for path in ("/v1/models", "/", "/health"):
+        assert plain.ask("GET", path, None, {"Host": host})[0] == status
+
+
+def test_another_name_when_told(start: Start) -> None:
+    server = start("--allowed-host", "model.example")
+    assert server.ask("GET", "/v1/models", None, {"Host": "model.example:81"})[0] == 200
+    assert server.ask("GET", "/v1/models")[0] == 403
+
+
 @pytest.fixture(scope="module")
 def guarded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Two keys, one slot, and one place in the queue."""
@@ -180,7 +202,7 @@ def test_a_keys_contexts_are_its_own(guarded: Server) -> None:
 def open_stream(server: Server, body: dict[str, Any], key: str) -> socket.socket:
     connection = server.connect()
     request = raw_post("/v1/completions", json.dumps(body).encode())
-    connection.sendall(request.replace(b"Host: x", b"Host: x\r\nAuthorization: Bearer " + key.encode()))
+    connection.sendall(request.replace(b"Host: localhost", b"Host: localhost\r\nAuthorization: Bearer " + key.encode()))
     return connection
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
+from pathlib import Path
 
 import pytest
 from serving import Server, Start, wait_until
@@ -17,7 +19,7 @@ async def post(server: Server, body: dict[str, object]) -> tuple[int, str, float
     began = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     data = json.dumps(body).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
     try:
         writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
         await writer.drain()
@@ -59,6 +61,34 @@ def test_64_streams(start: Start) -> None:
 @pytest.mark.slow
 def test_64_streams_for_a_minute(start: Start) -> None:
     assert streams_for(start("--slots", "64"), 64, 60) > 64
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_stays_flat_for_ten_minutes(start: Start) -> None:
+    """Streams, chats and contexts that come and go."""
+    server = start("--slots", "16", "--cache", "1", "--context-memory", "16")
+
+    def resident() -> int:
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1])  # type: ignore[index]
+
+    def work(seconds: float) -> None:
+        until = time.monotonic() + seconds
+        turn = 0
+        while time.monotonic() < until:
+            assert streams_for(server, 16, 2) > 0
+            for _ in range(20):
+                turn += 1
+                body = {"messages": [{"role": "user", "content": f"{turn} {'hi ' * 50}"}], "max_tokens": 8}
+                assert server.ask("POST", "/v1/chat/completions", body)[0] == 200
+                _, made = server.ask("POST", "/v1/contexts", {"text": f"{turn} {'text ' * 200}"})
+                assert server.ask("DELETE", f"/v1/contexts/{made['id']}")[0] == 200
+
+    work(60)
+    before = resident()
+    work(540)
+    assert resident() < before + 20_000, (before, resident())
 
 
 def test_a_crowd_beyond_the_queue_is_told_at_once(start: Start) -> None:

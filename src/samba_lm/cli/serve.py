@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from samba_lm.serve.stores import Store
 
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
 @dataclass(frozen=True)
 class Serve:
     """Serve a checkpoint over HTTP as OpenAI's API does: completions, chat, contexts, metrics.
@@ -43,10 +46,15 @@ class Serve:
     """A file with an API key a line, limits after it: `requests_per_minute=60 concurrent=4 name=alice`."""
     cors_origin: UseAppendAction[tuple[str, ...]] = ()
     """A web page's origin that may call, such as https://example.org, or `*`; may be given several times."""
+    allowed_host: UseAppendAction[tuple[str, ...]] = ()
+    """A name by which clients may call this server, as in their URL; may be given several times. By default any, but
+    without keys and at a loopback address only this machine's, so that no web page can pretend to be it."""
     contexts: str | None = None
     """Keep contexts in this folder, or at this fsspec URL, which replicas may share; by default in memory."""
     cache: int = 256
     """MiB for the states of conversations, so that their next turn reads only what is new; 0: none are kept."""
+    context_memory: int = 2048
+    """MiB for contexts, where they are kept in memory."""
     max_body: int = 32
     """MiB that one request's body may have."""
     head_seconds: float = 10.0
@@ -91,6 +99,7 @@ def main(argv: list[str]) -> None:
         host=command.host,
         port=command.port,
         cors_origins=command.cors_origin,
+        allowed_hosts=command.allowed_host or (None if keys.needed or command.host not in LOOPBACK else LOOPBACK),
         max_tokens=command.max_tokens,
         max_prompt_tokens=command.max_prompt_tokens,
         max_body=command.max_body * MIB,
@@ -100,7 +109,7 @@ def main(argv: list[str]) -> None:
         drain_seconds=command.drain,
     )
     if command.contexts is None:
-        store: Store = MemoryStore()
+        store: Store = MemoryStore(command.context_memory * MIB)
     else:
         store = FileStore(command.contexts, model, tokenizer, settings.cache_bytes)
     template = find_template(latest_step(folder) or folder, tokenizer)
@@ -118,6 +127,7 @@ def _check(command: Serve) -> None:
         ("--max-tokens", command.max_tokens, 1),
         ("--max-prompt-tokens", command.max_prompt_tokens, 1),
         ("--cache", command.cache, 0),
+        ("--context-memory", command.context_memory, 0),
         ("--max-body", command.max_body, 1),
         ("--head-seconds", command.head_seconds, 0.1),
         ("--body-seconds", command.body_seconds, 0.1),

@@ -330,7 +330,9 @@ class Engine:
         bias = self._biases(running)
         drawn, logits = self._decoder.step(ids, [one.length for one in running], self._histories(running), bias)
         for row, one in reading:
-            if not one.unread:
+            if one.unread and one.request.prompt_logprobs:
+                one.note_prompt(logits[row : row + 1])
+            elif not one.unread:
                 self._has_read(one, row, logits[row : row + 1])
         self._take(running, drawn.tolist(), logits)
 

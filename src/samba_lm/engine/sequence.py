@@ -91,6 +91,11 @@ class Sequence:
                 self.unread.extend(chunk.tolist())
             if not self.unread and self.reader.logits is None:
                 raise UserError(EMPTY)
+            if self.unread and request.prompt_logprobs:
+                if self.reader.logits is None:
+                    self._prompt.append(Token(self.unread[0]))
+                else:
+                    self.note_prompt(self.reader.logits)
 
     def read(self, model: SambaLM, prefiller: Prefiller, most: int) -> int:
         """Read up to ``most`` tokens of the prompt; how many it were. ``has_read`` tells when it is done."""
@@ -149,6 +154,11 @@ class Sequence:
         made = (token or Token(token_id),) if self.answer.tokens > before else ()
         if text or made:
             self._sink(Piece(text, made))
+
+    def note_prompt(self, logits: torch.Tensor) -> None:
+        """Note how likely the prompt token to be read next is, by logits [1, V]."""
+        next_id = torch.tensor([self.unread[0]], device=logits.device)
+        self._prompt += report(logits, next_id, self.request.logprobs or 0, self._tokenizer.vocab_size)
 
     def tell_ready(self, state: State) -> None:
         """Hand out where the sequence stands after its prompt, with a state of its own, for others to begin from."""

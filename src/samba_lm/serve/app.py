@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Annotated, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Annotated, ParamSpec, Protocol, TypeVar
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -30,8 +31,10 @@ from samba_lm.serve.webpage import mount
 from samba_lm.validation import explain
 
 M = TypeVar("M", bound=BaseModel)
-LONG_BODY = 1 << 16
-"""Bytes of JSON that are read on the event loop; more go to a thread."""
+P = ParamSpec("P")
+T = TypeVar("T")
+SHORT_BODY = 1 << 13
+"""Bytes of a request that are read and turned into tokens on the event loop; longer ones go to a thread."""
 
 
 class _Answer(Protocol):
@@ -99,13 +102,18 @@ async def read_body(request: Request, kind: type[M]) -> M:
 async def parse(body: bytes, kind: type[M]) -> M:
     """JSON as an instance of a class. Raises ApiError."""
     try:
-        if len(body) <= LONG_BODY:
-            return kind.model_validate_json(body)
-        return await asyncio.to_thread(kind.model_validate_json, body)
+        return await off_loop(body, kind.model_validate_json, body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         param = str(first["loc"][0]) if first["loc"] else None
         raise ApiError(400, models.UNIONS.get(param or "") or explain(error, kind), param=param) from None
+
+
+async def off_loop(body: bytes, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+    """Do some work on a request, in a thread where its body is long."""
+    if len(body) <= SHORT_BODY:
+        return work(*args, **options)
+    return await asyncio.to_thread(work, *args, **options)
 
 
 def _type(request: Request) -> str:
@@ -179,7 +187,7 @@ def _texts(app: FastAPI, service: Service) -> None:
         asked = await read_body(request, models.CompletionRequest)
         service.check_model(asked.model)
         context = await _of(request).get(asked.context_id)
-        prompts = await read_prompts(service, asked, context)
+        prompts = await off_loop(await request.body(), read_prompts, service, asked, context)
         return await _answer(request, Completions(service, asked, prompts, context), asked.stream)
 
     @app.post(
@@ -192,8 +200,10 @@ def _texts(app: FastAPI, service: Service) -> None:
         asked = await read_body(request, models.ChatRequest)
         service.check_model(asked.model)
         context = await _of(request).get(asked.context_id)
-        prompt = await asyncio.to_thread(service.template.encode, asked.messages)
-        grammar = await asyncio.to_thread(grammar_of, service.words, asked.response_format)
+        prompt = await off_loop(await request.body(), service.template.encode, asked.messages)
+        grammar = None
+        if asked.response_format is not None:
+            grammar = await asyncio.to_thread(grammar_of, service.words, asked.response_format)
         answer = Chat(service, asked, prompt, context, grammar, request.state.client.owner)
         return await _answer(request, answer, asked.stream)
 
@@ -230,15 +240,15 @@ def _contexts(app: FastAPI, service: Service) -> None:
             if (asked.text is None) == (asked.tokens is None):
                 raise ApiError(400, "Give either text or tokens.", param="text")
             if asked.tokens is not None:
-                tokens = [service.token_ids(asked.tokens)]
+                tokens = [await off_loop(body, service.token_ids, asked.tokens)]
             else:
-                tokens = await asyncio.to_thread(encode_long, tokenizer, asked.text or "")
+                tokens = await off_loop(body, encode_long, tokenizer, asked.text or "")
         else:
             try:
                 text = str(body, "utf-8")
             except UnicodeDecodeError as error:
                 raise ApiError(400, f"The upload is not UTF-8: byte {error.start} cannot be read.") from None
-            tokens = await asyncio.to_thread(encode_long, tokenizer, text)
+            tokens = await off_loop(body, encode_long, tokenizer, text)
         check_title(title)
         reading = Reading(service, contexts, tokens, title, await contexts.get(context_id))
         return await _answer(request, reading, stream)

@@ -29,7 +29,7 @@ class Prompts:
     texts: list[str]
 
 
-async def read_prompts(service: Service, request: CompletionRequest, context: Context | None) -> Prompts:
+def read_prompts(service: Service, request: CompletionRequest, context: Context | None) -> Prompts:
     """The prompts of a request, within the limits. Raises ApiError or UserError for those that are not."""
     given = request.prompt
     several: list[Any] = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
@@ -39,7 +39,7 @@ async def read_prompts(service: Service, request: CompletionRequest, context: Co
     prompts = Prompts([], [])
     tokenizer = service.engine.tokenizer
     for one in several:
-        ids = await service.encode(one) if isinstance(one, str) else service.token_ids(one)
+        ids = tokenizer.encode(one) if isinstance(one, str) else service.token_ids(one)
         if not ids.size and context is None:
             ids = next(prompt_chunks("", tokenizer))
         service.check_length(ids)

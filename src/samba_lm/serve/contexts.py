@@ -25,7 +25,7 @@ from samba_lm.serve.answers import reason
 from samba_lm.serve.errors import ApiError
 from samba_lm.serve.jobs import Job
 from samba_lm.serve.service import Service
-from samba_lm.serve.stores import NAME, Store
+from samba_lm.serve.stores import NAME, FullError, Store
 from samba_lm.tokenizer import Tokenizer
 
 PIECE = 1 << 16
@@ -109,6 +109,8 @@ class Contexts:
         )
         try:
             await asyncio.to_thread(self._store.put, self._owner, name, shown.model_dump(), snapshot)
+        except FullError as error:
+            raise ApiError(400, str(error), code="too_many_contexts") from None
         except (UserError, OSError) as error:
             logging.getLogger("samba_lm.serve").error("a context could not be kept: %s", error)
             raise ApiError(503, "The server could not keep the context; its log says why.") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -13,7 +13,6 @@ from samba_lm.serve.service import Service
 
 OPEN = ("/health", "/openapi.json")
 """Paths that need no key; so do those outside /v1 and /metrics, which hold no secrets."""
-log = logging.getLogger("samba_lm.serve")
 
 
 class Gate:
@@ -41,6 +40,7 @@ class Gate:
         client: Client | None = None
         try:
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+            _check_host(headers.get("host"), service.settings.allowed_hosts)
             scope.setdefault("state", {})["client"] = service.keys.check(None) if not service.keys.needed else None
             if scope["path"].startswith("/v1/") or scope["path"] == "/metrics":
                 scope["state"]["client"] = service.keys.check(headers.get("authorization"))
@@ -88,6 +88,16 @@ class _Body:
             if self._size > self._most:
                 raise _too_large(self._most)
         return message
+
+
+def _check_host(host: str | None, allowed: tuple[str, ...] | None) -> None:
+    """A page of any site can have its name lead to this machine, and then reads our answers as its own; the browser
+    still says that name."""
+    if allowed is None or host is None:
+        return
+    name = urlsplit(f"//{host}").hostname if host.isascii() and "/" not in host else None
+    if name not in allowed:
+        raise ApiError(403, f"This server is not called {host[:100]!r}: start it with --allowed-host, if it should be.")
 
 
 def _check_size(length: str | None, most: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 
@@ -22,9 +21,6 @@ from samba_lm.serve.stores import Store
 from samba_lm.serve.templates import Template
 from samba_lm.serve.turns import Turns
 from samba_lm.serve.words import Words
-
-SHORT = 4096
-"""Characters that are turned into tokens at once; longer texts must not hold the event loop."""
 
 
 class Service:
@@ -63,11 +59,6 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
-
-    async def encode(self, text: str) -> TokenIds:
-        """The tokens of a text."""
-        encode = self.engine.tokenizer.encode
-        return encode(text) if len(text) <= SHORT else await asyncio.to_thread(encode, text)
 
     def token_ids(self, ids: list[int]) -> TokenIds:
         """Token ids that a client gave. Raises UserError for one that the model does not know."""

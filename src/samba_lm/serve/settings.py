@@ -18,6 +18,8 @@ class Settings:
     """0: any free one."""
     cors_origins: tuple[str, ...] = ()
     """Web pages of other origins that may call: ``https://example.org``, or ``*`` for all."""
+    allowed_hosts: tuple[str, ...] | None = None
+    """Names by which clients may call the server; None: any."""
     max_tokens: int = 4096
     """Tokens that one answer may have."""
     max_prompt_tokens: int = 1 << 21

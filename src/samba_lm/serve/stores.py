@@ -45,13 +45,28 @@ class Store(Protocol):
     def delete(self, owner: str, name: str) -> bool: ...
 
 
-class MemoryStore:
-    """Contexts that end with the process."""
+class FullError(UserError):
+    """No more contexts can be kept."""
 
-    def __init__(self) -> None:
+
+class MemoryStore:
+    """Contexts that end with the process.
+
+    Args:
+        most: bytes that all of them may hold.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._held: dict[str, dict[str, tuple[Card, Snapshot]]] = {}
 
     def put(self, owner: str, name: str, card: Card, snapshot: Snapshot) -> None:
+        held = sum(one.nbytes() for each in list(self._held.values()) for _, one in list(each.values()))
+        if held + snapshot.nbytes() > self._most:
+            raise FullError(
+                f"The contexts hold {held >> 20:,} MiB, and one more is above this server's limit of "
+                f"{self._most >> 20:,} MiB: delete some."
+            )
         self._held.setdefault(owner, {})[name] = card, snapshot
 
     def card(self, owner: str, name: str) -> Card | None:

@@ -1,0 +1,89 @@
+"""Events while nothing happens, and places in the queue of requests with several texts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from serving import make_model
+
+from samba_lm.engine.engine import Engine, QueueFullError
+from samba_lm.engine.request import End, Piece, Request
+from samba_lm.generation.params import SamplingParams
+from samba_lm.serve import sse
+from samba_lm.serve.auth import Keys
+from samba_lm.serve.completions import Completions, read_prompts
+from samba_lm.serve.jobs import Job
+from samba_lm.serve.models import CompletionRequest
+from samba_lm.serve.service import Service
+from samba_lm.serve.settings import Settings
+from samba_lm.serve.stores import MemoryStore
+from samba_lm.serve.templates import PlainTemplate
+from samba_lm.tokenizer import ByteTokenizer
+
+ENDLESS = Request([np.array([65])], SamplingParams(max_tokens=None, stop_at_eos=False))
+TOKENIZER = ByteTokenizer()
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    with Engine(make_model(), TOKENIZER, slots=1, queue_limit=1) as engine:
+        settings = Settings("tiny", keep_alive_seconds=0.05)
+        yield Service(engine, settings, Keys(), PlainTemplate(TOKENIZER), MemoryStore(0))
+
+
+def test_a_stream_that_waits_says_that_it_lives(service: Service) -> None:
+    async def run() -> list[bytes]:
+        cancel = service.engine.submit(ENDLESS, lambda _: None)
+        request = CompletionRequest(prompt="a", max_tokens=3, ignore_eos=True)
+        job = Completions(service, request, read_prompts(service, request, None), None)
+        pieces = []
+        async for piece in job.stream():
+            pieces.append(piece)
+            if len(pieces) == 3:
+                cancel()
+        return pieces
+
+    pieces = asyncio.run(run())
+    assert pieces[:3] == [sse.KEEP_ALIVE] * 3
+    assert pieces[-1] == sse.DONE
+    assert b'"finish_reason":"length"' in b"".join(pieces)
+
+
+def test_many_texts_take_one_place_after_the_other(service: Service) -> None:
+    """More prompts than the engine has room for are a request like any other, in a queue that others use too."""
+
+    async def count(job: Job) -> tuple[int, int]:
+        tokens = ends = 0
+        async for batch in job.events():
+            tokens += sum(len(event.tokens) for _, event in batch if isinstance(event, Piece))
+            ends += sum(isinstance(event, End) for _, event in batch)
+        return tokens, ends
+
+    async def run() -> list[tuple[int, int]]:
+        prompts = [Request([np.array([65, i])], SamplingParams(max_tokens=5, stop_at_eos=False)) for i in range(20)]
+        first = Job(service.bridge, prompts)
+        with pytest.raises(QueueFullError):
+            Job(service.bridge, prompts[:1])
+        running = asyncio.create_task(count(first))
+        await asyncio.sleep(0.05)
+        return [await running, await count(Job(service.bridge, prompts[:3], copies=4))]
+
+    assert asyncio.run(run()) == [(100, 20), (60, 12)]
+
+
+def test_a_job_that_was_closed_leaves_nothing_behind(service: Service) -> None:
+    async def run() -> None:
+        job = Job(service.bridge, [ENDLESS])
+        await asyncio.sleep(0.1)
+        assert service.engine.counts()["running"] == 1
+        job.close()
+        for _ in range(50):
+            await asyncio.sleep(0.02)
+            if not service.engine.counts()["running"]:
+                return
+        raise AssertionError("it still runs")
+
+    asyncio.run(run())
