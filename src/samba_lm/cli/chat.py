@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-from collections.abc import Iterator
+import sys
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING
 
 from tyro.conf import OmitArgPrefixes, Positional
 
+from samba_lm.cli.chat_commands import complete, is_command, run_command
+from samba_lm.cli.chat_input import Entry, History, Prompt, history_path
+from samba_lm.cli.chat_room import FIRST, Conversation, Room
+from samba_lm.cli.chat_view import View
 from samba_lm.cli.generate import SamplingOptions, open_stdin
+from samba_lm.cli.main import for_people
 from samba_lm.cli.model import CheckpointName, ContextFile, Dtype, load_context, load_with_tokenizer
 from samba_lm.cli.parse import parse
-from samba_lm.errors import UserError, did_you_mean
-from samba_lm.files import write_text
+from samba_lm.errors import UserError
 from samba_lm.generation.params import DEFAULT_CHUNK
 
-if TYPE_CHECKING:
-    from samba_lm.generation.chat import ChatSession
-
-COMMANDS = {
-    "/reset": "forget the conversation",
-    "/save FILE": "write the conversation to a file",
-    "/help": "this list",
-    "/quit": "leave, as Ctrl-D does",
-}
+HINT = "Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands."
+BASE = (
+    "A base model: it was trained to continue texts, not to follow what you ask. What you say is written as "
+    "'User:', and it goes on after 'Assistant:'."
+)
 
 
 @dataclass(frozen=True)
 class Chat:
     """Talk with a checkpoint. Each turn reads only its new tokens, however long the conversation.
 
-    Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands.
+    Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands; Tab completes them.
+    On a pipe each line is a message.
     """
 
     checkpoint: Positional[CheckpointName]
@@ -50,6 +46,8 @@ class Chat:
     """Where to run: auto (the GPU if there is one), cpu, cuda or cuda:N."""
     dtype: Dtype | None = None
     """Turn the weights into this type; by default they stay as the checkpoint has them."""
+    history: bool = True
+    """Remember what you type for the next chat, in a file that only you can read."""
 
 
 def main(argv: list[str]) -> None:
@@ -59,90 +57,62 @@ def main(argv: list[str]) -> None:
 
     stdin = open_stdin()
     model, tokenizer = load_with_tokenizer(command.checkpoint, command.device, command.dtype)
-    snapshot = load_context(command.context, model, tokenizer)
-    context = None if snapshot is None else snapshot.reader()
+    context = load_context(command.context, model, tokenizer)
     session = ChatSession(
-        model, tokenizer, command.system, params=command.sampling, chunk=command.chunk, context=context
+        model,
+        tokenizer,
+        command.system,
+        params=command.sampling,
+        chunk=command.chunk,
+        context=None if context is None else context.reader(),
     )
-    interactive = stdin.isatty()
-    if interactive:
-        import readline  # noqa: F401 - gives input() line editing and a history
+    view = View(sys.stdout)
+    history = History(history_path() if command.history and stdin.isatty() else None)
+    prompt = Prompt(stdin, history, lambda line: complete(line, room), view.colour)
+    room = Room(model, tokenizer, view, prompt, {FIRST: Conversation(session, context)})
+    if prompt.interactive:
+        view.note(BASE)
+        view.note(HINT)
+    _talk(room, history)
 
-        print("Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands.")
-    while True:
+
+def _talk(room: Room, history: History) -> None:
+    presses = 0
+    while not room.left:
+        if history.trouble is not None:
+            room.view.error(history.trouble)
+            history.trouble = None
         try:
-            line = input("> " if interactive else "").strip()
+            entry = room.prompt.read("> " if room.name == FIRST else f"{room.name}> ")
         except EOFError:
             print()
             return
         except KeyboardInterrupt:
-            print("\n(Ctrl-D or /quit leaves)")
-            continue
-        if line == "/quit":
-            return
-        if line.startswith("/"):
-            _run_command(line, session)
-        elif line:
-            _answer(line, session)
-
-
-def _run_command(line: str, session: ChatSession) -> None:
-    word, _, argument = line.partition(" ")
-    if word == "/reset":
-        session.reset()
-        print("(the conversation is forgotten)")
-    elif word == "/save" and argument.strip():
-        path = Path(argument.strip()).expanduser()
-        try:
-            write_text(path, session.text)
-        except (UserError, OSError) as error:
-            print(f"({error})")  # the conversation goes on
-        else:
-            print(f"(written to {path})")
-    elif word == "/help":
-        for name, help_text in COMMANDS.items():
-            print(f"  {name:<12}{help_text}")
-    elif word == "/save":
-        print("(/save needs a file: /save talk.txt)")
-    else:
-        print(f"({word} is not a command.{did_you_mean(word, [name.split()[0] for name in COMMANDS])})")
-
-
-def _answer(message: str, session: ChatSession) -> None:
-    with _ctrl_c() as pressed:
-
-        def leave_if_pressed(tokens: int) -> None:
-            if pressed:
-                raise KeyboardInterrupt
-
-        answer = session.ask(message, on_progress=leave_if_pressed)
-        try:
-            for piece in answer:
-                print(piece, end="", flush=True)
-                if pressed:
-                    answer.close()
+            if not room.prompt.interactive:
+                raise
             print()
-        except KeyboardInterrupt:
-            print("\n(stopped: the message is not part of the conversation)")
-        except UserError as error:
-            print(f"\n({error})")
+            presses += 1
+            if presses > 1:
+                room.view.note("Ctrl-D or /quit leaves")
+            continue
+        presses = 0
+        if entry.text.strip():
+            _obey(entry, room)
 
 
-@contextlib.contextmanager
-def _ctrl_c() -> Iterator[list[int]]:
-    """Turn Ctrl-C into an entry in the list, to be looked at between two tokens; a second one interrupts at once.
-
-    An exception at any instruction could leave the state half advanced, and the whole turn would have to be taken back.
-    """
-    pressed: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-
-    before = signal.signal(signal.SIGINT, note)
+def _obey(entry: Entry, room: Room) -> None:
+    """Do what was typed; what goes wrong is told in a line, and the conversation goes on."""
     try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
+        if not entry.plain and is_command(entry.text):
+            run_command(entry.text, room)
+        else:
+            room.answer(lambda on_progress: room.session.ask(entry.text, on_progress))
+    except KeyboardInterrupt:
+        room.view.note("stopped")
+    except BrokenPipeError:
+        raise
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        message = for_people(error)
+        if message is None:
+            raise
+        room.view.error(message)

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 141
         raise
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        message = _for_people(error)
+        message = for_people(error)
         if message is None:
             raise
         if os.environ.get("SAMBA_LM_TRACEBACK", "") not in ("", "0"):
@@ -154,7 +154,7 @@ def _help(rows: Sequence[Command], usage: str) -> str:
     return "\n".join([*lines, "", *textwrap.wrap(closing, width)])
 
 
-def _for_people(error: BaseException) -> str | None:
+def for_people(error: BaseException) -> str | None:
     """Return the message for an error that the user can mend, or None for a defect of ours."""
     if isinstance(error, UserError):
         return str(error)
