@@ -155,6 +155,9 @@ def test_no_page_of_another_origin_may_read_unless_asked(plain: Server, start: S
         ("[::1]:8000", 200),
         ("evil.example", 403),
         ("127.0.0.1.evil.example", 403),
+        ("[", 403),
+        ("me@evil.example", 403),
+        ("", 403),
     ],
 )
 def test_only_by_its_own_name(plain: Server, host: str, status: int) -> None:

@@ -95,7 +95,10 @@ def _check_host(host: str | None, allowed: tuple[str, ...] | None) -> None:
     still says that name."""
     if allowed is None or host is None:
         return
-    name = urlsplit(f"//{host}").hostname if host.isascii() and "/" not in host else None
+    try:
+        name = urlsplit(f"//{host}").hostname if "/" not in host else None
+    except ValueError:  # brackets that do not close
+        name = None
     if name not in allowed:
         raise ApiError(403, f"This server is not called {host[:100]!r}: start it with --allowed-host, if it should be.")
 
