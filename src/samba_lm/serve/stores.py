@@ -185,7 +185,7 @@ class _Folder:
 
     @contextlib.contextmanager
     def writing(self, owner: str, name: str) -> Iterator[Path]:
-        (self._root / owner).mkdir(exist_ok=True)
+        (self._root / owner).mkdir(mode=0o700, exist_ok=True)
         yield self._root / owner / name
 
     @contextlib.contextmanager
