@@ -456,6 +456,7 @@ export const scenarios = {
       assert.ok(await alert.getByRole("button").isDisabled());
       await chatNames(page).filter({ hasText: "first" }).click();
       await button(page, "Stop the answer").click();
+      await page.waitForFunction(async () => (await (await fetch("/health")).json()).running === 0);
       await chatNames(page).filter({ hasText: "second" }).click();
       await button(page, "Try again").click();
       await writing(page);

@@ -46,8 +46,10 @@ export class Messages {
   #flush() {
     this.frame = 0;
     const last = this.list.lastElementChild?.querySelector(".text");
-    if (last?.firstChild instanceof Text) last.firstChild.appendData(this.pending);
-    else last?.replaceChildren(this.pending.trimStart());
+    const text = this.pending;
+    if (last?.firstChild instanceof Text) last.firstChild.appendData(text);
+    else if (text.trim()) last?.replaceChildren(text.trimStart());
+    else return; // blanks at the start are not shown
     this.pending = "";
   }
 
@@ -67,7 +69,7 @@ export class Messages {
     const last = index === this.chat.messages.length - 1;
     const writing = last && this.running;
     const text = el("div", { class: "text" });
-    const shown = mine ? message.content : message.content.trimStart();
+    const shown = writing ? message.content.trimStart() : message.content.trim();
     if (shown.trim()) text.append(shown);
     else if (writing) text.append(el("span", { class: "waiting" }, "Reading"));
     else if (!message.error) text.append(el("span", { class: "hint" }, message.content ? "Nothing but blanks." : "An empty answer."));
