@@ -275,7 +275,7 @@ def _contexts(app: FastAPI, service: Service) -> None:
             check_title(asked.title)
         return await contexts_of(request, service).fork(name, asked.title)
 
-    @app.delete("/v1/contexts/{name}", tags=["contexts"], responses=describe(404, 503))
+    @app.delete("/v1/contexts/{name}", tags=["contexts"], responses=describe(404, 413, 429, 503))
     async def delete(request: Request, name: str) -> models.ContextDeleted:
         """Forget one; what was begun from it goes on."""
         return await contexts_of(request, service).delete(name)

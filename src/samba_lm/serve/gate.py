@@ -11,8 +11,8 @@ from samba_lm.serve.auth import Client
 from samba_lm.serve.errors import ApiError, unavailable
 from samba_lm.serve.service import Service
 
-OPEN = ("/health", "/openapi.json")
-"""Paths that need no key; so do those outside /v1 and /metrics, which hold no secrets."""
+QUEUED = ("/v1/completions", "/v1/chat/completions", "/v1/contexts")
+"""What a full queue refuses before it is read."""
 
 
 class Gate:
@@ -47,7 +47,8 @@ class Gate:
             if working:
                 if service.draining:
                     raise unavailable()
-                service.check_room()
+                if scope["method"] == "POST" and scope["path"] in QUEUED:
+                    service.check_room()
                 _check_size(headers.get("content-length"), service.settings.max_body)
                 scope["state"]["client"].enter()
                 client = scope["state"]["client"]
