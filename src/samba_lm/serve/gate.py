@@ -41,7 +41,7 @@ class Gate:
         try:
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
             _check_host(headers.get("host"), service.settings.allowed_hosts)
-            scope.setdefault("state", {})["client"] = service.keys.check(None) if not service.keys.needed else None
+            scope.setdefault("state", {})
             if scope["path"].startswith("/v1/") or scope["path"] == "/metrics":
                 scope["state"]["client"] = service.keys.check(headers.get("authorization"))
             if working:
