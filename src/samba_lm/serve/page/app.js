@@ -53,6 +53,9 @@ async function connect() {
   conversation.model = model.id;
   settings.limit(model.max_tokens);
   byId("base-note").hidden = model.chat_template === true;
+  if (model.chat_template === false) {
+    byId("base-note").textContent = "This is a base model: it goes on with text and does not follow instructions.";
+  }
   drawModel();
   await documents.load();
 }
