@@ -147,23 +147,21 @@ DEVICE void walk_stage(Walker& w, float (&total)[4], const Stage& now, const flo
   }
 }
 
-// A tile backwards. On entry its last tokens are in ``ahead`` and the sums of the batch after them in ``total``; on return
-// those of its first batch. Sums are stored a batch late because they are long in the making: a load or a barrier after
-// the store would wait for them. ``later()`` comes halfway: what it loads takes registers of states no longer needed.
-template <bool DROPS, class Later>
-DEVICE void walk_back(Walker& w, float (&total)[4], Stage& ahead, const float (&h)[T + 1][S], const float (&decay)[T][S],
-                      const BackwardTile& tile, const float* bc, int lane, float2* part, float* part_y, float* sums,
-                      u32 resets, Later later) {
+// Half a tile backwards. On entry its last tokens are in ``ahead`` and the sums of the batch after them in ``total``; on
+// return those of the tokens before and of its first batch. ``stored()`` comes when the former sums are. Sums are stored
+// a batch late because they are long in the making, and no load passes a store.
+template <bool DROPS, int FROM, class Stored>
+DEVICE void walk_half(Walker& w, float (&total)[4], Stage& ahead, const float (&h)[T + 1][S], const float (&decay)[T][S],
+                      const BackwardTile& tile, const float* bc, int lane, float2* part, float* part_y, float* sums, u32 resets,
+                      Stored stored) {
 #pragma unroll
-  for (int first = T - BATCH; first >= 0; first -= BATCH) {
-    const bool halfway = first == HALF - BATCH;
-    if (halfway) meet(FREE_EARLY, THREADS);
+  for (int first = FROM + HALF - BATCH; first >= FROM; first -= BATCH) {
     const Stage now = ahead;
     const float before[4] = {total[0], total[1], total[2], total[3]};
     if (first > 0) load_stage(ahead, tile, bc, lane, first - BATCH);
     walk_stage<DROPS>(w, total, now, h, decay, first, part, part_y, resets);
     if (first + BATCH < T) store_sums(w, before, sums + (first + BATCH) * 2 * N);
-    if (halfway) arrive(WALKED_LATE, THREADS), later();
+    if (first == FROM + HALF - BATCH) stored();
   }
 }
 
@@ -188,7 +186,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
 
   // As owner of states.
   const int group = thread / CH, channel = blockIdx.x * CH + lane;
-  const bool inside = channel < E && !works;
+  const bool inside = channel < E && thread < OWNERS;
   const i64 at = (batch * E + channel) * N + group * S;
   Walker w;
 #pragma unroll
@@ -226,6 +224,8 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
 
   const u8* resets = RESETS ? p.resets + batch * L : nullptr;
 
+  float next_state[S];
+
   // Whether this thread's pair of round k is in that half of the tile; with few threads a matter of k alone.
   auto in_half = [&](int k, int half) {
     return ROUND <= HALF ? k * ROUND / HALF == half : row_of_tile(row, k) && (row + k * ROUND) / HALF == half;
@@ -253,13 +253,17 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
     dy -= T * p.dy_row, u -= T * p.u_row, delta -= T * p.delta_row, B -= T * p.B_row, C -= T * p.C_row;
     if constexpr (GATED) z -= T * p.z_row;
   };
-  auto prepare = [&](int tile) {  // phase A
-    BackwardTile& to = shared.tile[tile % TILES];
+  auto load_state = [&](int tile) {
+#pragma unroll
+    for (int i = 0; i < S; ++i) next_state[i] = inside && tile >= first ? read_now(checkpoint + (i64)i * E) : 0.0f;
+    checkpoint -= (i64)N * E;
+  };
+  auto prepare = [&](BackwardTile& to, int tile, int half) {  // phase A
     const BackwardInputs& from = shared.inputs[tile & (AHEAD - 1)];
     const int steps = limit - tile * T - row;  // rows from this thread's first on that have a step
 #pragma unroll
     for (int k = 0; k < ROUNDS; ++k) {
-      if (!row_of_tile(row, k)) continue;
+      if (!in_half(k, half)) continue;
       const int t = row + k * ROUND, index = t * COLUMNS + column / 2;
       float2 uu = unpack(from.u[k][worker]), x = unpack(from.delta[k][worker]), g = unpack(from.dy[k][worker]);
       float2 dz = make_float2(0.0f, 0.0f);
@@ -279,6 +283,9 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
       *(float2*)&to.dy[t * CH + column] = g;
       to.factors[index] = make_float4(slope.x, slope.y, dz.x, dz.y);
     }
+  };
+  auto prepare_states = [&](BackwardTile& to, int tile) {
+    const BackwardInputs& from = shared.inputs[tile & (AHEAD - 1)];
     float* bc = &to.bc[bc_to];
 #pragma unroll
     for (int k = 0; k < BC_ROUNDS; ++k) {
@@ -287,8 +294,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
       *(float2*)&bc[k * BC_ROUND * BC_ROW + S] = unpack(from.C[k][worker]);
     }
   };
-  auto finish = [&](int tile, int half) {  // phase C
-    const BackwardTile& from = shared.tile[tile % TILES];
+  auto finish = [&](const BackwardTile& from, int tile, int half) {  // phase C
     const int left = L - tile * T - row;
 #pragma unroll
     for (int k = 0; k < ROUNDS; ++k) {
@@ -321,46 +327,51 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
     if (half == 0) own -= (i64)T * E, partial -= T * 2 * N;
   };
 
+  u8 reset_raw = RESETS ? load_reset(resets, (end - 1) * T, limit, lane) : (u8)0;
+  load_state(end - 1);
   if (works) {
     fetch(end - 1), fetch(end - 2), fetch(end - 3);
     wait_copies<2>();
-    prepare(end - 1);
-    arrive(PREPARED + (end - 1 & 1), THREADS), arrive(FREE_LATE, THREADS);
-    auto prepare_next = [&](int tile) {
-      if (tile < first) return;
+    BackwardTile& start = shared.tile[(end - 1) % TILES];
+    prepare(start, end - 1, 1), prepare(start, end - 1, 0), prepare_states(start, end - 1);
+  }
+  float h[T + 1][S], decay[T][S];
+#pragma unroll
+  for (int i = 0; i < S; ++i) h[0][i] = next_state[i];
+  load_state(end - 2);
+
+  float2* const part = &shared.part[thread];
+  float* const part_y = &shared.part_y[thread];
+  auto next = [&](int tile) {
+#pragma unroll
+    for (int i = 0; i < S; ++i) h[0][i] = next_state[i];
+    load_state(tile - 2);
+  };
+  if (works) {
+    auto prepare_all = [&](int tile) {
+      BackwardTile& to = shared.tile[tile % TILES];
       wait_copies<1>();
-      prepare(tile);
+      prepare(to, tile, 1), prepare(to, tile, 0), prepare_states(to, tile);
       arrive(PREPARED + (tile & 1), THREADS);
     };
-    prepare_next(end - 2);
+    arrive(PREPARED + (end - 1 & 1), THREADS), arrive(FREE_LATE, THREADS);
+    if (end - 2 >= first) prepare_all(end - 2);
     for (int tile = end - 1; tile >= first; --tile) {
       meet(WALKED_EARLY, THREADS);  // the tile after
-      if (tile < end - 1) finish(tile + 1, 0);
+      if (tile < end - 1) finish(shared.tile[(tile + 1) % TILES], tile + 1, 0);
       arrive(FREE_EARLY, THREADS);
       fetch(tile - 3);  // where the tile after was
-      prepare_next(tile - 2);
+      if (tile - 2 >= first) prepare_all(tile - 2);
       meet(WALKED_LATE, THREADS);
-      finish(tile, 1);
+      finish(shared.tile[tile % TILES], tile, 1);
       if (tile > first) arrive(FREE_LATE, THREADS);
     }
     meet(WALKED_EARLY, THREADS);
-    finish(first, 0);
+    finish(shared.tile[first % TILES], first, 0);
   } else {
-    u8 reset_raw = RESETS ? load_reset(resets, (end - 1) * T, limit, lane) : (u8)0;
-    float h[T + 1][S], decay[T][S], next_state[S];
-    auto load_state = [&](int tile) {
-#pragma unroll
-      for (int i = 0; i < S; ++i) next_state[i] = inside && tile >= first ? read_now(checkpoint + (i64)i * E) : 0.0f;
-      checkpoint -= (i64)N * E;
-    };
-    load_state(end - 1);
-    float2* const part = &shared.part[thread];
-    float* const part_y = &shared.part_y[thread];
     Stage ahead;
     float total[4] = {};
     for (int tile = end - 1; tile >= first; --tile) {
-#pragma unroll
-      for (int i = 0; i < S; ++i) h[0][i] = next_state[i];
       const BackwardTile& now = shared.tile[tile % TILES];
       const float* bc = &now.bc[group * 2 * S];
       const u32 dropped = RESETS ? ballot(reset_raw != 0) : 0u;
@@ -374,23 +385,30 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETERS(Backward) p) {
       store_sums(w, total, sums);  // of the tile after
       arrive(WALKED_EARLY, THREADS);
       meet(FREE_LATE, THREADS);
-      auto later = [&] { load_state(tile - 1); };
-      if (RESETS && !KEEP && dropped)
-        walk_back<true>(w, total, ahead, h, decay, now, bc, lane, part, part_y, sums, dropped, later);
-      else
-        walk_back<false>(w, total, ahead, h, decay, now, bc, lane, part, part_y, sums, 0u, later);
+      auto none = [] {};
+      auto walked = [&] { arrive(WALKED_LATE, THREADS); };
+      if (RESETS && !KEEP && dropped) {
+        walk_half<true, HALF>(w, total, ahead, h, decay, now, bc, lane, part, part_y, sums, dropped, none);
+        meet(FREE_EARLY, THREADS);
+        walk_half<true, 0>(w, total, ahead, h, decay, now, bc, lane, part, part_y, sums, dropped, walked);
+      } else {
+        walk_half<false, HALF>(w, total, ahead, h, decay, now, bc, lane, part, part_y, sums, 0u, none);
+        meet(FREE_EARLY, THREADS);
+        walk_half<false, 0>(w, total, ahead, h, decay, now, bc, lane, part, part_y, sums, 0u, walked);
+      }
+      next(tile);
     }
     store_sums(w, total, sums);
     arrive(WALKED_EARLY, THREADS);
-    if (inside) {
-#pragma unroll
-      for (int i = 0; i < S; ++i) {
-        p.dstate[at + i] = w.carry[i];
-        p.dA[at + i] = w.dA[i] * LN_2 + (start_over ? 0.0f : p.dA[at + i]);
-      }
-    }
   }
 
+  if (inside) {
+#pragma unroll
+    for (int i = 0; i < S; ++i) {
+      p.dstate[at + i] = w.carry[i];
+      p.dA[at + i] = w.dA[i] * LN_2 + (start_over ? 0.0f : p.dA[at + i]);
+    }
+  }
   __syncthreads();
   float4* const all = (float4*)shared.part;
   if (works) all[worker] = make_float4(dskip.x, dskip.y, dbias.x, dbias.y);
