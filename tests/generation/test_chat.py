@@ -129,3 +129,128 @@ def test_braces_in_a_message_are_text(model, tokenizer) -> None:
 def test_a_template_without_a_place_for_the_text_is_refused() -> None:
     with pytest.raises(UserError, match="user='Hello' has no place"):
         ChatTemplate(user="Hello")
+
+
+def talk(session: ChatSession, *messages: str) -> list[str]:
+    return ["".join(session.ask(message)) for message in messages]
+
+
+def test_a_turn_is_taken_back_as_if_it_had_never_been(talker, either) -> None:
+    params = SamplingParams(seed=3, max_tokens=20, repetition_penalty=1.3)
+    session = ChatSession(talker, either, system="be kind", template=TEMPLATE, params=params)
+    texts, answers = [""], []
+    for message in ("sea?", "salt", "tea"):
+        answers += talk(session, message)
+        texts.append(session.text)
+    for text, message, answer in reversed(list(zip(texts, ("sea?", "salt", "tea"), answers, strict=False))):
+        assert session.undo() == message
+        assert session.text == text
+        assert talk(session, message) == [answer]  # the same draw from the same state, penalties included
+        session.undo()
+    assert session.turns == 0
+    assert session.token_ids.size == session.reader.lengths[0] == 0
+    with pytest.raises(UserError, match="no turn to take back"):
+        session.undo()
+
+
+def test_the_states_for_taking_back_do_not_pile_up(model, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = ChatSession(model, tokenizer, params=SamplingParams(max_tokens=2))
+    talk(session, *"abcdefghijkl")
+    assert "".join(session.undo() for _ in range(chat.UNDO_TURNS)) == "lkjihgfe"
+    with pytest.raises(UserError, match="Only the last 8 turns"):
+        session.undo()
+    monkeypatch.setattr(chat, "UNDO_BYTES", 1)
+    talk(session, *"xyz")
+    assert session.undo() == "z"
+    with pytest.raises(UserError, match="Only the last"):
+        session.undo()
+
+
+def test_a_fork_goes_its_own_way(talker, either) -> None:
+    params = SamplingParams(max_tokens=15, presence_penalty=0.5)
+    session, twin = (ChatSession(talker, either, template=TEMPLATE, params=params) for _ in range(2))
+    talk(session, "sea?"), talk(twin, "sea?")
+    fork = session.fork()
+    talk(fork, "another", "way")
+    fork.undo()
+    assert talk(session, "and", "so on") == talk(twin, "and", "so on")
+    assert session.text == twin.text
+    assert fork.text.startswith("Qsea?A:")
+    assert "Qanother" in fork.text
+    assert "Qway" not in fork.text
+    fork.undo()
+    fork.undo()
+    assert (fork.turns, session.turns) == (0, 3)
+
+
+def test_the_token_ids_are_those_in_the_state(talker, either) -> None:
+    for seed in range(8):
+        session = ChatSession(talker, either, template=TEMPLATE, params=SamplingParams(seed=seed, max_tokens=25))
+        talk(session, "sea?", "salt", "tea")
+        assert session.token_ids.tolist() == talker.tokens(session.reader.lengths[0])
+        session.undo()
+        assert either.decode(session.token_ids) == session.text
+
+
+def test_options_change_from_the_next_answer_on(model, tokenizer) -> None:
+    model.allow(list(b"abcdef"))
+    calm, other = SamplingParams(max_tokens=30), SamplingParams(max_tokens=30, repetition_penalty=3, seed=5)
+    session = ChatSession(model, tokenizer, params=calm)
+    talk(session, "one")
+    session.params = other
+    later = talk(session, "two")
+    # The same tokens, with the penalty from the start on.
+    both = ChatSession(model, tokenizer, params=calm.replace(repetition_penalty=1.0001))
+    talk(both, "one")
+    both.params = other
+    assert talk(both, "two") == later
+    assert session.params is other
+
+
+def test_a_system_text_may_come_later(model, tokenizer) -> None:
+    session = ChatSession(model, tokenizer, params=SamplingParams(max_tokens=0))
+    talk(session, "one")
+    session.system = "Be kind."
+    talk(session, "two", "three")
+    assert session.text == ("User: one\nAssistant:\nBe kind.\n\nUser: two\nAssistant:\nUser: three\nAssistant:")
+    session.undo()
+    session.undo()
+    talk(session, "again")  # what was taken back with its message is said with the next
+    assert session.text.endswith("\nBe kind.\n\nUser: again\nAssistant:")
+    session.reset()
+    talk(session, "first")
+    assert session.text.startswith("Be kind.\n\nUser: first")
+    session.system = None
+    session.reset()
+    talk(session, "first")
+    assert session.text.startswith("User: first")
+
+
+def test_a_text_is_gone_on_with(model, tokenizer) -> None:
+    model.allow(list(b"abc"))
+    params = SamplingParams(max_tokens=10, repetition_penalty=2)
+    session = ChatSession(model, tokenizer, system="Be kind.", params=params)
+    talk(session, "one", "two")
+    other = ChatSession(model, tokenizer, system="Be kind.", params=params)
+    other.resume(session.text)
+    assert (other.turns, other.token_ids.tolist()) == (0, session.token_ids.tolist())
+    assert talk(other, "three") == talk(session, "three")
+    assert other.text == session.text
+    for text, message in (("", "empty"), ("\ud800", "surrogate")):
+        with pytest.raises(UserError, match=message):
+            other.resume(text)
+    talk(other, "anew")
+    assert other.text.startswith("Be kind.\n\nUser: anew")
+
+
+def test_the_time_of_a_turn(model, tokenizer) -> None:
+    session = ChatSession(model, tokenizer, params=SamplingParams(max_tokens=9, stop_at_eos=False))
+    model.allow(list(b"abc"))
+    talk(session, "hello")
+    timing = session.timing
+    assert (timing.prompt_tokens, timing.new_tokens, timing.finish) == (22, 9, "length")
+    assert timing.read_seconds > 0
+    assert timing.decode_seconds > 0
+    next(session.ask("more"))
+    session.leave()
+    assert (session.timing.new_tokens, session.timing.finish, session.turns) == (1, None, 2)

@@ -13,6 +13,7 @@ import sys
 import termios
 import time
 from types import TracebackType
+from typing import IO
 
 from rich.cells import cell_len
 
@@ -27,7 +28,7 @@ _SEQUENCE = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])|\x1b[=>]")
 class Terminal:
     """``samba-lm`` with these arguments in a terminal of so many columns."""
 
-    def __init__(self, *argv: object, columns: int = 80, **environment: str) -> None:
+    def __init__(self, *argv: object, columns: int = 80, stdout: IO[bytes] | None = None, **environment: str) -> None:
         self._master, slave = pty.openpty()
         self.resize(columns)
         self.seen = ""
@@ -36,7 +37,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "-c", _START, *map(str, argv)],
             stdin=slave,
-            stdout=slave,
+            stdout=slave if stdout is None else stdout,
             stderr=slave,
             start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "INPUTRC": "/dev/null", **environment},
