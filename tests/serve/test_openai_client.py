@@ -63,6 +63,21 @@ def test_completions_are_the_models(client: openai.OpenAI, model: samba_lm.Samba
     assert chunks[-1].usage == whole.usage
 
 
+def test_the_model_says_what_it_is(client: openai.OpenAI, model: samba_lm.SambaLM) -> None:
+    (told,) = client.models.list().data
+    assert told.id == "tiny"
+    facts = told.model_extra
+    assert facts is not None
+    assert facts["parameters"] == sum(p.numel() for p in model.parameters())
+    assert facts["vocab_size"] == model.config.vocab_size
+    assert facts["state_bytes"] == model.init_state(1).nbytes()
+    assert facts["constant_state"] is True
+    assert facts["chat_template"] is False
+    assert client.models.retrieve("tiny") == told
+    with pytest.raises(openai.BadRequestError, match=f"limit of {facts['max_tokens']}"):
+        client.completions.create(model="tiny", prompt="a", max_tokens=facts["max_tokens"] + 1)
+
+
 def test_echo_and_logprobs(client: openai.OpenAI, model: samba_lm.SambaLM) -> None:
     got = client.completions.create(model="tiny", prompt=TEXT, max_tokens=3, temperature=0, echo=True, logprobs=2)
     choice = got.choices[0]

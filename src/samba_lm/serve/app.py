@@ -27,6 +27,7 @@ from samba_lm.serve.openapi import BINARY, EVENTS, JSON, METRICS, describe, docu
 from samba_lm.serve.schema import grammar_of
 from samba_lm.serve.service import Service
 from samba_lm.serve.sse import ClientGone, EventStream, Pieces, while_connected
+from samba_lm.serve.templates import PlainTemplate
 from samba_lm.serve.webpage import mount
 from samba_lm.validation import explain
 
@@ -162,6 +163,8 @@ def _about(app: FastAPI, service: Service) -> None:
             parameters=sum(p.numel() for p in service.engine.model.parameters()),
             state_bytes=slots.nbytes() // slots.capacity,
             constant_state=service.engine.constant,
+            chat_template=not isinstance(service.template, PlainTemplate),
+            max_tokens=service.settings.max_tokens,
         )
 
     @app.get("/v1/models", tags=["models"], responses=describe())

@@ -201,6 +201,8 @@ class Model(BaseModel):
     parameters: int
     state_bytes: int = Field(description="Memory of one sequence's state.")
     constant_state: bool = Field(description="It stays the same however long a text is.")
+    chat_template: bool = Field(description="The model has a template for conversations; else it is a base model.")
+    max_tokens: int = Field(description="The most that one answer may have on this server.")
 
 
 class ModelList(BaseModel):
