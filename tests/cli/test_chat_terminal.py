@@ -27,6 +27,7 @@ if "libedit" in (readline.__doc__ or ""):
 
 UP, LEFT, ALT_ENTER, CTRL_A, CTRL_C, CTRL_D = "\x1b[A", "\x1b[D", "\x1b\r", "\x01", "\x03", "\x04"
 ENDLESS = ("--max-tokens", "unlimited", "--no-stop-at-eos")
+PROMPT = r"> (?:\x1b\[0m)?$"
 MORE = r"\.\.\. (?:\x1b\[0m)?$"
 
 
@@ -58,7 +59,7 @@ def test_typing_editing_and_what_is_remembered(checkpoint: Path, tmp_path: Path)
     history.parent.mkdir(parents=True)
     history.write_text(json.dumps("```\nof an earlier\nchat\n```") + "\n")
     with Terminal(*words, XDG_STATE_HOME=str(state)) as terminal:
-        hint = terminal.wait(r"> (?:\x1b\[0m)?$")
+        hint = terminal.wait(PROMPT)
         assert hint.count("A base model") == 1
         terminal.say("helo" + LEFT + "l")
         terminal.say(UP * 2)  # the block, as it was typed
@@ -81,11 +82,13 @@ def test_typing_editing_and_what_is_remembered(checkpoint: Path, tmp_path: Path)
         terminal.say(f"/save {begun}\ttalk.txt")
         assert (tmp_path / "a folder" / "talk.txt").read_text().startswith("User: hello\n")
         # Ctrl-C drops what is typed, block and all; twice it says how to leave.
-        terminal.type("junk" + CTRL_C)
-        assert "leaves" not in terminal.wait(r"> (?:\x1b\[0m)?$")
+        terminal.type("junk")
+        terminal.wait("junk")
+        assert "leaves" not in terminal.interrupt(PROMPT)
         terminal.say("```", MORE)
-        terminal.type("half a block" + CTRL_C)
-        assert "Ctrl-D or /quit leaves" in terminal.wait(r"leaves.*> (?:\x1b\[0m)?$")
+        terminal.type("half a block")
+        terminal.wait("half a block")
+        assert "Ctrl-D or /quit leaves" in terminal.interrupt(r"leaves.*" + PROMPT)
         terminal.say(f"/save {talk}")
         terminal.type(CTRL_D)
         assert terminal.end() == 0
@@ -102,7 +105,7 @@ def test_ctrl_c_stops_the_answer_and_a_narrow_window_breaks_no_word(checkpoint: 
     long, talk = tmp_path / "long.txt", tmp_path / "talk.txt"
     long.write_text("The sea is salt. " * 100_000)
     with Terminal("chat", checkpoint, *ENDLESS, "--no-history", columns=40, HOME=str(tmp_path)) as terminal:
-        terminal.wait(r"> (?:\x1b\[0m)?$")
+        terminal.wait(PROMPT)
         assert all(len(line) <= 39 for line in screen(terminal.seen, 40))
         terminal.type("hi\r")
         terminal.wait(r"hi\r\n(?:\x1b\[\?2004l\r)?.{2000}")
@@ -131,8 +134,7 @@ def test_ctrl_c_stops_the_answer_and_a_narrow_window_breaks_no_word(checkpoint: 
         terminal.type("<typed>")
         assert "it ends at max_tokens=1500" in terminal.wait(r"\(it ends.*> (?:\x1b\[0m)?<typed>$")
         assert terminal.seen.count("<typed>") == 1
-        terminal.type(CTRL_C)
-        terminal.wait(r"> (?:\x1b\[0m)?$")
+        terminal.interrupt(PROMPT)
         terminal.type(CTRL_D)
         assert terminal.end() == 0
     assert "Traceback" not in terminal.seen

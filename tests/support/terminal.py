@@ -75,6 +75,21 @@ class Terminal:
         self.type(keys + "\r")
         return self.wait(pattern)
 
+    def interrupt(self, pattern: str) -> str:
+        """Press Ctrl-C at a prompt as people do, some time after the last key, and wait for what comes of it.
+
+        One that comes in the moment when Python's readline takes a key in is noticed only with the next Ctrl-C (or
+        Enter): then it is pressed again, and the two count as one.
+        """
+        for _ in range(4):
+            time.sleep(0.3)
+            self.type("\x03")
+            try:
+                return self.wait(pattern, 10)
+            except AssertionError:
+                continue
+        return self.wait(pattern, 10)
+
     def end(self, seconds: float = 30) -> int:
         """The exit code, once the program has ended by itself."""
         until = time.monotonic() + seconds

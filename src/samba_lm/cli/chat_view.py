@@ -122,7 +122,7 @@ class View:
                 self._line(f"  {name:<{wide - 2}}{text}")
                 continue
             width = self.columns() - 1
-            if width >= wide + 24:
+            if width >= wide + 20:
                 lines = _folded(text, width - wide) or [""]
                 self._line(f"  {name:<{wide - 2}}{lines[0]}")
                 indent = " " * wide
