@@ -78,8 +78,8 @@ class Terminal:
     def interrupt(self, pattern: str) -> str:
         """Press Ctrl-C at a prompt as people do, some time after the last key, and wait for what comes of it.
 
-        One that comes in the moment when Python's readline takes a key in is noticed only with the next Ctrl-C (or
-        Enter): then it is pressed again, and the two count as one.
+        Within some milliseconds of a key Python's readline may miss it (seen about once in 2,000 times): mostly until
+        the next Ctrl-C, so it is pressed again, and the two count as one.
         """
         for _ in range(4):
             time.sleep(0.3)
