@@ -23,6 +23,7 @@ from samba_lm.tokenizer import ByteTokenizer
 TOKENIZER = ByteTokenizer()
 BOOK = "It was a dark and stormy night; the rain fell in torrents. " * 40
 NAME = "ctx-" + "a" * 22
+CARD = {"id": NAME, "object": "context", "title": "", "created": 1, "tokens": 2, "bytes": 3, "token_hash": "f"}
 
 
 def make(server: Server, **body: Any) -> Any:
@@ -159,10 +160,10 @@ def test_stores(tmp_path: Path, kind: str) -> None:
     assert store.cards("ann") == []
     assert store.get("ann", NAME) is None
     assert not store.delete("ann", NAME)
-    store.put("ann", NAME, {"id": NAME}, snapshot)
+    store.put("ann", NAME, CARD, snapshot)
     for each in (store,) if kind == "memory" else (store, open_store()):
-        assert each.cards("ann") == [{"id": NAME}]
-        assert each.card("ann", NAME) == {"id": NAME}
+        assert each.cards("ann") == [CARD]
+        assert each.card("ann", NAME) == CARD
         assert each.cards("bob") == []
         assert each.get("bob", NAME) is None
         found = each.get("ann", NAME)
@@ -194,3 +195,26 @@ def test_a_reading_stops_when_its_client_leaves(plain: Server) -> None:
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         assert wait_until(lambda: plain.gauge("samba_reading") == 1, 10)
     assert wait_until(lambda: plain.gauge("samba_reading") == 0, 1)
+
+
+def test_what_somebody_else_put_there_is_no_context(tmp_path: Path) -> None:
+    """Not ours, or damaged: it is left out of the list, and nothing else fails for it."""
+    store = FileStore(str(tmp_path), make_model(), TOKENIZER, 0)
+    snapshot = read(make_model(), TOKENIZER, BOOK)
+    store.put("me", NAME, CARD, snapshot)
+    folder = next(path.parent for path in tmp_path.rglob(f"{NAME}.json"))
+    bad = {
+        "b": json.dumps({"id": "ctx-" + "b" * 22}),
+        "c": json.dumps(CARD | {"id": "ctx-" + "c" * 22, "tokens": "many"}),
+        "d": "[" * 200_000,
+        "e": "",
+        "f": json.dumps(CARD),  # another's id
+    }
+    for letter, text in bad.items():
+        (folder / f"ctx-{letter * 22}.json").write_text(text)
+    (folder / f"ctx-{'g' * 22}.json").write_bytes(b"\xff\xfe")
+    (folder / f"ctx-{'h' * 22}.json").mkdir()
+    (folder / f"ctx-{'i' * 22}.json").symlink_to(folder / f"ctx-{'i' * 22}.json")
+    assert [one["id"] for one in store.cards("me")] == [NAME]
+    assert all(store.card("me", "ctx-" + letter * 22) is None for letter in "bcdefghi")
+    assert store.card("me", NAME) == CARD

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from serving import KEY, OTHER_KEY, Server, Start, wait_until
 
 from samba_lm.serve.auth import Keys
 from samba_lm.serve.errors import ApiError
+from samba_lm.serve.models import ChatRequest, CompletionRequest, ContextRequest
 
 ENDLESS = {"prompt": "a", "max_tokens": 4096, "stream": True, "ignore_eos": True}
 
@@ -256,3 +258,46 @@ def test_keys_are_checked_in_the_right_way(tmp_path: Path) -> None:
     client.enter()
     with pytest.raises(ApiError, match="2 requests a minute"):
         client.enter()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", '{"prompt": [' + "-1," * 300_000 + "-1]}"),
+        ("/v1/completions", '{"prompt": [' + "[]," * 300_000 + "[]]}"),
+        ("/v1/completions", '{"prompt": "a", "stop": [' + "3," * 300_000 + "3]}"),
+        ("/v1/contexts", '{"tokens": [' + "-1," * 300_000 + "-1]}"),
+        ("/v1/chat/completions", '{"messages": [{"role": "user", "content": [' + "{}," * 300_000 + "{}]}]}"),
+    ],
+)
+def test_a_long_list_of_wrong_things_is_given_up_at_the_first(path: str, body: str) -> None:
+    """A list of all of them took a gigabyte for each megabyte of the request."""
+    kind = {"/v1/completions": CompletionRequest, "/v1/contexts": ContextRequest}.get(path, ChatRequest)
+    with pytest.raises(ValidationError) as refused:
+        kind.model_validate_json(body)
+    assert refused.value.error_count() < 10
+
+
+def test_more_logprobs_than_anybody_reads(plain: Server) -> None:
+    prompt = {"prompt": "ab" * 10_000, "max_tokens": 0, "echo": True, "logprobs": 20, "n": 16}
+    status, _, answer = plain.ask_all("POST", "/v1/completions", prompt)
+    assert status == 400
+    assert "log-probabilities, the limit is 500,000" in str(answer)
+
+
+def test_a_key_may_hold_what_begins_comments(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"{KEY}#part-of-it name=ann # a comment\n")
+    keys = Keys.read(file)
+    assert keys.check(f"Bearer {KEY}#part-of-it").name == "ann"
+    with pytest.raises(ApiError):
+        keys.check(f"Bearer {KEY}")
+
+
+def test_what_fails_is_counted_as_failed(plain: Server) -> None:
+    """And a body that ends before its end is one quiet entry, not a failure."""
+    with socket.create_connection(("127.0.0.1", plain.port)) as connection:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+    wait_until(lambda: 'status="499"' in plain.ask_all("GET", "/metrics")[2], 10)
+    assert 'status="500"' not in plain.ask_all("GET", "/metrics")[2]

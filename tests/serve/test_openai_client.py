@@ -101,6 +101,13 @@ def test_echo_and_logprobs(client: openai.OpenAI, model: samba_lm.SambaLM) -> No
     )  # type: ignore[index]
 
 
+def test_offsets_count_characters(client: openai.OpenAI) -> None:
+    told = client.completions.create(model="tiny", prompt="\u00e9a\u20acb", max_tokens=0, echo=True, logprobs=0)
+    logprobs = told.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.text_offset == [0, 0, 1, 2, 2, 2, 3]  # two bytes, one, three, one
+
+
 def test_stop_and_bias(client: openai.OpenAI) -> None:
     free = client.completions.create(model="tiny", prompt="a", max_tokens=30, temperature=0, logit_bias={"120": 100})
     assert free.choices[0].text == "x" * 30

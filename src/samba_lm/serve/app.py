@@ -13,6 +13,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from samba_lm import __version__
 from samba_lm.contexts.info import check_title
@@ -85,6 +86,7 @@ def _errors(app: FastAPI) -> None:
         return ApiError(400, f"{first['loc'][-1]}: {first['msg']}.", param=str(first["loc"][-1])).response()
 
     @app.exception_handler(ClientGone)
+    @app.exception_handler(ClientDisconnect)
     async def gone(_: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it
 
@@ -131,7 +133,8 @@ async def _answer(request: Request, answer: _Answer, stream: bool | None) -> Res
     if stream:
         return EventStream(answer.stream(), answer.close)
     try:
-        return JSONResponse((await while_connected(request, answer.whole())).model_dump())
+        whole = await while_connected(request, answer.whole())
+        return Response(await asyncio.to_thread(whole.model_dump_json), media_type=JSON)
     finally:
         answer.close()
 

@@ -65,15 +65,16 @@ class Keys:
 
     @classmethod
     def read(cls, path: Path) -> Keys:
-        """Keys from a file: one a line, limits after it (``requests_per_minute=60 concurrent=4 name=alice``); ``#``
-        begins a comment. Raises UserError for what is no such file."""
+        """Keys from a file: one a line, limits after it (``requests_per_minute=60 concurrent=4 name=alice``); a
+        word that begins with ``#`` begins a comment. Raises UserError for what is no such file."""
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError:
             raise UserError(f"{path} is not UTF-8: write one API key a line.") from None
         clients: dict[bytes, Client] = {}
         for number, line in enumerate(lines, 1):
-            words = line.split("#")[0].split()
+            comment = re.search(r"(^|\s)#", line)
+            words = line[: comment.start() if comment else None].split()
             if words:
                 # The key itself is not repeated: errors end up in logs.
                 digest, client = _client(words, f"{path}, line {number}")

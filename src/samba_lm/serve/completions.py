@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import codecs
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ from samba_lm.serve.service import Service
 from samba_lm.serve.words import Words
 
 DEFAULT_MAX_TOKENS = 16
+MOST_LOGPROBS = 500_000
+"""Log-probabilities of one answer: some 10 MiB of JSON."""
 
 
 @dataclass
@@ -59,6 +63,16 @@ class Completions:
         self._count = self._copies * len(prompts.ids)
         if request.stream and request.echo and request.logprobs is not None:
             raise ApiError(400, "echo with logprobs cannot be streamed: leave one of the three out.", param="stream")
+        if request.logprobs is not None:
+            shown = sum(ids.size for ids in prompts.ids) * self._copies if request.echo else 0
+            shown += (params.max_tokens or 0) * len(prompts.ids) * self._copies
+            if shown * (1 + request.logprobs) > MOST_LOGPROBS:
+                raise ApiError(
+                    400,
+                    f"This asks for {shown * (1 + request.logprobs):,} log-probabilities, the limit is "
+                    f"{MOST_LOGPROBS:,}: ask for fewer tokens, copies or prompts at once.",
+                    param="logprobs",
+                )
         requests = [
             Request(
                 (ids,) if ids.size else (),
@@ -83,7 +97,8 @@ class Completions:
         """The answer, when it is complete."""
         answers = await gather(self._job.events(), self._count)
         first = [answers[i - i % self._copies] for i in range(self._count)]  # it has read the prompt
-        choices = [self._choice(i, *pair) for i, pair in enumerate(zip(answers, first, strict=True))]
+        # A list of log-probabilities may be long: meanwhile the loop serves others.
+        choices = await asyncio.to_thread(lambda: [self._choice(i, answers[i], first[i]) for i in range(self._count)])
         made = sum(answer.end.new_tokens for answer in answers if answer.end is not None)
         return Completion(**self._head, choices=choices, usage=self._usage(made))
 
@@ -93,11 +108,11 @@ class Completions:
         options = self._request.stream_options
         usage = options is not None and options.include_usage
         rest = {"usage": None} if usage else {}
-        offsets = [0] * self._count
+        places = [Place() for _ in range(self._count)]
         if self._request.echo:
             for i in range(self._count):
                 text = self._prompts.texts[i // self._copies]
-                offsets[i] = len(text)
+                places[i].offset = len(text)
                 choice = {"index": i, "text": text, "logprobs": None, "finish_reason": None}
                 yield sse.data(head | {"choices": [choice]} | rest)
         made = 0
@@ -108,8 +123,7 @@ class Completions:
                 if isinstance(event, Piece):
                     choice["text"] = event.text
                     if self._request.logprobs is not None:
-                        choice["logprobs"] = self._logprobs(event.tokens, offsets[index]).model_dump()
-                        offsets[index] += len(event.text)
+                        choice["logprobs"] = self._logprobs(event.tokens, places[index]).model_dump()
                 elif isinstance(event, End):
                     choice["finish_reason"] = reason(event)
                     made += event.new_tokens
@@ -134,19 +148,31 @@ class Completions:
         logprobs = None
         if self._request.logprobs is not None:
             prompt = first.end.prompt if first.end is not None else ()
-            logprobs = self._logprobs((*prompt, *answer.tokens), 0)
+            logprobs = self._logprobs((*prompt, *answer.tokens), Place())
         return CompletionChoice(index=index, text=echo + answer.text, logprobs=logprobs, finish_reason=answer.reason)
 
-    def _logprobs(self, tokens: tuple[Token, ...], offset: int) -> CompletionLogprobs:
+    def _logprobs(self, tokens: tuple[Token, ...], place: Place) -> CompletionLogprobs:
         words = self._service.words
         shown = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
         for token in tokens:
             shown.tokens.append(words.text(token.id))
             shown.token_logprobs.append(token.logprob)
             shown.top_logprobs.append(None if token.logprob is None else top(token, words))
-            shown.text_offset.append(offset)
-            offset += len(words.bytes(token.id).decode(errors="ignore"))
+            shown.text_offset.append(place.offset)
+            place.pass_by(words.bytes(token.id))
         return shown
+
+
+class Place:
+    """Where in the text the next token begins: a character that is cut into tokens counts when it is complete."""
+
+    def __init__(self) -> None:
+        self.offset = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def pass_by(self, token: bytes) -> None:
+        """Go on behind a token."""
+        self.offset += len(self._decoder.decode(token))
 
 
 def top(token: Token, words: Words) -> dict[str, float]:

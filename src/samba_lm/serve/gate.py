@@ -57,6 +57,9 @@ class Gate:
             await self._app(scope, body.receive, sending)
         except ApiError as error:
             await error.response()(scope, receive, sending)
+        except Exception:  # answered outside of here
+            status = status or 500
+            raise
         finally:
             if client is not None:
                 client.leave()

@@ -16,7 +16,8 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Text = str
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 ContextId = Annotated[str, StringConstraints(pattern=r"^ctx-[A-Za-z0-9_-]{22}$")]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+# A list is given up at its first wrong member: a list of them all would be a thousand times as long as the request.
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 
 UNIONS = {
@@ -55,7 +56,7 @@ class Sampling(Wire):
     ) = Field(None, max_length=1024)
     seed: Int | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = Field(False, description="Go on after the end-of-text token. Not OpenAI's.")
@@ -67,7 +68,10 @@ class Sampling(Wire):
 
 class CompletionRequest(Sampling):
     prompt: (
-        str | Annotated[list[str], Field(min_length=1)] | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
+        str
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
     ) = ""
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(None, description="16 where it is absent.")
     echo: bool | None = None
@@ -83,7 +87,7 @@ class TextPart(Wire):
 
 class Message(Wire):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = Field(None, description="Taken and ignored.")
     refusal: None = None
 
@@ -109,7 +113,7 @@ class JsonSchemaFormat(Wire):
 
 
 class ChatRequest(Sampling):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
         None, description="Where it is absent: as many as the server allows."
     )

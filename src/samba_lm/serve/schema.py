@@ -16,6 +16,9 @@ from samba_lm.serve.words import Words
 
 MAX_SCHEMA = 1 << 16
 """Characters of a schema."""
+STEP_FUEL, LEXER_FUEL, LEXER_STATES = 20_000, 100_000, 25_000
+"""A tenth of what llguidance would spend on a token, and on a schema: it works between two steps of all texts."""
+LIMITS = LLParserLimits(step_lexer_fuel=STEP_FUEL, initial_lexer_fuel=LEXER_FUEL, max_lexer_states=LEXER_STATES)
 
 
 class Grammar:
@@ -34,7 +37,7 @@ class Grammar:
             grammar = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
         except ValueError as error:
             raise _refused(str(error)) from None
-        self._matcher = LLMatcher(words.table, grammar, log_level=0, limits=LLParserLimits())
+        self._matcher = LLMatcher(words.table, grammar, log_level=0, limits=LIMITS)
         if self._matcher.is_error():
             raise _refused(self._matcher.get_error())
 

@@ -18,10 +18,13 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from pydantic import ValidationError
+
 from samba_lm.contexts.snapshot import Snapshot, load, save
 from samba_lm.errors import UserError
 from samba_lm.files import atomic_file
 from samba_lm.model import SambaLM
+from samba_lm.serve.models import Context
 from samba_lm.tokenizer import Tokenizer
 
 NAME = re.compile(r"ctx-[A-Za-z0-9_-]{22}")
@@ -196,7 +199,7 @@ class _Folder:
     def text(self, owner: str, name: str) -> str | None:
         try:
             return (self._root / owner / name).read_text(encoding="utf-8")
-        except FileNotFoundError:
+        except (OSError, UnicodeDecodeError):  # not there, or not ours: a folder, a loop of links, other bytes
             return None
 
     def names(self, owner: str) -> list[str]:
@@ -251,7 +254,7 @@ class _Remote:
     def text(self, owner: str, name: str) -> str | None:
         try:
             return str(self._fs.cat_file(self._path(owner, name)), "utf-8")
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
             return None
 
     def names(self, owner: str) -> list[str]:
@@ -270,8 +273,9 @@ class _Remote:
 
 
 def _card(text: str, name: str) -> Card | None:
+    """What was written when the context was made; None where that is something else, which somebody put there."""
     try:
-        card = json.loads(text)
-    except ValueError:
+        card: Card = Context.model_validate_json(text).model_dump()
+    except (ValidationError, RecursionError):
         return None
-    return card if isinstance(card, dict) and card.get("id") == name else None
+    return card if card["id"] == name else None
