@@ -14,8 +14,11 @@ import pytest
 from pydantic import ValidationError
 from serving import KEY, OTHER_KEY, Server, Start, wait_until
 
+from samba_lm.engine.engine import QueueFullError, StoppedError
+from samba_lm.errors import UserError
+from samba_lm.generation.sampling import DamagedModelError
 from samba_lm.serve.auth import Keys
-from samba_lm.serve.errors import ApiError
+from samba_lm.serve.errors import ApiError, api_error
 from samba_lm.serve.models import ChatRequest, CompletionRequest, ContextRequest
 
 ENDLESS = {"prompt": "a", "max_tokens": 4096, "stream": True, "ignore_eos": True}
@@ -301,3 +304,20 @@ def test_what_fails_is_counted_as_failed(plain: Server) -> None:
         connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
     wait_until(lambda: 'status="499"' in plain.ask_all("GET", "/metrics")[2], 10)
     assert 'status="500"' not in plain.ask_all("GET", "/metrics")[2]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (UserError("n is 3, at most 2"), 400, "n is 3, at most 2"),
+        (QueueFullError("3 wait"), 429, "3 wait"),
+        (DamagedModelError("not finite"), 500, "not finite"),
+        (StoppedError("secret"), 503, "try another one"),
+        (KeyError("secret"), 500, "its log says what"),
+    ],
+)
+def test_whose_fault_it_is(error: Exception, status: int, told: str) -> None:
+    answer = api_error(error)
+    assert answer.status == status
+    assert told in answer.message
+    assert "secret" not in answer.message

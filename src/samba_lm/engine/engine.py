@@ -30,6 +30,10 @@ PROMPT_FAILS = (UserError, OSError, ValueError, torch.OutOfMemoryError)
 """What may go wrong with one prompt, which then ends itself and not the engine."""
 
 
+class StoppedError(UserError):
+    """The engine takes no more requests: it was closed, or has failed."""
+
+
 class QueueFullError(UserError):
     """More requests wait than the engine was told to hold."""
 
@@ -92,7 +96,8 @@ class Engine:
     def submit(self, request: Request, sink: Sink) -> Callable[[], None]:
         """Queue a request, whose events go to ``sink``; returns what cancels it.
 
-        Raises QueueFullError when too many wait already, UserError for a request that no answer could be given to.
+        Raises QueueFullError when too many wait already, StoppedError when it takes no more, UserError for a request
+        that no answer could be given to.
         """
         if request.params.max_tokens is None and not self.constant:
             raise UserError(
@@ -102,7 +107,7 @@ class Engine:
         running = Running(request, self.tokenizer, sink)
         with self._wake:
             if self._failure is not None or self._closing:
-                raise UserError(f"The engine has stopped: {self._failure or 'it was closed'}.")
+                raise StoppedError(f"The engine has stopped: {self._failure or 'it was closed'}.")
             free = self.slots.capacity - len(self._running) - len(self._reading)
             if self.queue_limit is not None and len(self._waiting) >= self.queue_limit + max(0, free):
                 raise QueueFullError(

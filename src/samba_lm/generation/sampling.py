@@ -174,10 +174,16 @@ def sample(
     return torch.where(finite, ids, NOT_FINITE)
 
 
+class DamagedModelError(UserError):
+    """The model's outputs are no numbers."""
+
+
 def require_finite(token_ids: Sequence[int]) -> None:
-    """Raise UserError where :func:`sample` found no token."""
+    """Raise DamagedModelError where :func:`sample` found no token."""
     if NOT_FINITE in token_ids:
-        raise UserError("The model's outputs are not finite numbers: its weights are damaged or diverged in training.")
+        raise DamagedModelError(
+            "The model's outputs are not finite numbers: its weights are damaged or diverged in training."
+        )
 
 
 def penalise(logits: Tensor, options: Options, history: History) -> Tensor:

@@ -7,8 +7,9 @@ from typing import Any
 
 from starlette.responses import Response
 
-from samba_lm.engine.engine import QueueFullError
+from samba_lm.engine.engine import QueueFullError, StoppedError
 from samba_lm.errors import UserError, one_line
+from samba_lm.generation.sampling import DamagedModelError
 
 RETRY_SECONDS = 1
 """What a client that comes too early is told to wait."""
@@ -67,9 +68,11 @@ def api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, QueueFullError):
         return busy(str(error))
+    if isinstance(error, StoppedError):
+        return ApiError(503, "The server is stopping or has failed: try another one.", code="unavailable")
+    if isinstance(error, DamagedModelError):
+        return ApiError(500, str(error), code="damaged_model")
     if isinstance(error, UserError):
-        if "engine has stopped" in str(error):
-            return ApiError(503, "The server is stopping or has failed: try another one.", code="unavailable")
         return ApiError(400, str(error))
     return ApiError(500, "Something went wrong inside the server; its log says what.", code="internal_error")
 
