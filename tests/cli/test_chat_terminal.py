@@ -144,14 +144,22 @@ def test_ctrl_c_stops_the_answer_and_a_narrow_window_breaks_no_word(checkpoint: 
     lines = screen(first, 40)
     assert max(map(len, lines)) <= 39
     shown, true = " ".join(lines).split(), visible(answers[0]).split()
-    assert "".join(shown) == "".join(true)
+    assert_shown("".join(shown), "".join(true))
     short = [word for word in true if len(word) <= 39]
-    assert len(short) > 20
-    assert [word for word in shown if word in set(short)] == short  # each stands whole in a line
+    assert len(short) > 30
+    sure = len(short) - 10  # the last ones may be what Ctrl-C dropped
+    assert [word for word in shown if word in set(short)][:sure] == short[:sure]  # each stands whole in a line
     second = terminal.seen.split("(stopped)", 1)[1].split("\r\n", 2)[2].split("\x1b[2m(stopped)", 1)[0]
     second = second.replace("\x1b[?2004l\r", "", 1)
-    assert "".join("".join(screen(second, 60)).split()) == "".join(visible(answers[1]).split())
+    assert_shown("".join("".join(screen(second, 60)).split()), "".join(visible(answers[1]).split()))
     assert not list(tmp_path.glob(".local/**/*"))  # nothing was remembered
+
+
+def assert_shown(shown: str, true: str) -> None:
+    """The same text, but for what a terminal drops when Ctrl-C is pressed: what it was given and had not shown yet."""
+    same = next((i for i, (a, b) in enumerate(zip(shown, true, strict=False)) if a != b), min(len(shown), len(true)))
+    assert same >= len(true) - 200
+    assert true.endswith(shown[same:])
 
 
 def test_the_answers_may_go_elsewhere(checkpoint: Path, tmp_path: Path) -> None:
