@@ -41,6 +41,9 @@ class Launch(NamedTuple):
     """Bytes of dynamic shared memory of a block."""
     parameters: bytes
     """The kernel's one parameter, a struct."""
+    early: bool = False
+    """It may begin before the kernel before it on the stream has ended, and itself waits for that one's results: see
+    ``griddepcontrol``. Needs compute capability 9.0."""
 
 
 @torch.compiler.assume_constant_result  # torch.compile could not trace the bindings
@@ -82,7 +85,18 @@ def launch(what: Launch, device: torch.device) -> None:
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(block))
         stream = torch.cuda.current_stream(index).cuda_stream
         arguments = (ctypes.addressof(pointers), 0)
-        _check(driver.cuLaunchKernel(function, *what.grid, 1, what.threads, 1, 1, what.shared, stream, *arguments))
+        if not what.early:
+            _check(driver.cuLaunchKernel(function, *what.grid, 1, what.threads, 1, 1, what.shared, stream, *arguments))
+            return
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = *what.grid, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = what.threads, 1, 1
+        config.sharedMemBytes, config.hStream = what.shared, stream
+        early = driver.CUlaunchAttribute()
+        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        early.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [early], 1
+        _check(driver.cuLaunchKernelEx(config, function, *arguments))
 
 
 @torch.compiler.assume_constant_result
