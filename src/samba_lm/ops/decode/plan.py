@@ -69,7 +69,7 @@ def ceil_div(n: int, parts: int) -> int:
     return -(-n // parts)
 
 
-def slices(K: int, chunks: int = CHUNKS) -> int:  # noqa: N803 - the equation's name
+def slices(K: int, chunks: int = CHUNKS) -> int:
     """Into how many slices K columns are cut that are summed afterwards; depends on nothing else."""
     return ceil_div(ceil_div(K, COLUMNS), WARPS * chunks)
 
@@ -86,7 +86,11 @@ def linear(
     rings: Rings | None = None,
     convolution: Convolution | None = None,
 ) -> nvrtc.Launch:
-    """x [rows, K] W^T: fp32 sums of ``parts`` slices of the columns, [parts, rows, N], or what ``epilogue`` makes of it."""
+    """x [rows, K] W^T: fp32 sums of ``parts`` slices of the columns, [parts, rows, N], or what ``epilogue`` makes of
+    it.
+
+    N is even, K a multiple of 8; see linear.cuh for the epilogues and the shape of their ``y``.
+    """
     N, K = weight.shape
     chunks = ceil_div(ceil_div(K, COLUMNS), WARPS * parts)
     half = 1
@@ -108,13 +112,13 @@ def linear(
         "BLOCKS": 2 if chunks * eights <= 8 else 1,
     }
     shared = WARPS * depth * 16 * COLUMNS * 2 + 2 * WARPS * 16 * (8 * eights + 1) * 4
-    qkv = (0,) * 8
+    qkv: tuple[int, ...] = (0,) * 8
     if rings is not None:
         cos, sin, keys, values, position, heads = rings
         qkv = (*_addresses(cos, sin, keys, values, position), heads, keys.shape[2], keys.shape[1])
-    conv = (0,) * 4
+    conv: tuple[int, ...] = (0,) * 4
     if convolution is not None:
-        conv = _addresses(convolution.weight, convolution.bias, convolution.inputs, convolution.gate)  # type: ignore[assignment]
+        conv = _addresses(convolution.weight, convolution.bias, convolution.inputs, convolution.gate)
     numbers = (*_addresses(weight, x, y), rows, N, K, share, tuning.ahead, *qkv, *conv)
     return _launch("linear", defines, (blocks, parts), 32 * WARPS, shared, numbers, tuning)
 
@@ -163,7 +167,7 @@ def _norm(
     defines = {"SLICES": parts, "PER": ceil_div(width, 4 * 256)}
     parameters = struct.pack(f"<{len(numbers)}qd{len(rest)}q", *numbers, eps, *rest)
     return nvrtc.Launch(
-        "decode_norm", _files("norm"), tuple(defines.items()), (rows, 1), 256, 32, parameters, tuning.early
+        "decode_norm", _files("norm"), tuple(defines.items()), (rows, 1), 256, 32, parameters, tuning.early, True
     )
 
 
@@ -172,8 +176,8 @@ def scan(
     weight: Tensor,
     u: Tensor,
     z: Tensor,
-    A: Tensor,  # noqa: N803
-    D: Tensor,  # noqa: N803
+    A: Tensor,
+    D: Tensor,
     bias: Tensor,
     state: Tensor,
     y: Tensor,
@@ -182,7 +186,7 @@ def scan(
     tuning: Tuning,
 ) -> nvrtc.Launch:
     """A step of the scan: ``partials`` [parts, rows, rank + 2 N] are the sums of low, B and C; ``state`` moves on."""
-    (E, rank), N = weight.shape, A.shape[1]  # noqa: N806
+    (E, rank), N = weight.shape, A.shape[1]
     wide = ceil_div(rank, 32) * 32
     room = 8 * ceil_div(rows, 8)
     defines = {"N": N, "R": wide, "SLICES": parts, "ROWS8": room // 8}
@@ -211,15 +215,25 @@ def attend(
     stages = min(tuning.stages, SPLIT // 16)
     defines = {"WIDTH": width, "SHARE": heads // groups, "SPLIT": SPLIT, "WARPS": warps, "DEPTH": stages}
     shared = warps * stages * 2 * 16 * width * 2
-    numbers = (*_addresses(q, keys, values, position, *parts), rows, groups, slots, splits)
+    numbers = (*_addresses(q, keys, values, position, *parts), rows, groups, slots, splits, tuning.ahead)
     parameters = struct.pack(f"<{len(numbers)}qd", *numbers, scale * 1.4426950408889634)
     grid = (ceil_div(units, warps), 1)
     return nvrtc.Launch(
-        "decode_attend", _files("attend"), tuple(defines.items()), grid, 32 * warps, shared, parameters, tuning.early
+        "decode_attend",
+        _files("attend"),
+        tuple(defines.items()),
+        grid,
+        32 * warps,
+        shared,
+        parameters,
+        tuning.early,
+        True,
     )
 
 
-def join(parts: tuple[Tensor, Tensor, Tensor], y: Tensor, heads: int, width: int, splits: int, tuning: Tuning) -> nvrtc.Launch:
+def join(
+    parts: tuple[Tensor, Tensor, Tensor], y: Tensor, heads: int, width: int, splits: int, tuning: Tuning
+) -> nvrtc.Launch:
     """y, bf16 [heads, K], of the parts of ``heads`` heads (of all rows)."""
     defines = {"WIDTH": width, "SPLITS": splits}
     return _launch("join", defines, (ceil_div(heads, 256 // width), 1), 256, 0, (*_addresses(*parts, y), heads), tuning)
@@ -236,7 +250,15 @@ def _launch(
 ) -> nvrtc.Launch:
     parameters = struct.pack(f"<{len(numbers)}q", *numbers)
     return nvrtc.Launch(
-        f"decode_{kernel}", _files(kernel), tuple(defines.items()), grid, threads, shared, parameters, tuning.early
+        f"decode_{kernel}",
+        _files(kernel),
+        tuple(defines.items()),
+        grid,
+        threads,
+        shared,
+        parameters,
+        tuning.early,
+        True,
     )
 
 

@@ -16,7 +16,7 @@ struct Attend {
   const u16 *q, *keys, *values;  // [rows, H, WIDTH], [rows, slots, G, WIDTH]
   const i64* position;
   float *parts, *tops, *totals;  // [rows, H, splits, WIDTH], [rows, H, splits]
-  i64 rows, groups, slots, splits;
+  i64 rows, groups, slots, splits, ahead;  // ahead: fetch the rest into the second-level cache early
   double scale;                  // times log2(e)
 };
 
@@ -55,9 +55,13 @@ KERNEL(32 * WARPS, 1) decode_attend(PARAMETERS(Attend) p) {
     if (s * SLOTS < count) fetch(s, s);
     commit_copies();
   }
-  for (int j = DEPTH * SLOTS + lane; j < count; j += 32) {
-    prefetch(p.keys + base + j * stride, 2 * WIDTH);
-    prefetch(p.values + base + j * stride, 2 * WIDTH);
+  // All key heads of a slot lie together: each of their warps fetches every so many of the pieces.
+  constexpr int PIECE = 512;  // numbers
+  const int rest = p.ahead ? (count - DEPTH * SLOTS) * (int)stride : 0;
+  for (int i = (lane * groups + group) * PIECE; i < rest; i += 32 * groups * PIECE) {
+    const i64 from = ((i64)m * slots + start + DEPTH * SLOTS) * stride + i;
+    prefetch(p.keys + from, 2 * min(PIECE, rest - i));
+    prefetch(p.values + from, 2 * min(PIECE, rest - i));
   }
   wait_for_grids();
   if (!exists) return;
@@ -73,7 +77,7 @@ KERNEL(32 * WARPS, 1) decode_attend(PARAMETERS(Attend) p) {
         q[j][i] = *(const Line*)(p.q + ((i64)m * groups * SHARE + head + g + 8 * i) * WIDTH + j * 32 + t * 8);
     }
   float out[WIDTH / 8][4] = {}, top[2] = {HIDDEN, HIDDEN}, total[2] = {};
-  const float scale = (float)p.scale;
+  const float scale = (float)p.scale;  // positive: the largest score stays the largest
   int slot = 0;
   for (int stage = 0; stage * SLOTS < count; ++stage) {
     wait_copies<DEPTH - 1>();
@@ -105,18 +109,18 @@ KERNEL(32 * WARPS, 1) decode_attend(PARAMETERS(Attend) p) {
       for (int i = 0; i < 4; ++i) {
         float& score = scores[i / 2][2 * h + i % 2];
         const bool there = stage * SLOTS + i / 2 * 8 + 2 * t + i % 2 < count;
-        score = there ? score * scale : HIDDEN;
+        score = there ? score : HIDDEN;
         higher = fmaxf(higher, score);
       }
       higher = fmaxf(higher, shuffle_xor(higher, 1));
       higher = fmaxf(higher, shuffle_xor(higher, 2));
-      const float fade = exp2_fast(top[h] - higher);
+      const float fade = exp2_fast((top[h] - higher) * scale), shift = higher * scale;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float weight = exp2_fast(scores[i / 2][2 * h + i % 2] - higher);
+        const float weight = exp2_fast(fmaf(scores[i / 2][2 * h + i % 2], scale, -shift));
         weights[i / 2][2 * h + i % 2] = weight, sum += weight;
       }
-      total[h] = total[h] * fade + sum;
+      total[h] = fmaf(total[h], fade, sum);
       top[h] = higher;
 #pragma unroll
       for (int d = 0; d < WIDTH / 8; ++d) out[d][2 * h] *= fade, out[d][2 * h + 1] *= fade;
@@ -144,7 +148,7 @@ KERNEL(32 * WARPS, 1) decode_attend(PARAMETERS(Attend) p) {
     total[h] += shuffle_xor(total[h], 2);
     if (g + 8 * h >= SHARE) continue;
     const i64 to = ((i64)m * groups * SHARE + head + g + 8 * h) * splits + split;
-    if (t == 0) p.tops[to] = top[h], p.totals[to] = total[h];
+    if (t == 0) p.tops[to] = top[h] * scale, p.totals[to] = total[h];
 #pragma unroll
     for (int d = 0; d < WIDTH / 8; ++d)
       *(float2*)(p.parts + to * WIDTH + d * 8 + 2 * t) = make_float2(out[d][2 * h], out[d][2 * h + 1]);

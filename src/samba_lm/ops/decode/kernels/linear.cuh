@@ -1,8 +1,8 @@
 // y = x W^T for a few rows x, bound by reading W once. A tile is 16 rows of W, the first operand of the tensor cores: 8
 // pairs, of a first row and the one HALF after it (the gate and what it opens, the two numbers that a rotation mixes, or
-// simply neighbours). A block owns some pairs and a slice of the columns; its warps share the slice's columns, so that a
-// warp keeps its part of x in registers. A warp fetches W for itself, DEPTH chunks of 16 rows x 64 columns ahead, the
-// first of them before the kernels before this one have ended. The warps' sums are added up in shared memory, in order:
+// simply neighbours). A block owns some pairs and a slice of the columns; its warps share the slice's columns, in turns of
+// 64, so that a warp keeps its part of x in registers and a block reads long pieces of rows at a time. A warp fetches W
+// for itself, DEPTH chunks of 16 rows x 64 columns ahead, the first of them before the kernels before this one have ended. The warps' sums are added up in shared memory, in order:
 // what a row of x gives depends neither on the other rows nor on how many there are, nor on the number of blocks.
 //
 // Macros: KC chunks of a warp, ROWS8 eights of rows of x, DEPTH, HALF, EPILOGUE, BLOCKS that fit a multiprocessor.
@@ -10,6 +10,7 @@
 constexpr int WARPS = 8;
 constexpr int COLUMNS = 64;                     // of a chunk
 constexpr int LINES = COLUMNS / 8;              // of 16 bytes, in a row of a chunk
+constexpr int TURN = WARPS * COLUMNS;           // columns from a warp's chunk to its next
 constexpr int CHUNK = 16 * LINES;               // lines
 constexpr int PAIRS = 8;                        // of a tile
 constexpr int WIDTH = 8 * ROWS8 + 1;            // of a row of sums, odd for the banks
@@ -44,7 +45,7 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
   const int M = (int)p.rows, N = (int)p.N, K = (int)p.K;
   const int begin = (int)blockIdx.x * (int)p.share, end = min(begin + (int)p.share, N / 2);
   const int tiles = (end - begin + PAIRS - 1) / PAIRS;
-  const int k0 = ((int)blockIdx.y * WARPS + warp) * KC * COLUMNS;
+  const int slice = (int)blockIdx.y * KC * TURN, k0 = slice + warp * COLUMNS;
 
   // As copier: row ``row`` of four and every fourth on, line ``piece`` of it.
   const int row = lane / LINES, piece = lane % LINES;
@@ -59,12 +60,12 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
     first_b = p.w + row_of(has_b ? b : begin) * K + k0 + piece * 8;
   };
   auto fetch = [&](int kc, int slot) {
-    const bool inside = k0 + kc * COLUMNS + piece * 8 < K;
+    const bool inside = k0 + kc * TURN + piece * 8 < K;
     Line* to = ring + slot * CHUNK + row * LINES + (piece ^ (row & 1) * 4);
-    copy_line(to, first_a + kc * COLUMNS, inside && has_a);
-    copy_line(to + 4 * LINES, first_b + kc * COLUMNS, inside && has_b);
-    copy_line(to + 8 * LINES, first_a + to_second + kc * COLUMNS, inside && has_a);
-    copy_line(to + 12 * LINES, first_b + to_second + kc * COLUMNS, inside && has_b);
+    copy_line(to, first_a + kc * TURN, inside && has_a);
+    copy_line(to + 4 * LINES, first_b + kc * TURN, inside && has_b);
+    copy_line(to + 8 * LINES, first_a + to_second + kc * TURN, inside && has_a);
+    copy_line(to + 12 * LINES, first_b + to_second + kc * TURN, inside && has_b);
   };
 
 #pragma unroll
@@ -74,10 +75,10 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
     commit_copies();
   }
   if (tiles * KC <= DEPTH) let_next_begin();
-  const int mine = min(KC * COLUMNS, K - k0) * 2;  // bytes of a row
-  if (mine > 0)
-    for (int pair = begin + DEPTH / KC * PAIRS + lane % PAIRS, n = 0; n < (int)p.ahead && pair < end; ++n, pair += PAIRS)
-      if (lane < 16) prefetch(p.w + (row_of(pair) + (lane < 8 ? 0 : HALF)) * K + k0, mine);
+  for (int i = thread; i < (int)p.ahead * 16 * KC; i += 32 * WARPS) {
+    const int line = i / KC, pair = begin + (DEPTH / KC + line / 16) * PAIRS + line % 8, k = slice + i % KC * TURN;
+    if (pair < end && k < K) prefetch(p.w + (row_of(pair) + line / 8 % 2 * HALF) * K + k, min(TURN, K - k) * 2);
+  }
 
   wait_for_grids();
   const int g = lane / 4, t = lane % 4;
@@ -88,7 +89,7 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
     for (int j = 0; j < 2; ++j)
 #pragma unroll
       for (int n = 0; n < ROWS8; ++n) {
-        const int m = n * 8 + g, k = k0 + kc * COLUMNS + j * 32 + t * 8;
+        const int m = n * 8 + g, k = k0 + kc * TURN + j * 32 + t * 8;
         x[kc][j][n] = Line{0, 0, 0, 0};
         if (m < M && k < K) x[kc][j][n] = *(const Line*)(p.x + (i64)m * K + k);
       }
@@ -160,7 +161,7 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
     a = rounded(a), b = rounded(b);
     if (p.cos && head < (int)(p.heads + p.groups)) {
       const float cosine = p.cos[m * HALF + j], sine = p.sin[m * HALF + j], before = a;
-      a = before * cosine - b * sine, b = before * sine + b * cosine;
+      a = fmaf(before, cosine, -(b * sine)), b = fmaf(before, sine, b * cosine);
     }
     u16* to = (u16*)p.y + ((i64)m * p.heads + head) * 2 * HALF;
     if (head >= (int)p.heads) {
@@ -181,7 +182,7 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 v = unpack_bf16(in[i]), u = unpack_bf16(of_first[i / 2]), s = unpack_bf16(of_second[i / 2]);
-        y.x += v.x * (i % 2 ? u.y : u.x), y.y += v.y * (i % 2 ? s.y : s.x);
+        y.x = fmaf(v.x, i % 2 ? u.y : u.x, y.x), y.y = fmaf(v.y, i % 2 ? s.y : s.x, y.y);
       }
       before[0] = old[1], before[inner / 2] = old[2], before[2 * (inner / 2)] = newest;
       *(u32*)((u16*)p.y + (i64)m * inner + channel) = pack_bf16(make_float2(silu(y.x), silu(y.y)));

@@ -78,7 +78,8 @@ KERNEL(THREADS, 1) decode_norm(PARAMETERS(Norm) p) {
     now[i].z += rounded(branch.z), now[i].w += rounded(branch.w);
 #endif
     *(float4*)(stream + d) = now[i];
-    square += now[i].x * now[i].x + now[i].y * now[i].y + (now[i].z * now[i].z + now[i].w * now[i].w);
+    square = fmaf(now[i].x, now[i].x, fmaf(now[i].y, now[i].y, square));
+    square = fmaf(now[i].z, now[i].z, fmaf(now[i].w, now[i].w, square));
   }
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) square += shuffle_xor(square, mask);

@@ -1,4 +1,5 @@
-// bf16 as the decoding kernels read and write it, and the functions that they share.
+// bf16 as the decoding kernels read and write it, and the functions that they share. Where a product is added to
+// something the kernels say whether it is rounded before: variants for few and for many rows give the same bits.
 
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;

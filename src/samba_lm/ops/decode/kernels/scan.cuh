@@ -127,10 +127,10 @@ KERNEL(THREADS, 1) decode_scan(PARAMETERS(Scan) p) {
       h.z = fmaf(h.z, exp2_fast(step * A.z), enters * B.z);
       h.w = fmaf(h.w, exp2_fast(step * A.w), enters * B.w);
       if (there) *(float4*)(p.state + ((i64)m * E + here) * N + quad * 4) = h;
-      float out = h.x * C.x + h.y * C.y + (h.z * C.z + h.w * C.w);
+      float out = fmaf(h.x, C.x, fmaf(h.y, C.y, fmaf(h.z, C.z, h.w * C.w)));
 #pragma unroll
       for (int mask = 1; mask < QUADS; mask *= 2) out += shuffle_xor(out, mask);
-      if (there && quad == 0) p.y[(i64)m * E + here] = low((out + x * skip) * silu(gate));
+      if (there && quad == 0) p.y[(i64)m * E + here] = low(fmaf(x, skip, out) * silu(gate));
     }
   }
 }
