@@ -97,6 +97,9 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
   // As maker of a result: a pair of each tile, and a row of x.
   const int own = thread % PAIRS, m = thread / PAIRS;
   const bool maker = thread < ITEMS && m < M;
+#if EPILOGUE == QKV
+  const i64 newest_slot = maker ? m * p.slots + p.position[m] % p.slots : 0;
+#endif
 
   int slot = 0;
   for (int tile = 0; tile < tiles; ++tile) {
@@ -133,11 +136,18 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
 #if EPILOGUE == CONV
     const int inner = N / 2, channel = 2 * pair;
     u32* before = (u32*)(p.inputs + (i64)m * 3 * inner + channel);
-    u32 old[3] = {};
-    if (makes && channel < inner) {
+    u32 old[3] = {}, bias = 0;
+    Line weight = {0, 0, 0, 0};
+    if (makes && channel < inner) {  // while the sums of the warps come together
 #pragma unroll
       for (int i = 0; i < 3; ++i) old[i] = before[i * (inner / 2)];
+      weight = *(const Line*)(p.taps + channel * 4), bias = *(const u32*)(p.bias + channel);
     }
+#elif EPILOGUE == QKV
+    const int head = pair / HALF, j = pair % HALF;
+    const bool turned = p.cos && head < (int)(p.heads + p.groups);
+    float cosine = 1.0f, sine = 0.0f;
+    if (makes && turned) cosine = p.cos[m * HALF + j], sine = p.sin[m * HALF + j];
 #endif
     float* place_of = sums + ((tile & 1) * WARPS + warp) * SUMS;
 #pragma unroll
@@ -157,17 +167,16 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
 #elif EPILOGUE == SWIGLU
     ((u16*)p.y)[(i64)m * HALF + pair] = low(silu(rounded(a)) * rounded(b));
 #elif EPILOGUE == QKV
-    const int head = pair / HALF, j = pair % HALF;
     a = rounded(a), b = rounded(b);
-    if (p.cos && head < (int)(p.heads + p.groups)) {
-      const float cosine = p.cos[m * HALF + j], sine = p.sin[m * HALF + j], before = a;
+    if (turned) {
+      const float before = a;
       a = fmaf(before, cosine, -(b * sine)), b = fmaf(before, sine, b * cosine);
     }
     u16* to = (u16*)p.y + ((i64)m * p.heads + head) * 2 * HALF;
     if (head >= (int)p.heads) {
       const int group = head - (int)p.heads;
       u16* rings = group < (int)p.groups ? p.keys : p.values;
-      to = rings + ((m * p.slots + p.position[m] % p.slots) * p.groups + group % (int)p.groups) * 2 * HALF;
+      to = rings + (newest_slot * p.groups + group % (int)p.groups) * 2 * HALF;
     }
     to[j] = low(a), to[j + HALF] = low(b);
 #else
@@ -175,9 +184,8 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
     if (channel >= inner) {
       *(u32*)(p.y2 + (i64)m * inner + channel - inner) = newest;
     } else {
-      const Line weight = *(const Line*)(p.taps + channel * 4);
       const u32 of_first[2] = {weight.x, weight.y}, of_second[2] = {weight.z, weight.w};
-      float2 y = unpack_bf16(*(const u32*)(p.bias + channel));
+      float2 y = unpack_bf16(bias);
       const u32 in[4] = {old[0], old[1], old[2], newest};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
