@@ -44,6 +44,7 @@ struct Fiber {
 inline std::vector<float4> shared;
 inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
+inline bool hasty;
 inline int current, come[16];  // threads that have come to each barrier
 inline std::function<void()> body;
 
@@ -155,12 +156,13 @@ DEVICE float shuffle_xor(float x, int mask) {
   emulator::meet();
   return y;
 }
-// Takes place as late as it may: when it is waited for.
+// Takes place as late as it may, when it is waited for, or with an odd seed as soon as it may, too.
 struct Copy { void* to; const void* from; int bytes; bool there; };
 inline std::vector<std::vector<std::vector<Copy>>> copies;  // of each thread: its groups
 template <class X>
 DEVICE void copy_async(X* to, const X* from, bool there) {
   copies[threadIdx.x].back().push_back({to, from, (int)sizeof(X), there});
+  if (emulator::hasty && there) memcpy(to, from, sizeof(X));
 }
 DEVICE void commit_copies() { copies[threadIdx.x].push_back({}); }
 template <int PENDING>
