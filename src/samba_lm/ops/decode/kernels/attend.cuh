@@ -11,6 +11,7 @@ constexpr int STAGE = 2 * SLOTS * LINES;     // lines of keys, then of values
 constexpr int STAGES = SPLIT / SLOTS;
 constexpr bool TWO = SHARE > 8;              // eights of heads
 constexpr float HIDDEN = -1e30f;
+constexpr int BOUND = 320;  // threads, of which there are fewer: 96 registers each, so that the next kernels have room
 
 struct Attend {
   const u16 *q, *keys, *values;  // [rows, H, WIDTH], [rows, slots, G, WIDTH]
@@ -24,7 +25,7 @@ struct Attend {
 DEVICE int key_line(int row, int piece) { return row * LINES + (piece ^ (row & 1) * 4); }
 DEVICE int value_line(int row, int piece) { return SLOTS * LINES + row * LINES + (piece ^ (row & 7)); }
 
-KERNEL(32 * WARPS, 1) decode_attend(PARAMETERS(Attend) p) {
+KERNEL(BOUND, 2) decode_attend(PARAMETERS(Attend) p) {
   SHARED_MEMORY(memory);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int groups = (int)p.groups, slots = (int)p.slots, splits = (int)p.splits;
@@ -38,16 +39,18 @@ KERNEL(32 * WARPS, 1) decode_attend(PARAMETERS(Attend) p) {
   const int newest = (int)(position % slots), start = split * SPLIT;
   const int filled = exists ? (int)min(position + 1, p.slots) : 0;
   const int count = max(min(filled - start, SPLIT), 0);  // of this warp
-  const i64 stride = p.groups * WIDTH, base = ((i64)m * slots + start) * stride + group * WIDTH;
+  const int stride = groups * WIDTH;
+  const i64 base = ((i64)m * slots + start) * stride + group * WIDTH;
   constexpr int AT_ONCE = 32 / LINES, ROUNDS = SLOTS / AT_ONCE;  // rows
   const int row = lane / LINES, piece = lane % LINES;
+  const u16 *keys = p.keys + base + row * stride + piece * 8, *values = p.values + base + row * stride + piece * 8;
   auto fetch = [&](int stage, int slot) {
 #pragma unroll
     for (int i = 0; i < ROUNDS; ++i) {
-      const int r = row + i * AT_ONCE, j = stage * SLOTS + r;
-      const i64 from = base + (j < count ? j : 0) * stride + piece * 8;
-      copy_line(ring + slot * STAGE + key_line(r, piece), p.keys + from, j < count);
-      copy_line(ring + slot * STAGE + value_line(r, piece), p.values + from, j < count);
+      const int r = row + i * AT_ONCE, from = (stage * SLOTS + i * AT_ONCE) * stride;
+      const bool there = stage * SLOTS + r < count;
+      copy_line(ring + slot * STAGE + key_line(r, piece), keys + from, there);
+      copy_line(ring + slot * STAGE + value_line(r, piece), values + from, there);
     }
   };
 #pragma unroll
@@ -57,7 +60,7 @@ KERNEL(32 * WARPS, 1) decode_attend(PARAMETERS(Attend) p) {
   }
   // All key heads of a slot lie together: each of their warps fetches every so many of the pieces.
   constexpr int PIECE = 512;  // numbers
-  const int rest = p.ahead ? (count - DEPTH * SLOTS) * (int)stride : 0;
+  const int rest = p.ahead ? (count - DEPTH * SLOTS) * stride : 0;
   for (int i = (lane * groups + group) * PIECE; i < rest; i += 32 * groups * PIECE) {
     const i64 from = ((i64)m * slots + start + DEPTH * SLOTS) * stride + i;
     prefetch(p.keys + from, 2 * min(PIECE, rest - i));
@@ -86,9 +89,9 @@ KERNEL(32 * WARPS, 1) decode_attend(PARAMETERS(Attend) p) {
     const int fresh = newest - start - stage * SLOTS;  // what was fetched of it may be old: read it again
     if (fresh >= 0 && fresh < SLOTS) {
       if (lane < 2 * LINES) {
-        const i64 from = base + (stage * SLOTS + fresh) * stride + lane % LINES * 8;
-        const u16* rings = lane < LINES ? p.keys : p.values;
-        at[lane < LINES ? key_line(fresh, lane) : value_line(fresh, lane - LINES)] = *(const Line*)(rings + from);
+        const u16* rings = (lane < LINES ? p.keys : p.values) + base + (newest - start) * stride;
+        at[lane < LINES ? key_line(fresh, lane) : value_line(fresh, lane - LINES)] =
+            *(const Line*)(rings + lane % LINES * 8);
       }
       sync_warp();
     }

@@ -12,7 +12,7 @@ struct Join {
   i64 heads;
 };
 
-KERNEL(THREADS, 1) decode_join(PARAMETERS(Join) p) {
+KERNEL(THREADS, 8) decode_join(PARAMETERS(Join) p) {
   const i64 head = (i64)blockIdx.x * (THREADS / WIDTH) + threadIdx.x / WIDTH;
   const int dim = threadIdx.x % WIDTH;
   let_next_begin();

@@ -75,7 +75,8 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
     commit_copies();
   }
   if (tiles * KC <= DEPTH) let_next_begin();
-  for (int i = thread; i < (int)p.ahead * 16 * KC; i += 32 * WARPS) {
+  // The lanes of a warp take turns at this, so all warps share it.
+  for (int i = lane * WARPS + warp; i < (int)p.ahead * 16 * KC; i += 32 * WARPS) {
     const int line = i / KC, pair = begin + (DEPTH / KC + line / 16) * PAIRS + line % 8, k = slice + i % KC * TURN;
     if (pair < end && k < K) prefetch(p.w + (row_of(pair) + line / 8 % 2 * HALF) * K + k, min(TURN, K - k) * 2);
   }
