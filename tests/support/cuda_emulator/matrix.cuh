@@ -3,6 +3,13 @@ struct alignas(16) Line { u32 x, y, z, w; };
 
 DEVICE void copy_line(Line* to, const void* from, bool there) { copy_async(to, (const Line*)from, there); }
 DEVICE void prefetch(const void*, u32) {}
+DEVICE float shuffle(float x, int lane) {
+  emulator::lane(threadIdx.x % 32).values[0] = x;
+  emulator::meet();
+  float y = emulator::lane(lane).values[0];
+  emulator::meet();
+  return y;
+}
 DEVICE void sync_warp() { emulator::meet(); }
 DEVICE void wait_for_grids() {}
 DEVICE void let_next_begin() {}

@@ -79,7 +79,8 @@ KERNEL(BOUND, 2) decode_attend(PARAMETERS(Attend) p) {
       if (g + 8 * i < SHARE)
         q[j][i] = *(const Line*)(p.q + ((i64)m * groups * SHARE + head + g + 8 * i) * WIDTH + j * 32 + t * 8);
     }
-  float out[WIDTH / 8][4] = {}, top[2] = {HIDDEN, HIDDEN}, total[2] = {};
+  // Scores are heads x slots; what the values give is the other way round, so that eight heads fill the tensor cores.
+  float out[TWO + 1][WIDTH / 16][4] = {}, top[2] = {HIDDEN, HIDDEN}, total[2] = {};
   const float scale = (float)p.scale;  // positive: the largest score stays the largest
   int slot = 0;
   for (int stage = 0; stage * SLOTS < count; ++stage) {
@@ -88,10 +89,10 @@ KERNEL(BOUND, 2) decode_attend(PARAMETERS(Attend) p) {
     Line* at = ring + slot * STAGE;
     const int fresh = newest - start - stage * SLOTS;  // what was fetched of it may be old: read it again
     if (fresh >= 0 && fresh < SLOTS) {
-      if (lane < 2 * LINES) {
-        const u16* rings = (lane < LINES ? p.keys : p.values) + base + (newest - start) * stride;
-        at[lane < LINES ? key_line(fresh, lane) : value_line(fresh, lane - LINES)] =
-            *(const Line*)(rings + lane % LINES * 8);
+      if (row == fresh % AT_ONCE) {
+        const int from = (newest - start - row) * stride;
+        at[key_line(fresh, piece)] = *(const Line*)(keys + from);
+        at[value_line(fresh, piece)] = *(const Line*)(values + from);
       }
       sync_warp();
     }
@@ -125,20 +126,23 @@ KERNEL(BOUND, 2) decode_attend(PARAMETERS(Attend) p) {
       }
       total[h] = fmaf(total[h], fade, sum);
       top[h] = higher;
+      const float fades[2] = {shuffle(fade, 8 * t), shuffle(fade, 8 * t + 4)};  // of heads 2 t and 2 t + 1
 #pragma unroll
-      for (int d = 0; d < WIDTH / 8; ++d) out[d][2 * h] *= fade, out[d][2 * h + 1] *= fade;
+      for (int d = 0; d < WIDTH / 16; ++d)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[h][d][i] *= fades[i % 2];
     }
-    u32 w[2][2];
+    u32 w[2][TWO + 1];
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) w[i][h] = pack_bf16(make_float2(weights[i][2 * h], weights[i][2 * h + 1]));
+      for (int h = 0; h <= TWO; ++h) w[i][h] = pack_bf16(make_float2(weights[i][2 * h], weights[i][2 * h + 1]));
 #pragma unroll
-    for (int d = 0; d < WIDTH / 8; d += 2) {
+    for (int d = 0; d < WIDTH / 16; ++d) {
       u32 v[4];
-      load_transposed(v, at + value_line(lane % 16, d + lane / 16));
-      multiply(out[d], w[0][0], w[0][1], w[1][0], w[1][1], v[0], v[1]);
-      multiply(out[d + 1], w[0][0], w[0][1], w[1][0], w[1][1], v[2], v[3]);
+      load_transposed(v, at + value_line(lane % 16, 2 * d + lane / 16));
+#pragma unroll
+      for (int h = 0; h <= TWO; ++h) multiply(out[h][d], v[0], v[2], v[1], v[3], w[0][h], w[1][h]);
     }
     sync_warp();
     if ((stage + DEPTH) * SLOTS < count) fetch(stage + DEPTH, slot);
@@ -149,11 +153,17 @@ KERNEL(BOUND, 2) decode_attend(PARAMETERS(Attend) p) {
   for (int h = 0; h <= TWO; ++h) {
     total[h] += shuffle_xor(total[h], 1);
     total[h] += shuffle_xor(total[h], 2);
-    if (g + 8 * h >= SHARE) continue;
-    const i64 to = ((i64)m * groups * SHARE + head + g + 8 * h) * splits + split;
-    if (t == 0) p.tops[to] = top[h] * scale, p.totals[to] = total[h];
+    if (t == 0 && g + 8 * h < SHARE) {
+      const i64 to = ((i64)m * groups * SHARE + head + g + 8 * h) * splits + split;
+      p.tops[to] = top[h] * scale, p.totals[to] = total[h];
+    }
 #pragma unroll
-    for (int d = 0; d < WIDTH / 8; ++d)
-      *(float2*)(p.parts + to * WIDTH + d * 8 + 2 * t) = make_float2(out[d][2 * h], out[d][2 * h + 1]);
+    for (int i = 0; i < 4; ++i) {
+      const int own = 8 * h + 2 * t + i % 2;
+      if (own >= SHARE) continue;
+      float* to = p.parts + (((i64)m * groups * SHARE + head + own) * splits + split) * WIDTH + g + i / 2 * 8;
+#pragma unroll
+      for (int d = 0; d < WIDTH / 16; ++d) to[d * 16] = out[h][d][i];
+    }
   }
 }

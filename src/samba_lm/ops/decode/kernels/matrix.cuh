@@ -13,6 +13,7 @@ DEVICE void copy_line(Line* to, const void* from, bool there) {
 DEVICE void prefetch(const void* from, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
+DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE void sync_warp() { __syncwarp(); }
 
 // All that the kernels before this one wrote can be read from here on. Before it only what was there when the step began.

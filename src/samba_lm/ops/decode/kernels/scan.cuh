@@ -28,7 +28,7 @@ struct ScanShared {
   Line u[ROWS][CHANNELS / 8], z[ROWS][CHANNELS / 8];
 };
 
-KERNEL(THREADS, 1) decode_scan(PARAMETERS(Scan) p) {
+KERNEL(THREADS, 4) decode_scan(PARAMETERS(Scan) p) {
   SHARED_MEMORY(memory);
   ScanShared& shared = *(ScanShared*)memory;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
