@@ -12,8 +12,10 @@ from cuda_emulator import needs_compiler, run
 import samba_lm
 from samba_lm.config import Attention, LayerSpec, Mamba, ModelConfig, SwiGLU
 from samba_lm.engine import fast_step
+from samba_lm.engine.decoder import Decoder
 from samba_lm.engine.fast_step import FastStep
 from samba_lm.engine.slots import Slots
+from samba_lm.generation.params import SamplingParams
 from samba_lm.model import SambaLM
 from samba_lm.ops import nvrtc
 from samba_lm.ops.decode.plan import Tuning
@@ -127,6 +129,26 @@ def test_slots_take_fast_steps_where_they_can(monkeypatch: pytest.MonkeyPatch) -
     expected = model.step(ids[:1], state.fork())
     torch.testing.assert_close(logits[:1].float(), expected.float(), atol=0.02, rtol=0.02)
     assert slots.rows(0, 2).position.tolist() == [4, 4]
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_recorded_steps_whose_kernels_overlap() -> None:
+    """In a CUDA graph, where kernels begin early, the bits are those of kernels that wait for one another."""
+    model = make()
+    waiting = states(model, [5, 150, 3, 77])
+    slots = Slots(model, 4)
+    for row in range(4):
+        slots.put(waiting.select([row]), 0)
+    decoder = Decoder(slots, 257, torch.device(DEVICE))
+    decoder.set_options([SamplingParams(temperature=0)] * 4)
+    step = FastStep(model, waiting, Tuning(early=False))
+    for _ in range(20):
+        ids = torch.randint(0, 257, (4,), device=DEVICE)
+        _, logits = decoder.step(ids.tolist(), [9, 9, 9, 9], None)
+        assert slots._fast is not None
+        assert torch.equal(logits, step.step(ids))
+        assert torch.equal(slots.rows(0, 4).position, waiting.position)
 
 
 def test_what_the_kernels_do_not_know() -> None:

@@ -37,7 +37,7 @@ class Tuning(NamedTuple):
     """Multiprocessors."""
     depth: int = 5
     """Chunks of 16 rows and 64 columns that a warp fetches ahead into shared memory."""
-    ahead: int = 1
+    ahead: int = 2
     """Tiles more that are fetched into the second-level cache before the kernel's turn has come."""
     stages: int = 3
     """Of 16 slots of keys and values that a warp fetches ahead."""
