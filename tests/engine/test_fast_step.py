@@ -67,7 +67,9 @@ def errors(fast: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> tupl
     [
         pytest.param(SAMBA, 128, [1, 160, 149], id="samba"),
         pytest.param((Attention(heads=2, window=40, rope=False), Mamba(state=8)), 128, [3], id="one row"),
-        pytest.param((Mamba(state=32, dt_rank=40), SwiGLU(width=40)), 72, [4] * 9, id="nine rows"),
+        pytest.param(
+            (Mamba(state=32, dt_rank=40), SwiGLU(width=40)), 72, [4] * 9, id="nine rows", marks=pytest.mark.slow
+        ),
     ],
 )
 @torch.inference_mode()

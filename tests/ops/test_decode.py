@@ -49,7 +49,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
         pytest.param(1, 2, 8, Tuning(processors=1), id="least"),
         pytest.param(5, 40, 584, Tuning(processors=2, depth=3), id="two chunks"),
         pytest.param(16, 36, 4104, Tuning(processors=3), id="three slices"),
-        pytest.param(11, 70, 1544, Tuning(processors=1, depth=8, ahead=3), id="many tiles"),
+        pytest.param(11, 70, 1544, Tuning(processors=1, depth=8, ahead=3), id="many tiles", marks=pytest.mark.slow),
     ],
 )
 def test_products_of_few_rows(M: int, N: int, K: int, tuning: Tuning) -> None:
@@ -82,7 +82,7 @@ def test_what_follows_a_product(M: int) -> None:
 @pytest.mark.parametrize(
     ("groups", "share", "width", "slots"),
     [
-        pytest.param(3, 1, 64, 20, id="a head each"),
+        pytest.param(3, 1, 64, 20, id="a head each", marks=pytest.mark.slow),
         pytest.param(1, 8, 64, 300, id="eight heads"),
         pytest.param(2, 11, 128, 130, id="eleven heads"),
     ],
