@@ -6,6 +6,7 @@ import sys
 
 from torch import Tensor
 
+from samba_lm.engine import fast_step
 from samba_lm.errors import UserError
 from samba_lm.model import SambaLM
 from samba_lm.span import Cursor
@@ -37,6 +38,8 @@ class Slots:
         self.reserved = 0 if any(self._growing) else sys.maxsize
         self.capacity = capacity
         self.used = 0
+        self._fast: fast_step.FastStep | None = None
+        self._asked = False  # whether there are kernels for the steps of this model here
 
     def put(self, state: State, longest: int) -> int:
         """Copy the state of one sequence, of which ``longest`` tokens were read, into the next free row."""
@@ -68,6 +71,10 @@ class Slots:
 
         There must be room for the token, see :meth:`reserve`. Logits [n, V].
         """
+        if not self._asked:  # not before: parameters may have changed until now
+            self._fast, self._asked = fast_step.of(self._model, self._state), True
+        if self._fast is not None and token_ids.shape[0] <= fast_step.MOST_ROWS:
+            return self._fast.step(token_ids)
         held = self.rows(0, token_ids.shape[0])
         moved = State(held.cursor, list(held.layers))
         logits = self._model.step(token_ids, moved, longest)

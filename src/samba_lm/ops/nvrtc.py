@@ -41,6 +41,12 @@ class Launch(NamedTuple):
     """Bytes of dynamic shared memory of a block."""
     parameters: bytes
     """The kernel's one parameter, a struct."""
+    early: bool = False
+    """It may begin before the kernel before it on the stream has ended, and itself waits for that one's results: see
+    ``griddepcontrol``. Needs compute capability 9.0."""
+    beside: bool = False
+    """It shares multiprocessors with the kernels before and after it, which must then divide the memory in each alike:
+    as much as can be is shared memory, whatever this kernel needs."""
 
 
 @torch.compiler.assume_constant_result  # torch.compile could not trace the bindings
@@ -77,12 +83,23 @@ def launch(what: Launch, device: torch.device) -> None:
             _check(driver.cuCtxGetCurrent())
         ):  # the thread (autograd has its own) has called no CUDA runtime yet
             _check(driver.cuCtxSetCurrent(_check(driver.cuDevicePrimaryCtxRetain(index))))
-        function = _function(what.entry, what.files, what.defines, what.shared, index)
+        function = _function(what.entry, what.files, what.defines, what.shared, what.beside, index)
         block = ctypes.create_string_buffer(what.parameters, len(what.parameters))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(block))
         stream = torch.cuda.current_stream(index).cuda_stream
         arguments = (ctypes.addressof(pointers), 0)
-        _check(driver.cuLaunchKernel(function, *what.grid, 1, what.threads, 1, 1, what.shared, stream, *arguments))
+        if not what.early:
+            _check(driver.cuLaunchKernel(function, *what.grid, 1, what.threads, 1, 1, what.shared, stream, *arguments))
+            return
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = *what.grid, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = what.threads, 1, 1
+        config.sharedMemBytes, config.hStream = what.shared, stream
+        early = driver.CUlaunchAttribute()
+        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        early.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [early], 1
+        _check(driver.cuLaunchKernelEx(config, function, *arguments))
 
 
 @torch.compiler.assume_constant_result
@@ -107,7 +124,7 @@ _modules: list[Any] = []
 
 @functools.cache
 def _function(
-    entry: str, files: tuple[Path, ...], defines: tuple[tuple[str, int], ...], shared: int, device: int
+    entry: str, files: tuple[Path, ...], defines: tuple[tuple[str, int], ...], shared: int, beside: bool, device: int
 ) -> Any:
     """The loaded kernel, for the current device. The first call of a variant compiles it (a second or two)."""
     driver, _ = _bindings()
@@ -118,6 +135,9 @@ def _function(
     if shared > STATIC_SHARED_LIMIT:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _check(driver.cuFuncSetAttribute(function, attribute, shared))
+    if beside:
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        _check(driver.cuFuncSetAttribute(function, attribute, 100))  # percent
     return function
 
 

@@ -27,7 +27,8 @@ def run(launch: nvrtc.Launch, seed: int = 0) -> None:
 
 
 def _library(launch: nvrtc.Launch) -> ctypes.CDLL:
-    files = (HERE / "primitives.cuh", *launch.files[1:], HERE / "launch.cuh")
+    twins = [HERE / path.name if (HERE / path.name).exists() else path for path in launch.files]
+    files = (*twins, HERE / "launch.cuh")
     kind = launch.entry.split("_")[0] if launch.entry == "sum_partials" else launch.entry.split("_")[1]
     special = {"SHARED_BYTES": launch.shared, "ENTRY": launch.entry, "PARAMETER_TYPE": kind.title()}
     defines = [*launch.defines, *special.items()]

@@ -1,0 +1,228 @@
+"""A step of up to 16 sequences in kernels made for it, for the models that they know; ``model.step`` defines it.
+
+Numbers are rounded where ``model.step`` rounds them: what a layer gives to bf16, the residual stream in fp32. A row's
+result does not depend on the other rows, nor on how many there are, to the last bit.
+
+A layer is three to five kernels, and a step of samba-1.7b 194. Each begins while the one before
+it still runs, and fetches its weights meanwhile, so that memory never waits for a kernel to begin.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from samba_lm.mixers.attention import AttentionMixer
+from samba_lm.mixers.mamba import MambaMixer
+from samba_lm.mixers.mlp import SwiGLUMLP
+from samba_lm.model import Layer, SambaLM
+from samba_lm.nn.norm import RMSNorm
+from samba_lm.ops import nvrtc
+from samba_lm.ops.backend import preferred
+from samba_lm.ops.decode import plan
+from samba_lm.ops.decode.plan import Tuning
+from samba_lm.ops.selective_scan import STATE_SIZES
+from samba_lm.state import State
+
+MOST_ROWS = plan.ROWS
+HEAD_DIMS = (64, 128)
+TAPS = 4
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernels run here: a GPU of compute capability 9.0 or more, and what compiles them."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= plan.NEEDS and not nvrtc.why_not()
+
+
+def why_not(model: SambaLM) -> str:
+    """What about a model the kernels do not know; "" if they know all of it."""
+    config = model.config
+    plain = all(p.dtype == torch.bfloat16 and p.is_contiguous() for p in model.parameters())
+    if not plain or model.dtype != torch.bfloat16:
+        return "parameters that are not bf16"
+    if config.d_model % 8 or config.d_model > plan.COLUMNS * plan.WARPS * plan.MOST_CHUNKS:
+        return f"d_model={config.d_model}"
+    if config.vocab_size % 2:
+        return f"vocab_size={config.vocab_size}"
+    rotations = set()
+    for layer in model.layers:
+        assert isinstance(layer, Layer)
+        mixer = layer.mixer
+        if not isinstance(layer.norm, RMSNorm):
+            return f"{type(mixer).__name__}, which normalises its input itself"
+        if isinstance(mixer, SwiGLUMLP):
+            if mixer.w3.weight.shape[1] % 8:
+                return f"SwiGLU of width {mixer.w3.weight.shape[1]}"
+        elif isinstance(mixer, MambaMixer):
+            s6 = mixer.s6
+            fits = s6.state in STATE_SIZES and s6.conv.weight.shape[1] == TAPS and s6.inner % 8 == 0
+            if not fits or s6.rank % 8 or s6.rank > 256 or s6.selection.fixed is None:
+                return "this Mamba layer, or its parameters may still change"
+        elif isinstance(mixer, AttentionMixer):
+            spec = mixer.spec
+            if spec.window is None or spec.short_conv is not None or mixer.head_dim not in HEAD_DIMS:
+                return "full attention, a convolution before it, or this width of heads"
+            if spec.heads // spec.groups > 16 or spec.window > 8192:
+                return "this shape of attention"
+            rotations.add((spec.rope, mixer.head_dim, spec.rope_base) if spec.rope else None)
+        else:
+            return type(mixer).__name__
+    return "several kinds of rotation" if len(rotations - {None}) > 1 else ""
+
+
+@dataclass
+class FastStep:
+    """Steps over the first rows of ``state``, whose tensors and the model's stay where they are."""
+
+    model: SambaLM
+    state: State
+    tuning: Tuning = field(default_factory=Tuning)
+
+    def __post_init__(self) -> None:
+        self._rows = min(MOST_ROWS, self.state.batch)
+        self._device = self.model.device
+        self._room: dict[str, Tensor] = {}
+        self._launches: dict[int, list[nvrtc.Launch]] = {}
+        self._angles = self._make_angles()
+        self._logits = self._bf16("logits", self.model.config.vocab_size)
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        """Read one token of each of the first rows, int64 [n] with n up to 16: logits [n, V], until the next step.
+
+        The state moves on in place.
+        """
+        rows = token_ids.shape[0]
+        token_ids = token_ids.contiguous()
+        if rows not in self._launches:
+            self._launches[rows] = self._plan(rows)
+        nvrtc.launch(self._begin(token_ids, rows), self._device)
+        for launch in self._launches[rows]:
+            nvrtc.launch(launch, self._device)
+        return self._logits[:rows]
+
+    def _begin(self, token_ids: Tensor, rows: int) -> nvrtc.Launch:
+        first = self.model.layers[0].norm
+        assert isinstance(first, RMSNorm)
+        return plan.begin(
+            self._fp32("stream", 1, self.model.config.d_model)[0],
+            first.weight,
+            self._bf16("normed", self.model.config.d_model),
+            rows,
+            first.eps,
+            self.state.cursor.position,
+            token_ids,
+            self.model.embedding,
+            self._angles,
+            self.tuning,
+        )
+
+    def _plan(self, rows: int) -> list[nvrtc.Launch]:
+        """All launches but the first."""
+        launches: list[nvrtc.Launch] = []
+        norms = [*(layer.norm for layer in list(self.model.layers)[1:]), self.model.norm]
+        for i, (layer, norm) in enumerate(zip(self.model.layers, norms, strict=True)):
+            assert isinstance(layer, Layer)
+            assert isinstance(norm, RMSNorm)
+            tensors = self.state.layers[i]
+            if isinstance(layer.mixer, SwiGLUMLP):
+                x, weight = self._swiglu(launches, layer.mixer, rows)
+            elif isinstance(layer.mixer, MambaMixer):
+                x, weight = self._mamba(launches, layer.mixer, tensors, rows)
+            else:
+                assert isinstance(layer.mixer, AttentionMixer)
+                x, weight = self._attention(launches, layer.mixer, tensors, rows)
+            parts = plan.slices(weight.shape[1])
+            branch = self._fp32("branch", parts, weight.shape[0])
+            launches.append(plan.linear(x, weight, branch, rows, "PARTIAL", self.tuning, parts=parts))
+            position = self.state.cursor.position if norm is self.model.norm else None
+            stream = self._fp32("stream", 1, self.model.config.d_model)[0]
+            launches.append(
+                plan.norm(stream, branch, norm.weight, self._normed, rows, norm.eps, parts, self.tuning, position)
+            )
+        launches.append(plan.linear(self._normed, self.model.head_weight, self._logits, rows, "PLAIN", self.tuning))
+        return launches
+
+    def _swiglu(self, launches: list[nvrtc.Launch], mlp: SwiGLUMLP, rows: int) -> tuple[Tensor, Tensor]:
+        """What the last product of the layer reads, and its weight."""
+        x = self._bf16("mlp", mlp.w3.weight.shape[1])
+        launches.append(plan.linear(self._normed, mlp.w12.weight, x, rows, "SWIGLU", self.tuning))
+        return x, mlp.w3.weight
+
+    def _mamba(
+        self, launches: list[nvrtc.Launch], mamba: MambaMixer, tensors: dict[str, Tensor], rows: int
+    ) -> tuple[Tensor, Tensor]:
+        s6 = mamba.s6
+        u, z, y = (self._bf16(name, s6.inner) for name in ("u", "z", "y"))
+        convolution = plan.Convolution(s6.conv.weight, s6.conv.bias, _checked(tensors["conv"], torch.bfloat16), z)
+        tuning, inputs = self.tuning, mamba.in_proj.weight
+        launches.append(plan.linear(self._normed, inputs, u, rows, "CONV", tuning, convolution=convolution))
+        parts = plan.slices(s6.inner, 2)
+        low = self._fp32("low", parts, s6.rank + 2 * s6.state)
+        launches.append(plan.linear(u, s6.x_proj.weight, low, rows, "PARTIAL", tuning, parts=parts))
+        ssm = _checked(tensors["ssm"], torch.float32)
+        A, D, bias = s6.selection.for_step(torch.float32)
+        launches.append(plan.scan(low, s6.dt_proj.weight, u, z, A, D, bias, ssm, y, rows, parts, tuning))
+        return y, mamba.out_proj.weight
+
+    def _attention(
+        self, launches: list[nvrtc.Launch], attention: AttentionMixer, tensors: dict[str, Tensor], rows: int
+    ) -> tuple[Tensor, Tensor]:
+        spec, width = attention.spec, attention.head_dim
+        cos, sin = (None, None) if self._angles is None or not spec.rope else self._angles[1:]
+        keys, values = (_checked(tensors[name], torch.bfloat16) for name in ("k", "v"))
+        position = self.state.cursor.position
+        rings = plan.Rings(cos, sin, keys, values, position, spec.heads)
+        q, y = (self._bf16(name, spec.heads * width) for name in ("q", "attended"))
+        launches.append(plan.linear(self._normed, attention.qkv.weight, q, rows, "QKV", self.tuning, rings=rings))
+        splits = plan.ceil_div(keys.shape[1], plan.SPLIT)
+        sums = self._fp32("parts", splits, spec.heads * width)
+        tops, totals = (self._fp32(name, splits, spec.heads)[0] for name in ("tops", "totals"))
+        parts = sums, tops, totals
+        scale = width**-0.5
+        launches.append(plan.attend(q, keys, values, position, parts, rows, spec.heads, scale, self.tuning))
+        launches.append(plan.join(parts, y, rows * spec.heads, width, splits, self.tuning))
+        return y, attention.out_proj.weight
+
+    def _make_angles(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The rotations' frequencies, and room for a step's cos and sin."""
+        for layer in self.model.layers:
+            mixer = layer.mixer
+            if isinstance(mixer, AttentionMixer) and mixer.spec.rope:
+                half = mixer.head_dim // 2
+                steps = torch.arange(0, 2 * half, 2, dtype=torch.float64, device=self._device)
+                frequency = mixer.spec.rope_base ** (steps / -(2 * half))
+                return frequency, self._fp32("cos", 1, half)[0], self._fp32("sin", 1, half)[0]
+        return None
+
+    @property
+    def _normed(self) -> Tensor:
+        return self._bf16("normed", self.model.config.d_model)
+
+    def _bf16(self, name: str, width: int) -> Tensor:
+        return self._make(name, (self._rows, width), torch.bfloat16)
+
+    def _fp32(self, name: str, parts: int, width: int) -> Tensor:
+        return self._make(f"{name} {parts} {width}", (parts, self._rows, width), torch.float32)
+
+    def _make(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Room that kernels pass numbers through; of one name there is one, for all layers."""
+        key = f"{name} {shape[-1]}"
+        if key not in self._room:
+            self._room[key] = torch.empty(shape, dtype=dtype, device=self._device)
+        return self._room[key]
+
+
+def of(model: SambaLM, state: State) -> FastStep | None:
+    """Fast steps over ``state``, or None where the kernels do not know the model, or cannot run."""
+    if preferred() is not None or not runs_on(model.device) or why_not(model):
+        return None
+    count = torch.cuda.get_device_properties(model.device).multi_processor_count if model.device.type == "cuda" else 4
+    return FastStep(model, state, Tuning(processors=count))
+
+
+def _checked(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    assert tensor.dtype == dtype
+    assert tensor.is_contiguous()
+    return tensor

@@ -1,0 +1,201 @@
+// y = x W^T for a few rows x, bound by reading W once. A tile is 16 rows of W, the first operand of the tensor cores: 8
+// pairs, of a first row and the one HALF after it (the gate and what it opens, the two numbers that a rotation mixes, or
+// simply neighbours). A block owns some pairs and a slice of the columns; its warps share the slice's columns, in turns of
+// 64, so that a warp keeps its part of x in registers and a block reads long pieces of rows at a time. A warp fetches W
+// for itself, DEPTH chunks of 16 rows x 64 columns ahead, the first of them before the kernels before this one have ended. The warps' sums are added up in shared memory, in order:
+// what a row of x gives depends neither on the other rows nor on how many there are, nor on the number of blocks.
+//
+// Macros: KC chunks of a warp, ROWS8 eights of rows of x, DEPTH, HALF, EPILOGUE, BLOCKS that fit a multiprocessor.
+
+constexpr int WARPS = 8;
+constexpr int COLUMNS = 64;                     // of a chunk
+constexpr int LINES = COLUMNS / 8;              // of 16 bytes, in a row of a chunk
+constexpr int TURN = WARPS * COLUMNS;           // columns from a warp's chunk to its next
+constexpr int CHUNK = 16 * LINES;               // lines
+constexpr int PAIRS = 8;                        // of a tile
+constexpr int WIDTH = 8 * ROWS8 + 1;            // of a row of sums, odd for the banks
+constexpr int SUMS = 16 * WIDTH;                // of a warp
+constexpr int ITEMS = PAIRS * 8 * ROWS8;        // results of a tile
+
+#define PARTIAL 0  // fp32 sums of each slice, [slice, row, N]
+#define PLAIN 1    // bf16 [row, N]
+#define SWIGLU 2   // SiLU(first) second, bf16 [row, N / 2]
+#define QKV 3      // rotated queries [row, H HALF 2]; keys and values into their rings
+#define CONV 4     // first half of N: a step of a convolution of 4 taps, bf16 [row, N / 2]; second half: y2 as it is
+
+struct Linear {
+  const u16 *w, *x;
+  void* y;
+  i64 rows, N, K, share, ahead;  // share: pairs of a block; ahead: tiles more to fetch into the second-level cache early
+  // QKV: angles fp32 [rows, HALF] or null, rings [rows, slots, groups, 2 HALF]
+  const float *cos, *sin;
+  u16 *keys, *values;
+  const i64* position;
+  i64 heads, groups, slots;
+  // CONV: weights [N / 2, 4], bias [N / 2], the last three inputs [rows, 3, N / 2]
+  const u16 *taps, *bias;
+  u16 *inputs, *y2;
+};
+
+KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
+  SHARED_MEMORY(memory);
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  Line* ring = (Line*)memory + warp * DEPTH * CHUNK;
+  float* sums = (float*)(memory + WARPS * DEPTH * CHUNK);
+  const int M = (int)p.rows, N = (int)p.N, K = (int)p.K;
+  const int begin = (int)blockIdx.x * (int)p.share, end = min(begin + (int)p.share, N / 2);
+  const int tiles = (end - begin + PAIRS - 1) / PAIRS;
+  const int slice = (int)blockIdx.y * KC * TURN, k0 = slice + warp * COLUMNS;
+
+  // As copier: row ``row`` of four and every fourth on, line ``piece`` of it.
+  const int row = lane / LINES, piece = lane % LINES;
+  const u16 *first_a = nullptr, *first_b = nullptr;
+  bool has_a = false, has_b = false;
+  const i64 to_second = (i64)HALF * K;
+  auto row_of = [&](int pair) { return (i64)(pair / HALF * 2 * HALF + pair % HALF); };
+  auto place = [&](int tile) {
+    const int a = begin + tile * PAIRS + row, b = a + 4;
+    has_a = a < end, has_b = b < end;
+    first_a = p.w + row_of(has_a ? a : begin) * K + k0 + piece * 8;
+    first_b = p.w + row_of(has_b ? b : begin) * K + k0 + piece * 8;
+  };
+  auto fetch = [&](int kc, int slot) {
+    const bool inside = k0 + kc * TURN + piece * 8 < K;
+    Line* to = ring + slot * CHUNK + row * LINES + (piece ^ (row & 1) * 4);
+    copy_line(to, first_a + kc * TURN, inside && has_a);
+    copy_line(to + 4 * LINES, first_b + kc * TURN, inside && has_b);
+    copy_line(to + 8 * LINES, first_a + to_second + kc * TURN, inside && has_a);
+    copy_line(to + 12 * LINES, first_b + to_second + kc * TURN, inside && has_b);
+  };
+
+#pragma unroll
+  for (int c = 0; c < DEPTH; ++c) {
+    if (c % KC == 0) place(c / KC);
+    if (c / KC < tiles) fetch(c % KC, c);
+    commit_copies();
+  }
+  if (tiles * KC <= DEPTH) let_next_begin();
+  // The lanes of a warp take turns at this, so all warps share it.
+  for (int i = lane * WARPS + warp; i < (int)p.ahead * 16 * KC; i += 32 * WARPS) {
+    const int line = i / KC, pair = begin + (DEPTH / KC + line / 16) * PAIRS + line % 8, k = slice + i % KC * TURN;
+    if (pair < end && k < K) prefetch(p.w + (row_of(pair) + line / 8 % 2 * HALF) * K + k, min(TURN, K - k) * 2);
+  }
+
+  wait_for_grids();
+  const int g = lane / 4, t = lane % 4;
+  Line x[KC][2][ROWS8];
+#pragma unroll
+  for (int kc = 0; kc < KC; ++kc)
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int n = 0; n < ROWS8; ++n) {
+        const int m = n * 8 + g, k = k0 + kc * TURN + j * 32 + t * 8;
+        x[kc][j][n] = Line{0, 0, 0, 0};
+        if (m < M && k < K) x[kc][j][n] = *(const Line*)(p.x + (i64)m * K + k);
+      }
+
+  // As maker of a result: a pair of each tile, and a row of x.
+  const int own = thread % PAIRS, m = thread / PAIRS;
+  const bool maker = thread < ITEMS && m < M;
+#if EPILOGUE == QKV
+  const i64 newest_slot = maker ? m * p.slots + p.position[m] % p.slots : 0;
+#endif
+
+  int slot = 0;
+  for (int tile = 0; tile < tiles; ++tile) {
+    float total[ROWS8][4] = {};
+#pragma unroll
+    for (int kc = 0; kc < KC; ++kc) {
+      wait_copies<DEPTH - 1>();
+      sync_warp();
+      const Line* from = ring + slot * CHUNK + g * LINES;
+      Line a[2][2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        a[j][0] = from[(4 * j + t) ^ (g & 1) * 4];
+        a[j][1] = from[8 * LINES + ((4 * j + t) ^ (g & 1) * 4)];
+      }
+      sync_warp();
+      const int later = tile + (kc + DEPTH) / KC;
+      if ((kc + DEPTH) % KC == 0) place(later);
+      if (later < tiles) fetch((kc + DEPTH) % KC, slot);
+      commit_copies();
+      if ((kc + DEPTH) % KC == KC - 1 && later == tiles - 1) let_next_begin();
+      slot = slot + 1 == DEPTH ? 0 : slot + 1;
+      // Eight neighbours of a row are two pairs of columns of each of two products: a sum does not mind the order.
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int n = 0; n < ROWS8; ++n) {
+          multiply(total[n], a[j][0].x, a[j][1].x, a[j][0].y, a[j][1].y, x[kc][j][n].x, x[kc][j][n].y);
+          multiply(total[n], a[j][0].z, a[j][1].z, a[j][0].w, a[j][1].w, x[kc][j][n].z, x[kc][j][n].w);
+        }
+    }
+    const int pair = begin + tile * PAIRS + own;
+    const bool makes = maker && pair < end;
+#if EPILOGUE == CONV
+    const int inner = N / 2, channel = 2 * pair;
+    u32* before = (u32*)(p.inputs + (i64)m * 3 * inner + channel);
+    u32 old[3] = {}, bias = 0;
+    Line weight = {0, 0, 0, 0};
+    if (makes && channel < inner) {  // while the sums of the warps come together
+#pragma unroll
+      for (int i = 0; i < 3; ++i) old[i] = before[i * (inner / 2)];
+      weight = *(const Line*)(p.taps + channel * 4), bias = *(const u32*)(p.bias + channel);
+    }
+#elif EPILOGUE == QKV
+    const int head = pair / HALF, j = pair % HALF;
+    const bool turned = p.cos && head < (int)(p.heads + p.groups);
+    float cosine = 1.0f, sine = 0.0f;
+    if (makes && turned) cosine = p.cos[m * HALF + j], sine = p.sin[m * HALF + j];
+#endif
+    float* place_of = sums + ((tile & 1) * WARPS + warp) * SUMS;
+#pragma unroll
+    for (int n = 0; n < ROWS8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) place_of[(g + i / 2 * 8) * WIDTH + n * 8 + t * 2 + i % 2] = total[n][i];
+    __syncthreads();
+    if (!makes) continue;
+    const float* of_pair = sums + (tile & 1) * WARPS * SUMS + own * WIDTH + m;
+    float a = 0.0f, b = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) a += of_pair[w * SUMS], b += of_pair[w * SUMS + 8 * WIDTH];
+#if EPILOGUE == PARTIAL
+    *(float2*)((float*)p.y + ((i64)blockIdx.y * M + m) * N + 2 * pair) = make_float2(a, b);
+#elif EPILOGUE == PLAIN
+    *(u32*)((u16*)p.y + (i64)m * N + 2 * pair) = pack_bf16(make_float2(a, b));
+#elif EPILOGUE == SWIGLU
+    ((u16*)p.y)[(i64)m * HALF + pair] = low(silu(rounded(a)) * rounded(b));
+#elif EPILOGUE == QKV
+    a = rounded(a), b = rounded(b);
+    if (turned) {
+      const float before = a;
+      a = fmaf(before, cosine, -(b * sine)), b = fmaf(before, sine, b * cosine);
+    }
+    u16* to = (u16*)p.y + ((i64)m * p.heads + head) * 2 * HALF;
+    if (head >= (int)p.heads) {
+      const int group = head - (int)p.heads;
+      u16* rings = group < (int)p.groups ? p.keys : p.values;
+      to = rings + (newest_slot * p.groups + group % (int)p.groups) * 2 * HALF;
+    }
+    to[j] = low(a), to[j + HALF] = low(b);
+#else
+    const u32 newest = pack_bf16(make_float2(a, b));
+    if (channel >= inner) {
+      *(u32*)(p.y2 + (i64)m * inner + channel - inner) = newest;
+    } else {
+      const u32 of_first[2] = {weight.x, weight.y}, of_second[2] = {weight.z, weight.w};
+      float2 y = unpack_bf16(bias);
+      const u32 in[4] = {old[0], old[1], old[2], newest};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 v = unpack_bf16(in[i]), u = unpack_bf16(of_first[i / 2]), s = unpack_bf16(of_second[i / 2]);
+        y.x = fmaf(v.x, i % 2 ? u.y : u.x, y.x), y.y = fmaf(v.y, i % 2 ? s.y : s.x, y.y);
+      }
+      before[0] = old[1], before[inner / 2] = old[2], before[2 * (inner / 2)] = newest;
+      *(u32*)((u16*)p.y + (i64)m * inner + channel) = pack_bf16(make_float2(silu(y.x), silu(y.y)));
+    }
+#endif
+  }
+}

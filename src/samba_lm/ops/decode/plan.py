@@ -1,0 +1,270 @@
+"""How the decoding kernels are launched: how the work is cut, the macros, shared memory and parameters.
+
+Every function gives an ``nvrtc.Launch`` that holds addresses: its tensors must stay where they are.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from samba_lm.ops import nvrtc
+
+KERNELS = Path(__file__).parent / "kernels"
+PRIMITIVES = Path(__file__).parents[1] / "selective_scan" / "kernels" / "primitives.cuh"
+ROWS = 16
+"""Sequences at most: two eights, the second operand of the tensor cores."""
+NEEDS = (9, 0)
+"""Compute capability: kernels begin before the one before them has ended."""
+WARPS, COLUMNS, PAIRS = 8, 64, 8
+"""As in linear.cuh."""
+CHUNKS, MOST_CHUNKS = 4, 6
+"""Of a warp, where the columns can be cut into slices, and where they cannot: its part of x lies in registers."""
+CHANNELS = 32
+"""As in scan.cuh."""
+SPLIT = 128
+"""Slots of keys that a warp looks at."""
+EPILOGUES = {"PARTIAL": 0, "PLAIN": 1, "SWIGLU": 2, "QKV": 3, "CONV": 4}
+
+
+class Tuning(NamedTuple):
+    """What can be chosen freely: no result depends on it."""
+
+    processors: int = 132
+    """Multiprocessors."""
+    depth: int = 5
+    """Chunks of 16 rows and 64 columns that a warp fetches ahead into shared memory."""
+    ahead: int = 2
+    """Tiles more that are fetched into the second-level cache before the kernel's turn has come."""
+    stages: int = 3
+    """Of 16 slots of keys and values that a warp fetches ahead."""
+    early: bool = True
+    """Kernels may begin before the one before them has ended."""
+
+
+class Rings(NamedTuple):
+    """Where the projection to queries, keys and values puts the latter two."""
+
+    cos: Tensor | None
+    sin: Tensor | None
+    keys: Tensor
+    values: Tensor
+    position: Tensor
+    heads: int
+
+
+class Convolution(NamedTuple):
+    """The convolution that follows the projection into a Mamba layer; gate: its second half, [rows, E]."""
+
+    weight: Tensor
+    bias: Tensor
+    inputs: Tensor
+    gate: Tensor
+
+
+def ceil_div(n: int, parts: int) -> int:
+    return -(-n // parts)
+
+
+def slices(K: int, chunks: int = CHUNKS) -> int:
+    """Into how many slices K columns are cut that are summed afterwards; depends on nothing else."""
+    return ceil_div(ceil_div(K, COLUMNS), WARPS * chunks)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    rows: int,
+    epilogue: str,
+    tuning: Tuning,
+    *,
+    parts: int = 1,
+    rings: Rings | None = None,
+    convolution: Convolution | None = None,
+) -> nvrtc.Launch:
+    """x [rows, K] W^T: fp32 sums of ``parts`` slices of the columns, [parts, rows, N], or what ``epilogue`` makes of
+    it.
+
+    N is even, K a multiple of 8; see linear.cuh for the epilogues and the shape of their ``y``.
+    """
+    N, K = weight.shape
+    chunks = ceil_div(ceil_div(K, COLUMNS), WARPS * parts)
+    half = 1
+    if epilogue == "SWIGLU":
+        half = N // 2
+    elif rings is not None:
+        half = rings.keys.shape[3] // 2
+    pairs = N // 2
+    share = ceil_div(pairs, max(1, tuning.processors // parts))
+    blocks = ceil_div(pairs, share)
+    depth = min(tuning.depth, ceil_div(share, PAIRS) * chunks)
+    eights = ceil_div(rows, 8)
+    defines = {
+        "KC": chunks,
+        "ROWS8": eights,
+        "DEPTH": depth,
+        "HALF": half,
+        "EPILOGUE": EPILOGUES[epilogue],
+        "BLOCKS": 2 if chunks * eights <= 8 else 1,
+    }
+    shared = WARPS * depth * 16 * COLUMNS * 2 + 2 * WARPS * 16 * (8 * eights + 1) * 4
+    qkv: tuple[int, ...] = (0,) * 8
+    if rings is not None:
+        cos, sin, keys, values, position, heads = rings
+        qkv = (*_addresses(cos, sin, keys, values, position), heads, keys.shape[2], keys.shape[1])
+    conv: tuple[int, ...] = (0,) * 4
+    if convolution is not None:
+        conv = _addresses(convolution.weight, convolution.bias, convolution.inputs, convolution.gate)
+    numbers = (*_addresses(weight, x, y), rows, N, K, share, tuning.ahead, *qkv, *conv)
+    return _launch("linear", defines, (blocks, parts), 32 * WARPS, shared, numbers, tuning)
+
+
+def norm(
+    stream: Tensor,
+    partials: Tensor,
+    weight: Tensor,
+    normed: Tensor,
+    rows: int,
+    eps: float,
+    parts: int,
+    tuning: Tuning,
+    position: Tensor | None = None,
+) -> nvrtc.Launch:
+    """stream += the branch whose ``parts`` are given; normed = RMSNorm of it; positions, if given, move on by one."""
+    numbers = (*_addresses(stream, partials, weight, normed), rows, stream.shape[1])
+    rest = (*_addresses(position, None, None), 0, 0, 0, 0, 0)
+    return _norm(parts, stream.shape[1], rows, numbers, eps, rest, tuning)
+
+
+def begin(
+    stream: Tensor,
+    weight: Tensor,
+    normed: Tensor,
+    rows: int,
+    eps: float,
+    position: Tensor,
+    tokens: Tensor,
+    embedding: Tensor,
+    angles: tuple[Tensor, Tensor, Tensor] | None,
+    tuning: Tuning,
+) -> nvrtc.Launch:
+    """The first kernel of a step, which waits for all work before it: stream = embeddings of ``tokens``, normed, and
+    (frequency, cos, sin) the rotations' angles."""
+    frequency, cos, sin = angles or (None, None, None)
+    half = 0 if frequency is None else frequency.shape[0]
+    numbers = (*_addresses(stream, None, weight, normed), rows, stream.shape[1])
+    rest = (*_addresses(position, tokens, embedding), embedding.shape[0], half, *_addresses(frequency, cos, sin))
+    return _norm(0, stream.shape[1], rows, numbers, eps, rest, tuning._replace(early=False))
+
+
+def _norm(
+    parts: int, width: int, rows: int, numbers: tuple[int, ...], eps: float, rest: tuple[int, ...], tuning: Tuning
+) -> nvrtc.Launch:
+    defines = {"SLICES": parts, "PER": ceil_div(width, 4 * 256)}
+    parameters = struct.pack(f"<{len(numbers)}qd{len(rest)}q", *numbers, eps, *rest)
+    return nvrtc.Launch(
+        "decode_norm", _files("norm"), tuple(defines.items()), (rows, 1), 256, 32, parameters, tuning.early, True
+    )
+
+
+def scan(
+    partials: Tensor,
+    weight: Tensor,
+    u: Tensor,
+    z: Tensor,
+    A: Tensor,
+    D: Tensor,
+    bias: Tensor,
+    state: Tensor,
+    y: Tensor,
+    rows: int,
+    parts: int,
+    tuning: Tuning,
+) -> nvrtc.Launch:
+    """A step of the scan: ``partials`` [parts, rows, rank + 2 N] are the sums of low, B and C; ``state`` moves on."""
+    (E, rank), N = weight.shape, A.shape[1]
+    wide = ceil_div(rank, 32) * 32
+    room = 8 * ceil_div(rows, 8)
+    defines = {"N": N, "R": wide, "SLICES": parts, "ROWS8": room // 8}
+    shared = room * CHANNELS * N * 4 + (CHANNELS + room) * (wide // 8 + 1) * 16 + room * (2 * N + CHANNELS) * 4
+    shared += 2 * room * CHANNELS * 2
+    numbers = (*_addresses(partials, weight, u, z, A, D, bias, state, y), rows, E, rank)
+    return _launch("scan", defines, (ceil_div(E, CHANNELS), 1), 256, shared, numbers, tuning)
+
+
+def attend(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor],
+    rows: int,
+    heads: int,
+    scale: float,
+    tuning: Tuning,
+) -> nvrtc.Launch:
+    """The parts (sums [rows, H, splits, K], tops and totals [rows, H, splits]) of attention over the rings."""
+    _, slots, groups, width = keys.shape
+    splits = ceil_div(slots, SPLIT)
+    units = rows * groups * splits
+    warps = min(8, ceil_div(units, tuning.processors))
+    stages = min(tuning.stages, SPLIT // 16)
+    defines = {"WIDTH": width, "SHARE": heads // groups, "SPLIT": SPLIT, "WARPS": warps, "DEPTH": stages}
+    shared = warps * stages * 2 * 16 * width * 2
+    numbers = (*_addresses(q, keys, values, position, *parts), rows, groups, slots, splits, tuning.ahead)
+    parameters = struct.pack(f"<{len(numbers)}qd", *numbers, scale * 1.4426950408889634)
+    grid = (ceil_div(units, warps), 1)
+    return nvrtc.Launch(
+        "decode_attend",
+        _files("attend"),
+        tuple(defines.items()),
+        grid,
+        32 * warps,
+        shared,
+        parameters,
+        tuning.early,
+        True,
+    )
+
+
+def join(
+    parts: tuple[Tensor, Tensor, Tensor], y: Tensor, heads: int, width: int, splits: int, tuning: Tuning
+) -> nvrtc.Launch:
+    """y, bf16 [heads, K], of the parts of ``heads`` heads (of all rows)."""
+    defines = {"WIDTH": width, "SPLITS": splits}
+    return _launch("join", defines, (ceil_div(heads, 256 // width), 1), 256, 0, (*_addresses(*parts, y), heads), tuning)
+
+
+def _launch(
+    kernel: str,
+    defines: dict[str, int],
+    grid: tuple[int, int],
+    threads: int,
+    shared: int,
+    numbers: tuple[int, ...],
+    tuning: Tuning,
+) -> nvrtc.Launch:
+    parameters = struct.pack(f"<{len(numbers)}q", *numbers)
+    return nvrtc.Launch(
+        f"decode_{kernel}",
+        _files(kernel),
+        tuple(defines.items()),
+        grid,
+        threads,
+        shared,
+        parameters,
+        tuning.early,
+        True,
+    )
+
+
+def _files(kernel: str) -> tuple[Path, ...]:
+    return (PRIMITIVES, *(KERNELS / f"{name}.cuh" for name in ("matrix", "numbers", kernel)))
+
+
+def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(0 if t is None else t.data_ptr() for t in tensors)
