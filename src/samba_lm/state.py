@@ -40,6 +40,26 @@ class State:
         """A copy that goes its own way."""
         return self.select(list(range(self.batch)))
 
+    def copy_(self, source: State) -> None:
+        """Take over the contents of a state of as many sequences; tensors that the two share are left alone.
+
+        Of rings of different length, none of which is full then, the common part is copied.
+        """
+        pairs = [
+            (t, theirs[name])
+            for mine, theirs in zip(self.layers, source.layers, strict=True)
+            for name, t in mine.items()
+        ]
+        pairs += [(self.cursor.segment, source.cursor.segment), (self.cursor.position, source.cursor.position)]
+        for to, given in pairs:
+            if to.data_ptr() == given.data_ptr():
+                continue
+            if to.dim() == 1:
+                to.copy_(given)
+            else:
+                common = min(to.shape[1], given.shape[1])
+                to[:, :common].copy_(given[:, :common])
+
     def nbytes(self) -> int:
         """Bytes held."""
         tensors = [t for layer in self.layers for t in layer.values()]

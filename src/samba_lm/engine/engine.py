@@ -311,7 +311,7 @@ class Engine:
         assert running.reader is not None
         if running.request.keep_prompt and not running.unread:
             running.tell_ready(running.reader.state.fork())
-        running.row = self.slots.put(running.reader.state, running.length)
+        self.slots.put(running.reader.state, running.length)
         running.reader.state = State(running.reader.state.cursor, [])  # it lives in the slot now
         self._running.append(running)
         self._settled = False
@@ -402,7 +402,6 @@ class Engine:
         moved = self.slots.drop(row)
         if moved != row:
             self._running[row] = self._running[moved]
-            self._running[row].row = row
         self._running.pop()
         self._settled = False
         running.end(finish, error)

@@ -47,7 +47,7 @@ class Prefiller:
             return
         check_ids(tokens, self._model.config.vocab_size, reader.lengths[0])
         if reader.state is not self._state:
-            copy_state(self._state, reader.state)
+            self._state.copy_(reader.state)
             reader.state = self._state
         size = next(n for n in self._lengths if n >= tokens.size)
         ids = torch.from_numpy(tokens.astype("int64"))
@@ -74,7 +74,7 @@ class Prefiller:
         cursor = Cursor(state.cursor.segment.clone(), state.cursor.position.clone())
         span = Span.padded(cursor, size, self._count, FAR)
         hidden, after = self._model.run(self._ids[:, :size], State(cursor, state.layers), span)
-        copy_state(state, after)
+        state.copy_(after)
         return self._model.head(hidden[0].index_select(0, self._count - 1))
 
     def _record(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -89,14 +89,5 @@ class Prefiller:
             with torch.cuda.graph(graph, pool=self._pool, stream=stream):
                 logits = self._run(size)
         torch.cuda.current_stream(self._ids.device).wait_stream(stream)
-        copy_state(self._state, kept)
+        self._state.copy_(kept)
         return graph, logits
-
-
-def copy_state(to: State, source: State) -> None:
-    """The contents of one state into the tensors of another of the same shapes."""
-    for mine, theirs in zip(to.layers, source.layers, strict=True):
-        for name, tensor in mine.items():
-            tensor.copy_(theirs[name])
-    to.cursor.segment.copy_(source.cursor.segment)
-    to.cursor.position.copy_(source.cursor.position)

@@ -38,7 +38,6 @@ class Sequence:
         self.cancelled = False
         self.error: BaseException | None = None
         self.reader: Reader | None = None
-        self.row = -1
         self.has_read = False
         self.unread: deque[int] = deque()
         """Prompt tokens that will be read one a step."""

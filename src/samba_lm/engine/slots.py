@@ -45,7 +45,7 @@ class Slots:
         """Copy the state of one sequence, of which ``longest`` tokens were read, into the next free row."""
         assert self.used < self.capacity, "no slot is free"
         self.reserve(longest)
-        _copy(self.rows(self.used, self.used + 1), state)
+        self.rows(self.used, self.used + 1).copy_(state)
         self.used += 1
         return self.used - 1
 
@@ -57,7 +57,7 @@ class Slots:
         """Free a row; the last one takes its place. Returns which one that was."""
         self.used -= 1
         if row != self.used:
-            _copy(self.rows(row, row + 1), self.rows(self.used, self.used + 1))
+            self.rows(row, row + 1).copy_(self.rows(self.used, self.used + 1))
         return self.used
 
     def rows(self, begin: int, end: int) -> State:
@@ -78,7 +78,7 @@ class Slots:
         held = self.rows(0, token_ids.shape[0])
         moved = State(held.cursor, list(held.layers))
         logits = self._model.step(token_ids, moved, longest)
-        _copy(held, moved)
+        held.copy_(moved)
         return logits
 
     def reserve(self, length: int) -> None:
@@ -103,24 +103,8 @@ class Slots:
 
     def restore(self, state: State, rows: int) -> None:
         """Put the states of the first rows back as they were."""
-        _copy(self.rows(0, rows), state)
+        self.rows(0, rows).copy_(state)
 
     def nbytes(self) -> int:
         """Bytes held for all slots."""
         return self._state.nbytes()
-
-
-def _pairs(a: State, b: State) -> list[tuple[Tensor, Tensor]]:
-    tensors = [(x[name], y[name]) for x, y in zip(a.layers, b.layers, strict=True) for name in x]
-    return [*tensors, (a.cursor.segment, b.cursor.segment), (a.cursor.position, b.cursor.position)]
-
-
-def _copy(to: State, source: State) -> None:
-    """``source`` into the views ``to``; of rings of different length, which are not full then, the common part."""
-    pairs = [(t, s) for t, s in _pairs(to, source) if t.data_ptr() != s.data_ptr()]
-    for t, s in pairs:
-        common = min(t.shape[1], s.shape[1]) if t.dim() > 1 else None
-        if common is None:
-            t.copy_(s)
-        else:
-            t[:, :common].copy_(s[:, :common])
