@@ -8,14 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from samba_lm.engine.graph import Graph
 from samba_lm.engine.slots import Slots
 from samba_lm.generation.params import SamplingParams
 from samba_lm.generation.sampling import History, Options, sample
 
 GREEDY, PLAIN, CUT = "greedy", "plain", "cut"
 """What the sampler is asked for by the most demanding row; a graph is made for each where it is needed."""
-WARM_UP = 2
-"""Runs before a capture: kernels are compiled, libraries open their handles."""
 
 
 class Decoder:
@@ -33,7 +32,7 @@ class Decoder:
         self._options = Options.of([SamplingParams(temperature=0)] * slots.capacity, vocab_size, device)
         self._ids = torch.zeros(slots.capacity, dtype=torch.int64, device=device)
         self._positions = torch.zeros_like(self._ids)
-        self._graphs: dict[tuple[int, str, bool], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._graphs: dict[tuple[int, str, bool], Graph[tuple[Tensor, Tensor]]] = {}
         self._bias: Tensor | None = None  # made when it is first asked for
         self._reserved = slots.reserved
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -89,27 +88,12 @@ class Decoder:
             self._reserved = self._slots.reserved
         mode = GREEDY if self._options.greedy else CUT if self._options.cut else PLAIN
         if (size, mode, biased) not in self._graphs:
-            self._graphs[size, mode, biased] = self._record(size, longest, biased)
-        graph, drawn, logits = self._graphs[size, mode, biased]
-        graph.replay()
-        return drawn, logits
-
-    def _record(self, size: int, longest: int, biased: bool) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        # Running it moves states on: those of the rows in use are put back.
-        kept = self._slots.rows(0, size).fork()
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        options, self._options = self._options, replace(self._options, most=None)  # one graph for every top-k
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self._run(size, longest, None, size, biased)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-                drawn, logits = self._run(size, longest, None, size, biased)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        self._options = options
-        self._slots.restore(kept, size)
-        return graph, drawn, logits
+            options, self._options = self._options, replace(self._options, most=None)  # one graph for every top-k
+            self._graphs[size, mode, biased] = Graph.record(
+                lambda: self._run(size, longest, None, size, biased), self._slots.rows(0, size), self._pool
+            )
+            self._options = options
+        return self._graphs[size, mode, biased].replay()
 
 
 def sizes(capacity: int) -> list[int]:

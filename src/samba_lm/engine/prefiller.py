@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from samba_lm.engine.graph import Graph
 from samba_lm.generation.prefill import Reader, check_ids, prefill
 from samba_lm.generation.prompt import TokenIds
 from samba_lm.model import SambaLM
@@ -15,7 +16,6 @@ LENGTHS = (16, 64, 256, 1024, 2048)
 """Of pieces; a shorter one is filled up with tokens that no layer sees, which costs little where time is Python's."""
 FAR = 1 << 62
 """No text is so long: how far a window looks back is then the window's length."""
-WARM_UP = 2
 
 
 class Prefiller:
@@ -33,7 +33,7 @@ class Prefiller:
         device = model.device
         self._ids = torch.zeros(1, longest, dtype=torch.int64, device=device)
         self._count = torch.ones(1, dtype=torch.int64, device=device)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[int, Graph[Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" and graphs else None
 
     def read(self, reader: Reader, tokens: TokenIds) -> None:
@@ -63,10 +63,9 @@ class Prefiller:
         if self._pool is None:
             return self._run(size)
         if size not in self._graphs:
-            self._graphs[size] = self._record(size)
-        graph, logits = self._graphs[size]
-        graph.replay()
-        return logits
+            assert self._state is not None
+            self._graphs[size] = Graph.record(lambda: self._run(size), self._state, self._pool)
+        return self._graphs[size].replay()
 
     def _run(self, size: int) -> Tensor:
         state = self._state
@@ -76,18 +75,3 @@ class Prefiller:
         hidden, after = self._model.run(self._ids[:, :size], State(cursor, state.layers), span)
         state.copy_(after)
         return self._model.head(hidden[0].index_select(0, self._count - 1))
-
-    def _record(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        assert self._state is not None
-        kept = self._state.fork()  # running it moves the state on
-        stream = torch.cuda.Stream(self._ids.device)
-        stream.wait_stream(torch.cuda.current_stream(self._ids.device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self._run(size)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-                logits = self._run(size)
-        torch.cuda.current_stream(self._ids.device).wait_stream(stream)
-        self._state.copy_(kept)
-        return graph, logits

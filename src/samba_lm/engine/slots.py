@@ -101,10 +101,6 @@ class Slots:
                 layer[name] = tensor.new_zeros(tensor.shape[0], self.reserved, *tensor.shape[2:])
                 layer[name][:, : tensor.shape[1]] = tensor
 
-    def restore(self, state: State, rows: int) -> None:
-        """Put the states of the first rows back as they were."""
-        self.rows(0, rows).copy_(state)
-
     def nbytes(self) -> int:
         """Bytes held for all slots."""
         return self._state.nbytes()
