@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import TypeGuard
 
 import torch
 
@@ -108,11 +109,7 @@ class Engine:
         with self._wake:
             if self._failure is not None or self._closing:
                 raise StoppedError(f"The engine has stopped: {self._failure or 'it was closed'}.")
-            free = self.slots.capacity - len(self._running) - len(self._reading)
-            if self.queue_limit is not None and len(self._waiting) >= self.queue_limit + max(0, free):
-                raise QueueFullError(
-                    f"{len(self._waiting)} requests are waiting, the limit is {self.queue_limit}: try again later."
-                )
+            self.check_room()
             self._waiting.append(running)
             self._wake.notify()
 
@@ -123,6 +120,14 @@ class Engine:
 
         return cancel
 
+    def check_room(self) -> None:
+        """Raise QueueFullError when no request could be taken now."""
+        free = self.slots.capacity - len(self._running) - len(self._reading)
+        if self.queue_limit is not None and len(self._waiting) >= self.queue_limit + max(0, free):
+            raise QueueFullError(
+                f"{len(self._waiting)} requests are waiting, the limit is {self.queue_limit}: try again later."
+            )
+
     def stream(self, request: Request) -> Iterator[Event]:
         """The events of a request as they come, the last an End; leaving early cancels it. Raises its error."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -130,10 +135,9 @@ class Engine:
         try:
             while True:
                 event = events.get()
-                if isinstance(event, End) and event.error is not None:
-                    raise event.error
+                last = _is_last(event)
                 yield event
-                if isinstance(event, End):
+                if last:
                     return
         finally:
             cancel()
@@ -150,10 +154,9 @@ class Engine:
         try:
             while True:
                 event = await events.get()
-                if isinstance(event, End) and event.error is not None:
-                    raise event.error
+                last = _is_last(event)
                 yield event
-                if isinstance(event, End):
+                if last:
                     return
         finally:
             cancel()
@@ -185,9 +188,7 @@ class Engine:
                 if isinstance(event, Piece):
                     texts[i] += event.text
                     tokens[i] += event.tokens
-                elif isinstance(event, End):
-                    if event.error is not None:
-                        raise event.error
+                elif _is_last(event):
                     ends[i] = event
         finally:
             for cancel in cancels:
@@ -405,3 +406,10 @@ class Engine:
         self._running.pop()
         self._settled = False
         running.end(finish, error)
+
+
+def _is_last(event: Event) -> TypeGuard[End]:
+    """Whether a text ends with this event. Raises the error that ended it."""
+    if isinstance(event, End) and event.error is not None:
+        raise event.error
+    return isinstance(event, End)

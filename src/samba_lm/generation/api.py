@@ -11,11 +11,11 @@ from samba_lm.generation.prefill import OnProgress, Reader, prefill
 from samba_lm.generation.prompt import Prompt, prompt_chunks
 from samba_lm.generation.stream import (
     Answer,
+    Sampler,
     TextStream,
     Timing,
     advance,
     check_request,
-    draw,
     stream_pieces,
 )
 from samba_lm.model import SambaLM, evaluating
@@ -126,6 +126,7 @@ def _generate_batch(
     if not prompts:
         return []
     with evaluating(model):
+        sampler = Sampler(params, len(prompts), tokenizer, model.device)
         reader = Reader.create(model, params, batch=len(prompts), context=context)
         before = sum(reader.lengths)
         chunks = [prompt_chunks(prompt, tokenizer, begins=before == 0) for prompt in prompts]
@@ -134,7 +135,7 @@ def _generate_batch(
         # The prompts whose texts still go on, in the order of the reader's rows.
         running = [i for i, answer in enumerate(answers) if answer.finish is None]
         while running:
-            ids = draw(reader, params, tokenizer.vocab_size)
+            ids = sampler.draw(reader)
             for i, token_id in zip(running, ids, strict=True):
                 texts[i].append(answers[i].feed(token_id))
             rows = [row for row, i in enumerate(running) if answers[i].finish is None]

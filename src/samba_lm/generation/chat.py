@@ -16,7 +16,7 @@ from samba_lm.generation.params import DEFAULT_CHUNK, SamplingParams
 from samba_lm.generation.prefill import OnProgress, Reader, prefill
 from samba_lm.generation.prompt import TokenIds
 from samba_lm.generation.sampling import History, penalised
-from samba_lm.generation.stream import Answer, Timing, advance, check_request, draw
+from samba_lm.generation.stream import Answer, Sampler, Timing, advance, check_request
 from samba_lm.model import SambaLM, evaluating
 from samba_lm.tokenizer import Tokenizer
 
@@ -274,6 +274,7 @@ class ChatSession:
 
     def _answer(self, began: float) -> Generator[str, None, None]:
         answer = Answer(self._tokenizer, self._params)
+        sampler = Sampler(self._params, 1, self._tokenizer, self._model.device)
         if self.reader.history is not None:
             self.reader.history.counts.zero_()  # what was generated in earlier turns is prompt by now
         # Where the conversation stood when all text of its tokens had last been shown, if tokens were read since, and
@@ -283,7 +284,7 @@ class ChatSession:
         unread: list[int] | None = None
         try:
             while answer.finish is None:
-                unread = draw(self.reader, self._params, self._tokenizer.vocab_size)
+                unread = sampler.draw(self.reader)
                 piece = answer.feed(unread[0])
                 self._note_time(time.perf_counter() - began, answer)
                 if answer.finish in ("stop", "eos"):

@@ -169,11 +169,12 @@ def stream_pieces(
             if on_progress is not None:
                 on_progress(tokens - before)
 
+        sampler = Sampler(params, 1, tokenizer, model.device)
         reader = Reader.create(model, params, batch=1, context=context)
         before = reader.lengths[0]
         prefill(model, [prompt_chunks(prompt, tokenizer, begins=before == 0)], reader, chunk, note)
         while answer.finish is None:
-            ids = draw(reader, params, tokenizer.vocab_size)  # waits for the device
+            ids = sampler.draw(reader)  # waits for the device
             piece = answer.feed(ids[0])
             seconds = time.perf_counter() - began
             if timing.new_tokens == 0:
@@ -191,16 +192,26 @@ def stream_pieces(
             yield piece
 
 
-def draw(reader: Reader, params: SamplingParams, vocab_size: int) -> list[int]:
-    """The next token of each sequence, not yet read. Raises UserError where the model's outputs are no numbers."""
-    assert reader.logits is not None, "nothing was read yet"
-    options = Options.of([params] * len(reader.lengths), vocab_size, reader.logits.device)
-    positions = torch.tensor(reader.lengths).to(reader.logits.device)
-    bias = bias_of(params, vocab_size)
-    bias = None if bias is None else bias[None].to(reader.logits.device)
-    ids: list[int] = sample(reader.logits, options, positions, reader.history, vocab_size, bias).tolist()
-    require_finite(ids)
-    return ids
+class Sampler:
+    """Draws the next tokens of up to ``batch`` sequences that all have the same options."""
+
+    def __init__(self, params: SamplingParams, batch: int, tokenizer: Tokenizer, device: torch.device) -> None:
+        """Raises UserError for a logit bias of a token that there is not."""
+        self._vocab_size = tokenizer.vocab_size
+        self._options = Options.of([params] * batch, self._vocab_size, device)
+        bias = bias_of(params, self._vocab_size)
+        self._bias = None if bias is None else bias[None].to(device)
+
+    def draw(self, reader: Reader) -> list[int]:
+        """The next token of each sequence, not yet read. Raises UserError where the model's outputs are no numbers."""
+        assert reader.logits is not None, "nothing was read yet"
+        options = self._options.rows(slice(len(reader.lengths)))
+        positions = torch.tensor(reader.lengths).to(reader.logits.device)
+        ids: list[int] = sample(
+            reader.logits, options, positions, reader.history, self._vocab_size, self._bias
+        ).tolist()
+        require_finite(ids)
+        return ids
 
 
 def advance(model: SambaLM, reader: Reader, token_ids: list[int]) -> None:
