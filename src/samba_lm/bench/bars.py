@@ -91,3 +91,16 @@ def default_batch(name: str) -> int:
 PREFILL_TOKENS = 131_072
 PREFILL_LLAMA = ("transformers Llama, Llama-3 1.6B shape", 4721.0)
 PREFILL = {"samba-1.7b": Bar(950.0, 820.0, 720.0, (("FLA 0.6.0 Samba", 1172.0), PREFILL_LLAMA))}
+
+DECODE = {("samba-1.7b", 16): Bar(1.75, 1.55), ("samba-1.7b", 1): Bar(1.45)}
+"""ms a step, by model and batch."""
+FLAT = Bar(0.03)
+"""How much a step may cost more at one length of text than at another."""
+LOAD = Bar(50.0)
+"""ms from a context's file to the first token."""
+PROMPT_RATIO, DECODE_RATIO, LAST_RATIO = Bar(4.5), Bar(3.64), Bar(5.5)
+"""Samba's speed over Llama's: reading 128K tokens, making 64K at batch 16, making the last of them."""
+DECODE_LIMIT, LAST_LIMIT = 4.0, 7.2
+"""What these two ratios would be if both models ran at the memory's full bandwidth."""
+ATTENTION_SHARE = Bar(0.8)
+"""Of the copy bandwidth, at which Llama's attention must read its cache, or its ratios do not count."""

@@ -84,6 +84,17 @@ class Timing:
         return {"repeats": len(self.times), "min": min(self.times), "max": max(self.times)}
 
 
+def wall_clock(call: Callable[[], object], repeats: int, device: torch.device) -> Timing:
+    """Times of ``repeats`` calls from Python, until the device is done: for work so long that all of it counts."""
+
+    def waited() -> None:
+        call()
+        synchronize(device)
+
+    synchronize(device)
+    return Timing(tuple(_wall(waited) for _ in range(repeats)))
+
+
 class Clock:
     """Times calls on a device: by CUDA events around each, with nothing of its inputs in the L2 cache.
 

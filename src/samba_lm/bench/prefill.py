@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ from samba_lm.bench.bars import NONE, PREFILL, PREFILL_LLAMA, PREFILL_TOKENS
 from samba_lm.bench.ceilings import Ceilings
 from samba_lm.bench.environment import version
 from samba_lm.bench.figure import Figure
-from samba_lm.bench.gpu import Memory, NotMeasured, Timing, attempt, release, synchronize
+from samba_lm.bench.gpu import Memory, NotMeasured, Timing, attempt, release, wall_clock
 from samba_lm.bench.parity import largest_difference, require_noise
 from samba_lm.bench.training import narrow, new_model
 from samba_lm.checkpoint import create, place
@@ -112,18 +111,7 @@ def check(config: ModelConfig, device: torch.device) -> list[Figure]:
 def _times(model: SambaLM, ids: np.ndarray, chunk: int, repeats: int, device: torch.device) -> tuple[Tensor, Timing]:
     """The logits, and wall-clock times of reading: the work is long, and all of it counts."""
     logits = read(model, ids, chunk)
-    return logits, _wall(lambda: read(model, ids, chunk), repeats, device)
-
-
-def _wall(run: Any, repeats: int, device: torch.device) -> Timing:
-    times = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        run()
-        synchronize(device)
-        times.append(1e3 * (time.perf_counter() - start))
-    return Timing(tuple(times))
+    return logits, wall_clock(lambda: read(model, ids, chunk), repeats, device)
 
 
 def _peer(tokens: int, device: torch.device) -> list[Figure]:
@@ -160,4 +148,4 @@ def _llama(tokens: int, device: torch.device) -> Timing:
             return model(ids, logits_to_keep=1).logits
 
     run()
-    return _wall(run, 2, device)
+    return wall_clock(run, 2, device)

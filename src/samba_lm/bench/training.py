@@ -17,7 +17,7 @@ from samba_lm.bench.figure import Figure
 from samba_lm.bench.gpu import WARM_UP, Laps, Memory, NotMeasured, attempt, release, synchronize
 from samba_lm.bench.parity import largest_difference, require_noise
 from samba_lm.checkpoint import create
-from samba_lm.config import Attention, LayerSpec, ModelConfig, SwiGLU
+from samba_lm.config import Attention, LayerSpec, ModelConfig, SelfExtend, SwiGLU
 from samba_lm.data.loader import Batch
 from samba_lm.model import SambaLM
 from samba_lm.ops.linear.float8 import require_float8
@@ -44,6 +44,8 @@ def narrow(config: ModelConfig) -> ModelConfig:
         if isinstance(spec, Attention):
             share = spec.heads // spec.groups
             few: dict[str, Any] = {"heads": max(2, share), "kv_heads": max(2, share) // share}
+            if isinstance(spec, SelfExtend):  # so that short texts have far keys too
+                few["neighbor_window"] = 40
             return spec.model_copy(update={**few, "window": None if spec.window is None else 70})
         return spec.model_copy(update={"width": width}) if isinstance(spec, SwiGLU) else spec
 

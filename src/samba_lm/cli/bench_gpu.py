@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
-from rich.console import Console
 
+from samba_lm.cli.bench_session import Session, within
 from samba_lm.cli.bench_table import compared_table, kernels_table
-from samba_lm.cli.output import JsonFile, write_json
+from samba_lm.cli.output import JsonFile
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
-
-    from samba_lm.bench.ceilings import Ceilings
     from samba_lm.bench.figure import Figure
-    from samba_lm.bench.gpu import Clock
 
 Operation = Literal["scan", "conv", "attention", "norm", "swiglu", "rope", "cross-entropy", "gla"]
-WIDE = 170
-"""Columns where the output is no terminal: no row is folded in a log."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +90,9 @@ def main(argv: list[str]) -> None:
 
 def _ops(argv: list[str]) -> None:
     args = parse(Ops, argv, prog="samba-lm bench ops")
-    _within("repeats", args.repeats, 20, 10_000)
-    _within("seconds", args.seconds, 0, 86_400)
-    session = _Session("samba-lm bench ops", args.json)
+    within("repeats", args.repeats, 20, 10_000)
+    within("seconds", args.seconds, 0, 86_400)
+    session = Session("samba-lm bench ops", args.json)
     from samba_lm.bench.ops import OPERATIONS, run_ops
     from samba_lm.bench.peers import PEERS
 
@@ -130,7 +120,7 @@ def _train(argv: list[str]) -> None:
         ("steps", args.steps, 8, 10_000),
         *(("micro-batch", size, 1, 1 << 20) for size in args.micro_batch),
     ):
-        _within(name, value, low, high)
+        within(name, value, low, high)
     from samba_lm import zoo
 
     configs = [zoo.get(name) for name in dict.fromkeys(args.models)]  # a wrong name is told before any work
@@ -141,7 +131,7 @@ def _train(argv: list[str]) -> None:
         for size in args.micro_batch:
             if batch % size:
                 raise UserError(f"--micro-batch {size} does not divide a batch of {batch} sequences.")
-    session = _Session("samba-lm bench train", args.json)
+    session = Session("samba-lm bench train", args.json)
     from samba_lm.bench.training import run_train
     from samba_lm.train.recipe import TrainSection
 
@@ -173,14 +163,14 @@ def _train(argv: list[str]) -> None:
 
 def _prefill(argv: list[str]) -> None:
     args = parse(Prefill, argv, prog="samba-lm bench prefill")
-    _within("tokens", args.tokens, 1, 1 << 24)
-    _within("repeats", args.repeats, 1, 1000)
+    within("tokens", args.tokens, 1, 1 << 24)
+    within("repeats", args.repeats, 1, 1000)
     for size in args.chunk:
-        _within("chunk", size, 1, 1 << 24)
+        within("chunk", size, 1, 1 << 24)
     from samba_lm import zoo
 
     zoo.get(args.model)
-    session = _Session("samba-lm bench prefill", args.json)
+    session = Session("samba-lm bench prefill", args.json)
     from samba_lm.bench.prefill import run_prefill
 
     session.clock.close()
@@ -197,69 +187,3 @@ def _prefill(argv: list[str]) -> None:
         )
     session.console.print(compared_table(figures))
     session.finish({"prefill": figures})
-
-
-class _Session:
-    """A GPU to measure on, its ceilings, and the file to write."""
-
-    device: torch.device
-    clock: Clock
-    ceilings: Ceilings
-
-    def __init__(self, command: str, json: JsonFile) -> None:
-        from samba_lm.bench.ceilings import measure_ceilings
-        from samba_lm.bench.environment import environment
-        from samba_lm.bench.gpu import Clock, require_gpu
-
-        self.device = require_gpu(command)
-        self.json, self.began = json, time.perf_counter()
-        self.console = Console(width=None if sys.stdout.isatty() else WIDE)
-        self.environment = environment(self.device)
-        self.clock = Clock(self.device)
-        self.ceilings = measure_ceilings(self.clock)
-        self.kernels: dict[str, list[dict[str, object]]] = {}
-        self.console.print(self._heading(), highlight=False)
-
-    @contextlib.contextmanager
-    def progress(self) -> Iterator[Callable[[str], None]]:
-        """Where to tell what is being measured: on a terminal in one line, otherwise on stderr, with the seconds."""
-        if sys.stdout.isatty():
-            with self.console.status("") as status:
-                yield status.update
-        else:
-            yield lambda what: print(f"{time.perf_counter() - self.began:7.1f} s  {what}", file=sys.stderr, flush=True)
-
-    def save(self, figures: dict[str, list[Figure]]) -> None:
-        """Write what is known so far."""
-        if self.json is None:
-            return
-        record: dict[str, object] = {**self.environment, "ceilings": self.ceilings.record()}
-        record["figures"] = {name: [figure.record() for figure in found] for name, found in figures.items()}
-        write_json(self.json, {**record, "kernels": self.kernels} if self.kernels else record)
-
-    def finish(self, figures: dict[str, list[Figure]]) -> None:
-        """Write everything; exit with 1 where one of our own figures is missing."""
-        self.save(figures)
-        failed = [figure for found in figures.values() for figure in found if figure.failed]
-        if failed:
-            names = "; ".join(f"{figure.name}: {figure.note or 'no parity'}" for figure in failed[:3])
-            more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
-            self.console.print(f"[bold]Failed[/bold]: {names}{more}", highlight=False)
-            raise SystemExit(1)
-
-    def _heading(self) -> str:
-        import torch
-
-        packages = self.environment["packages"]
-        triton = packages["triton"] if isinstance(packages, dict) else None
-        return (
-            f"{self.environment['device']}, driver {self.environment.get('driver')}, torch {torch.__version__}, "
-            f"Triton {triton}: copies at {self.ceilings.copy / 1e12:.2f} TB/s, bf16 products at "
-            f"{self.ceilings.matmul / 1e12:.0f} TFLOP/s"
-        )
-
-
-def _within(name: str, value: float | None, low: float, high: float) -> None:
-    if value is not None and not low <= value <= high:
-        given = f"{value:g}" if isinstance(value, float) else value
-        raise UserError(f"--{name} {given} must be from {low} to {high}.")
