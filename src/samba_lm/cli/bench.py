@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 MAX_THREADS = 1024
 
-What = Literal["scan", "model", "memory", "ops", "train", "prefill", "curve"]
+What = Literal["scan", "model", "memory", "ops", "train", "prefill", "decode", "paper", "curve"]
 ON_CPU: tuple[What, ...] = ("scan", "model", "memory")
-ON_GPU = ("ops", "train", "prefill", "curve")
+ON_GPU = ("ops", "train", "prefill", "decode", "paper", "curve")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Bench:
     bandwidth, and the peak memory of reading a million tokens. Run it on a machine that does nothing else.
 
     On a CUDA GPU, each with options of its own (`samba-lm bench ops --help`): `ops`, every operation's kernels;
-    `train`, training steps; `prefill`, reading 131,072 tokens; `curve`, a training run beside the CPU's.
+    `train`, training steps; `prefill`, reading 131,072 tokens; `decode`, generating; `paper`, the paper's two figures
+    of speed; `curve`, a training run beside the CPU's.
 
     `samba-lm bench serve URL` measures a running server."""
 
@@ -48,6 +49,11 @@ def main(argv: list[str]) -> None:
         from samba_lm.cli import bench_curve
 
         bench_curve.main(argv[1:])
+        return
+    if argv and argv[0] in ("decode", "paper"):
+        from samba_lm.cli import bench_paper
+
+        bench_paper.main(argv)
         return
     if argv and argv[0] == "serve":
         from samba_lm.cli import bench_serve

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from rich.console import Console
 
-from samba_lm.cli.bench_gpu import WIDE
+from samba_lm.cli.bench_session import WIDE
 from samba_lm.cli.bench_table import figures_table
 from samba_lm.cli.output import JsonFile, output_file, write_json
 from samba_lm.cli.parse import parse

@@ -1,0 +1,98 @@
+"""Decoding steps through the engine's own parts, timed at any length of text without reading one."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+
+from samba_lm.bench.gpu import Laps, Timing
+from samba_lm.engine.decoder import Decoder
+from samba_lm.engine.slots import Slots
+from samba_lm.generation.params import SamplingParams
+from samba_lm.generation.sampling import require_finite
+from samba_lm.model import SambaLM
+
+GREEDY = SamplingParams(temperature=0)
+WARM_UP = 3
+"""Steps before those that are timed; the first records the CUDA graph."""
+
+
+class Steps:
+    """Up to ``batch`` texts in an engine's slots, of whatever length is wanted: their states hold random numbers.
+
+    A step reads every key and value that a window or a cache holds, whatever they are, so that random ones cost as much
+    as those of a text. ``model``: its parameters may not change from now on.
+    """
+
+    def __init__(self, model: SambaLM, batch: int) -> None:
+        model.fix_parameters()
+        self.device, self.batch = model.device, batch
+        self.slots = Slots(model, batch)
+        self.decoder = Decoder(self.slots, model.config.vocab_size, model.device)
+        self._ids = np.random.default_rng(0).integers(0, model.config.vocab_size, batch).tolist()
+
+    def sampled(self, params: SamplingParams) -> None:
+        """How tokens are drawn from now on."""
+        self.decoder.set_options([params] * self.batch)
+
+    @torch.inference_mode()
+    def fill(self, room: int) -> None:
+        """Make room for texts of ``room`` tokens, and fill all states with normal random numbers of variance 1."""
+        self.slots.reserve(room)
+        for layer in self.slots.rows(0, self.batch).layers:
+            for tensor in layer.values():
+                tensor.normal_()
+
+    @torch.inference_mode()
+    def clear(self) -> None:
+        """Nothing was read."""
+        for layer in self.slots.rows(0, self.batch).layers:
+            for tensor in layer.values():
+                tensor.zero_()
+        self.stand(0)
+
+    @torch.inference_mode()
+    def stand(self, context: int) -> None:
+        """Say that each text has ``context`` tokens."""
+        self.slots.rows(0, self.batch).cursor.position.fill_(context)
+
+    @torch.inference_mode()
+    def queued(self, batch: int, context: int, count: int) -> Timing:
+        """Times of ``count`` steps of the first ``batch`` texts, from texts of ``context`` tokens on, one queued after
+        the other: the GPU's time, as long as Python is quicker."""
+        self.stand(context)
+        laps = Laps(self.device)
+        for i in range(count):
+            laps.mark()
+            self.decoder.step(self._ids[:batch], [context + i + 1] * batch, None)
+        laps.mark()
+        return laps.timing()
+
+    @torch.inference_mode()
+    def answered(self, batch: int, context: int, count: int) -> Timing:
+        """As :meth:`queued`, but each token is waited for and read next: the time from token to token in Python.
+
+        Raises UserError where the model gives no number.
+        """
+        self.stand(context)
+        ids, times, last = self._ids[:batch], [], time.perf_counter()
+        for i in range(count):
+            ids = self.decoder.step(ids, [context + i + 1] * batch, None)[0].tolist()
+            require_finite(ids)
+            now = time.perf_counter()
+            times.append(1e3 * (now - last))
+            last = now
+        return Timing(tuple(times))
+
+    def both(self, batch: int, context: int, count: int) -> tuple[Timing, Timing]:
+        """:meth:`queued` and :meth:`answered`, after steps to warm up.
+
+        All of them together end within a text of ``context`` tokens, so that a cache that grows has no larger room than
+        such a text needs.
+        """
+        begin = max(0, context - max(WARM_UP, count))
+        self.queued(batch, begin, min(WARM_UP, context))
+        count = min(count, context)
+        return self.queued(batch, begin, count), self.answered(batch, begin, count)
