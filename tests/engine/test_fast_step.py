@@ -67,6 +67,7 @@ def errors(fast: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> tupl
     [
         pytest.param(SAMBA, 128, [1, 160, 149], id="samba"),
         pytest.param((Attention(heads=2, window=40, rope=False), Mamba(state=8)), 128, [3], id="one row"),
+        pytest.param((Attention(heads=2, kv_heads=1), SwiGLU(width=72)), 128, [1, 130, 20], id="full attention"),
         pytest.param(
             (Mamba(state=32, dt_rank=40), SwiGLU(width=40)), 72, [4] * 9, id="nine rows", marks=pytest.mark.slow
         ),
@@ -133,6 +134,29 @@ def test_slots_take_fast_steps_where_they_can(monkeypatch: pytest.MonkeyPatch) -
     assert slots.rows(0, 2).position.tolist() == [4, 4]
 
 
+@needs_compiler
+@pytest.mark.usefixtures("emulated")
+@torch.inference_mode()
+def test_steps_go_on_where_a_cache_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels follow the tensors that the slots of full attention replace; the bits are those of a larger room."""
+    monkeypatch.setattr(fast_step, "runs_on", lambda device: True)
+    monkeypatch.setattr("samba_lm.engine.slots.LEAST", 4)
+    model = make((Attention(heads=2, kv_heads=1),), 128)
+    _, state = model(torch.randint(0, 260, (1, 7), device=DEVICE))
+    growing, roomy, plain = Slots(model, 2), Slots(model, 2), state.fork()
+    growing.put(state, 7), roomy.put(state, 100)
+    for length in range(8, 11):
+        ids = torch.randint(0, 260, (1,), device=DEVICE)
+        growing.reserve(length), roomy.reserve(length)
+        logits, expected = growing.step(ids, length - 1).clone(), roomy.step(ids, length - 1)
+        assert growing._fast is not None
+        assert torch.equal(logits, expected)
+        torch.testing.assert_close(logits.float(), model.step(ids, plain).float(), atol=0.02, rtol=0.02)
+    assert growing.reserved < roomy.reserved
+    growing.drop(0)
+    assert growing.rows(0, 1).position.tolist() == [0]
+
+
 @pytest.mark.gpu
 @torch.inference_mode()
 def test_recorded_steps_whose_kernels_overlap() -> None:
@@ -159,7 +183,7 @@ def test_what_the_kernels_do_not_know() -> None:
     unfixed.fix_parameters(False)
     assert "may still change" in fast_step.why_not(unfixed)
     assert "not bf16" in fast_step.why_not(make().float())
-    assert "heads" in fast_step.why_not(make((Attention(heads=2, window=None),)))
+    assert "convolution" in fast_step.why_not(make((Attention(heads=2, short_conv=4),)))
     assert "heads" in fast_step.why_not(make((Attention(heads=4, window=8),)))
     assert "rotation" in fast_step.why_not(
         make((Attention(heads=2, window=8), Attention(heads=2, window=8, rope_base=7.0)))

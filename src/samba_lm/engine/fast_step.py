@@ -28,6 +28,8 @@ from samba_lm.state import State
 
 MOST_ROWS = plan.ROWS
 HEAD_DIMS = (64, 128)
+MOST_SHARE = 16
+"""Query heads for each key head."""
 TAPS = 4
 
 
@@ -39,6 +41,8 @@ def runs_on(device: torch.device) -> bool:
 def why_not(model: SambaLM) -> str:
     """What about a model the kernels do not know; "" if they know all of it."""
     config = model.config
+    if model.quantized is not None:
+        return f"{model.quantized} weights"
     plain = all(p.dtype == torch.bfloat16 and p.is_contiguous() for p in model.parameters())
     if not plain or model.dtype != torch.bfloat16:
         return "parameters that are not bf16"
@@ -62,10 +66,10 @@ def why_not(model: SambaLM) -> str:
                 return "this Mamba layer, or its parameters may still change"
         elif isinstance(mixer, AttentionMixer):
             spec = mixer.spec
-            if spec.window is None or spec.short_conv is not None or mixer.head_dim not in HEAD_DIMS:
-                return "full attention, a convolution before it, or this width of heads"
-            if spec.heads // spec.groups > 16 or spec.window > 8192:
-                return "this shape of attention"
+            if spec.short_conv is not None or mixer.head_dim not in HEAD_DIMS:
+                return "a convolution before attention, or this width of heads"
+            if spec.heads // spec.groups > MOST_SHARE:
+                return f"{spec.heads // spec.groups} query heads for each key head"
             rotations.add((spec.rope, mixer.head_dim, spec.rope_base) if spec.rope else None)
         else:
             return type(mixer).__name__
@@ -176,14 +180,20 @@ class FastStep:
         rings = plan.Rings(cos, sin, keys, values, position, spec.heads)
         q, y = (self._bf16(name, spec.heads * width) for name in ("q", "attended"))
         launches.append(plan.linear(self._normed, attention.qkv.weight, q, rows, "QKV", self.tuning, rings=rings))
-        splits = plan.ceil_div(keys.shape[1], plan.SPLIT)
-        sums = self._fp32("parts", splits, spec.heads * width)
-        tops, totals = (self._fp32(name, splits, spec.heads)[0] for name in ("tops", "totals"))
-        parts = sums, tops, totals
-        scale = width**-0.5
-        launches.append(plan.attend(q, keys, values, position, parts, rows, spec.heads, scale, self.tuning))
-        launches.append(plan.join(parts, y, rows * spec.heads, width, splits, self.tuning))
+        cache = plan.Cache(q, keys, values)
+        parts = self._parts(spec.heads, spec.groups, width, plan.runs(keys.shape[1]))
+        launches.append(plan.attend([cache], position, parts, y, rows, width**-0.5, self.tuning))
         return y, attention.out_proj.weight
+
+    def _parts(self, heads: int, groups: int, width: int, room: int) -> plan.Parts:
+        counters = f"counters {groups}"
+        if counters not in self._room:
+            self._room[counters] = torch.zeros(self._rows, groups, dtype=torch.int32, device=self._device)
+        sums, tops = (
+            self._make(f"{name} {heads} {room}", (self._rows, heads, room, n), torch.float32)
+            for name, n in (("parts", width), ("tops", 2))
+        )
+        return plan.Parts(sums, tops, self._room[counters])
 
     def _make_angles(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """The rotations' frequencies, and room for a step's cos and sin."""

@@ -39,7 +39,7 @@ class Slots:
         self.capacity = capacity
         self.used = 0
         self._fast: fast_step.FastStep | None = None
-        self._asked = False  # whether there are kernels for the steps of this model here
+        self._asked = False  # whether there are kernels for the steps of this model over these tensors
 
     def put(self, state: State, longest: int) -> int:
         """Copy the state of one sequence, of which ``longest`` tokens were read, into the next free row."""
@@ -58,6 +58,8 @@ class Slots:
         self.used -= 1
         if row != self.used:
             self.rows(row, row + 1).copy_(self.rows(self.used, self.used + 1))
+        # Steps of more rows than are used read what this one's state holds: next to nothing from now on.
+        self._state.cursor.position[self.used] = 0
         return self.used
 
     def rows(self, begin: int, end: int) -> State:
@@ -100,6 +102,7 @@ class Slots:
                 tensor = layer[name]
                 layer[name] = tensor.new_zeros(tensor.shape[0], self.reserved, *tensor.shape[2:])
                 layer[name][:, : tensor.shape[1]] = tensor
+        self._fast, self._asked = None, False  # it knew where the tensors were
 
     def nbytes(self) -> int:
         """Bytes held for all slots."""

@@ -5,7 +5,9 @@ Every function gives an ``nvrtc.Launch`` that holds addresses: its tensors must 
 
 from __future__ import annotations
 
+import math
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +27,10 @@ CHUNKS, MOST_CHUNKS = 4, 6
 """Of a warp, where the columns can be cut into slices, and where they cannot: its part of x lies in registers."""
 CHANNELS = 32
 """As in scan.cuh."""
-SPLIT = 128
-"""Slots of keys that a warp looks at."""
+RUN, MOST = 512, 32
+"""Slots of keys that a block looks at, at least; pieces that a row's cache is cut into, at most."""
+TOGETHER = 1
+"""Key heads that a block looks at, at most: a power of two up to 8."""
 EPILOGUES = {"PARTIAL": 0, "PLAIN": 1, "SWIGLU": 2, "QKV": 3, "CONV": 4}
 
 
@@ -196,47 +200,57 @@ def scan(
     return _launch("scan", defines, (ceil_div(E, CHANNELS), 1), 256, shared, numbers, tuning)
 
 
+class Cache(NamedTuple):
+    """Keys and values [rows, slots, G, K], position p in slot p modulo slots, and their queries [rows, H, K], which see
+    the positions up to their own less ``lag``."""
+
+    q: Tensor
+    keys: Tensor
+    values: Tensor
+    lag: int = 0
+
+
+class Parts(NamedTuple):
+    """Where runs of slots leave what they found: fp32 [rows, H, room, K] and [rows, H, room, 2], and int32 zeros
+    [rows, G], which are zero again after every kernel."""
+
+    sums: Tensor
+    tops: Tensor
+    counters: Tensor
+
+
+def runs(slots: int) -> int:
+    """Runs of a cache at most; of all caches of a kernel together there must be ``room`` in its parts."""
+    return min(MOST, ceil_div(slots, RUN))
+
+
 def attend(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    position: Tensor,
-    parts: tuple[Tensor, Tensor, Tensor],
-    rows: int,
-    heads: int,
-    scale: float,
-    tuning: Tuning,
+    caches: Sequence[Cache], position: Tensor, parts: Parts, y: Tensor, rows: int, scale: float, tuning: Tuning
 ) -> nvrtc.Launch:
-    """The parts (sums [rows, H, splits, K], tops and totals [rows, H, splits]) of attention over the rings."""
-    _, slots, groups, width = keys.shape
-    splits = ceil_div(slots, SPLIT)
-    units = rows * groups * splits
-    warps = min(8, ceil_div(units, tuning.processors))
-    stages = min(tuning.stages, SPLIT // 16)
-    defines = {"WIDTH": width, "SHARE": heads // groups, "SPLIT": SPLIT, "WARPS": warps, "DEPTH": stages}
-    shared = warps * stages * 2 * 16 * width * 2
-    numbers = (*_addresses(q, keys, values, position, *parts), rows, groups, slots, splits, tuning.ahead)
+    """y [rows, H, K], bf16: softmax attention of a query a row over all its ``caches`` at once."""
+    groups, width = caches[0].keys.shape[2:]
+    heads, room = parts.sums.shape[1:3]
+    together, depth = math.gcd(TOGETHER, groups), max(2, tuning.stages * 64 // width)
+    defines = {
+        "SOURCES": len(caches),
+        "WIDTH": width,
+        "SHARE": heads // groups,
+        "TOGETHER": together,
+        "RUN": RUN,
+        "MOST": MOST,
+        "DEPTH": depth,
+    }
+    units = rows * groups // together * sum(runs(cache.keys.shape[1]) for cache in caches)
+    shared = WARPS * depth * 2 * 16 * width * 2 + 16
+    sources = [(*_addresses(q, keys, values), keys.shape[1], lag) for q, keys, values, lag in caches]
+    numbers = (*(n for source in sources for n in source), *_addresses(position, *parts, y), rows, groups, room)
     parameters = struct.pack(f"<{len(numbers)}qd", *numbers, scale * 1.4426950408889634)
-    grid = (ceil_div(units, warps), 1)
+    # As many blocks as there is room for at once: each takes one unit after the other.
+    grid = (min(units, 2 * tuning.processors), 1)
+    files = (*_files("attend")[:-1], KERNELS / "blocks.cuh", KERNELS / "attend.cuh")
     return nvrtc.Launch(
-        "decode_attend",
-        _files("attend"),
-        tuple(defines.items()),
-        grid,
-        32 * warps,
-        shared,
-        parameters,
-        tuning.early,
-        True,
+        "decode_attend", files, tuple(defines.items()), grid, 256, shared, parameters, tuning.early, True
     )
-
-
-def join(
-    parts: tuple[Tensor, Tensor, Tensor], y: Tensor, heads: int, width: int, splits: int, tuning: Tuning
-) -> nvrtc.Launch:
-    """y, bf16 [heads, K], of the parts of ``heads`` heads (of all rows)."""
-    defines = {"WIDTH": width, "SPLITS": splits}
-    return _launch("join", defines, (ceil_div(heads, 256 // width), 1), 256, 0, (*_addresses(*parts, y), heads), tuning)
 
 
 def _launch(
