@@ -34,11 +34,11 @@ def test_everything_is_measured() -> None:
     names = "\n".join(figure.name for figure in figures)
     for batch in BATCHES:
         for how in ("greedy", "top-p 0.9"):
-            assert f"batch {batch}, a step, {how}: GPU" in names
-            assert f"batch {batch}, a step, {how}: from token to token in Python" in names
-    for words in ("at 256 .. 1,024 tokens", "the engine reads 300 tokens", "16 streams", "a context of 300 tokens"):
+            assert f"batch {batch}, {how}, a step: GPU" in names
+            assert f"batch {batch}, {how}, a step: token to token" in names
+    for words in ("256 .. 1,024 tokens: spread", "the engine reads 300 tokens", "16 streams", "context of 300 tokens"):
         assert words in names
-    assert sum(figure.name.endswith("to the first token") for figure in figures) == 2
+    assert sum(figure.name.endswith("file to first token") for figure in figures) == 2
     assert all(figure.value is not None and figure.value >= 0 for figure in figures)
 
 
@@ -114,7 +114,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     record = json.loads(file.read_text())
     assert len(record["figures"]["decode"]) > 20
     assert record["kernels"]["samba-nano"]
-    assert "batch 16, a step, greedy: GPU" in capsys.readouterr().out
+    assert "batch 16, greedy, a step: GPU" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

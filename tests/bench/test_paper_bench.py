@@ -40,6 +40,11 @@ def made_up(name: str, share: float = 0.9) -> Curves:
     )
 
 
+def figures_of(found: list[Curves], plan: Plan, copy: float, run: dict[int, float] | None = None) -> list[Figure]:
+    rows = [row for curves in found for row in claims.curve_figures(curves, plan)]
+    return rows + claims.conclusions(found, plan, copy, run)
+
+
 def named(figures: list[Figure], words: str) -> Figure:
     (figure,) = [figure for figure in figures if words in figure.name]
     return figure
@@ -64,7 +69,7 @@ def test_a_model_is_measured_whole(name: str) -> None:
     assert curves.parity.keys() == {"reading", "steps"}
     again = Curves.from_record(json.loads(json.dumps(curves.record())))
     assert again == curves
-    figures = claims.figures([curves], SMALL, COPY)
+    figures = figures_of([curves], SMALL, COPY)
     assert not any(figure.failed for figure in figures), figures
 
 
@@ -80,7 +85,7 @@ def test_what_runs_out_of_time_or_fails_is_told(monkeypatch: pytest.MonkeyPatch)
     late = measure("samba-nano", SMALL, CPU, 0.0)
     assert set(late.notes) == {"prompts 1024", "prompts 2048", "steps 1024", "steps 2048"}
     assert set(late.notes.values()) == {paper.UP}
-    figures = claims.figures([late], SMALL, COPY)
+    figures = figures_of([late], SMALL, COPY)
     assert [figure.note for figure in figures if figure.failed] == [paper.UP] * 4
 
     def broken(*args: object) -> None:
@@ -89,7 +94,7 @@ def test_what_runs_out_of_time_or_fails_is_told(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(paper.decode, "check", broken)
     wrong = measure("samba-nano", SMALL, CPU, FOREVER)
     assert wrong.notes == {"all": "LookupError: no such kernel"}
-    assert [figure.note for figure in claims.figures([wrong], SMALL, COPY)] == ["LookupError: no such kernel"]
+    assert [figure.note for figure in figures_of([wrong], SMALL, COPY)] == ["LookupError: no such kernel"]
 
 
 def test_prompts_that_memory_does_not_allow_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,11 +121,11 @@ def test_one_run_is_as_long_as_its_steps() -> None:
     assert list(run) == [1024]
     ms = {1024: 1e3 * run[1024] / 1024}
     curves = Curves(SAMBA, steps=ms, gpu_steps=ms, notes={"prompts 1024": "-"})
-    figure = named(claims.figures([curves], plan, COPY, run), "against the sum")
+    figure = named(figures_of([curves], plan, COPY, run), "against the sum")
     assert figure.value == pytest.approx(0, abs=1e-9)
     assert figure.met
     curves.steps[1024] *= 1.05
-    assert named(claims.figures([curves], plan, COPY, run), "against the sum").failed
+    assert named(figures_of([curves], plan, COPY, run), "against the sum").failed
 
 
 def test_steps_add_up() -> None:
@@ -131,7 +136,7 @@ def test_steps_add_up() -> None:
 
 def test_ratios_and_bandwidth() -> None:
     samba, llama = made_up(SAMBA), made_up(LLAMA)
-    figures = claims.figures([samba, llama], Plan(), COPY)
+    figures = figures_of([samba, llama], Plan(), COPY)
     share = named(figures, "of the copy bandwidth")
     assert share.value == pytest.approx(0.9)
     assert share.met
@@ -143,15 +148,15 @@ def test_ratios_and_bandwidth() -> None:
     assert named(figures, "reading one prompt").bar == 4.5
     speed = named(figures, "samba-1.7b, 16 texts, 65,536 tokens")
     assert speed.value == pytest.approx(16 * 65.536 / claims.seconds(samba.steps, 65_536))
-    slow = claims.figures([samba, made_up(LLAMA, share=0.6)], Plan(), COPY)
+    slow = figures_of([samba, made_up(LLAMA, share=0.6)], Plan(), COPY)
     assert named(slow, "of the copy bandwidth").verdict == "MISSED"
     assert named(slow, "average over").bar is None
     assert named(slow, "average over").note.startswith("does not count: llama3-1.6b's attention reads its cache at 60%")
-    shorter = claims.figures([samba, llama], Plan(generated=32_768), COPY)
+    shorter = figures_of([samba, llama], Plan(generated=32_768), COPY)
     assert named(shorter, "average over").bar is None
     del llama.steps[32_768], llama.gpu_steps[32_768]
     llama.notes["steps 32768"] = "out of memory"
-    assert "was not measured" in named(claims.figures([samba, llama], Plan(), COPY), "the last of").note
+    assert "was not measured" in named(figures_of([samba, llama], Plan(), COPY), "the last of").note
 
 
 def test_a_gap_is_not_guessed() -> None:
@@ -159,7 +164,7 @@ def test_a_gap_is_not_guessed() -> None:
     del curves.steps[4096], curves.prompts[1024]
     curves.notes = {"steps 4096": "out of memory", "prompts 1024": "out of memory"}
     assert list(claims.generation_speed(curves, Plan())) == [1024, 2048]
-    figures = claims.figures([curves], Plan(), COPY)
+    figures = figures_of([curves], Plan(), COPY)
     assert named(figures, " 4,096 tokens each").note == "out of memory"
     assert named(figures, "65,536 tokens each").note.endswith("a shorter one is missing")
     assert named(figures, "prompts of 1,024").failed
@@ -195,8 +200,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert first["models"].keys() == {"samba-nano", "mamba-nano"}
     assert first["plan"]["generated"] == 1024
     assert any("in one run" in row["name"] for row in first["figures"]["paper"])
-    assert "mamba-nano, prompts of 1,024 tokens, 1 of them" in capsys.readouterr().out
-    assert main([*args, "--resume"]) == 0
+    told = capsys.readouterr().out
+    assert "Reading prompts, thousand tokens/s" in told
+    assert any(line.startswith("mamba-nano ") for line in told.splitlines())
+    assert main(["bench", "paper", "--models", "samba-nano", *small, "--resume"]) == 0
     assert json.loads(file.read_text())["models"] == first["models"]
     assert main([*args, "--resume", "--steps", "3"]) == 0
     assert "differs in plan" in capsys.readouterr().out

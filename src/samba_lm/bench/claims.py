@@ -58,10 +58,12 @@ def attention_share(curves: Curves, plan: Plan, copy: float) -> float | None:
     return grown / (ms / 1e3) / copy if ms > 0 else None
 
 
-def figures(found: Sequence[Curves], plan: Plan, copy: float, run: Mapping[int, float] | None = None) -> list[Figure]:
-    """Everything: the curves, the share of the bandwidth, the ratios, and the whole ``run`` (seconds by tokens)."""
+def conclusions(
+    found: Sequence[Curves], plan: Plan, copy: float, run: Mapping[int, float] | None = None
+) -> list[Figure]:
+    """The share of the copy bandwidth ``copy``, the whole ``run`` (seconds by tokens), and the ratios."""
     by_name = {curves.name: curves for curves in found}
-    rows = [row for curves in found for row in _curve_rows(curves, plan)]
+    rows = []
     shares = {curves.name: attention_share(curves, plan, copy) for curves in found}
     for name, share in shares.items():
         if share is not None:
@@ -75,7 +77,8 @@ def figures(found: Sequence[Curves], plan: Plan, copy: float, run: Mapping[int, 
     return rows
 
 
-def _curve_rows(curves: Curves, plan: Plan) -> list[Figure]:
+def curve_figures(curves: Curves, plan: Plan) -> list[Figure]:
+    """Every point of one model's curves; what is missing says why."""
     name, unit = curves.name, "thousand tokens/s"
     if "all" in curves.notes:
         return [Figure(name, None, unit, low_is_good=False, note=curves.notes["all"])]

@@ -166,19 +166,20 @@ def _steps(texts: Steps, config: ModelConfig, ceilings: Ceilings, context: int, 
         for batch in BATCHES:
             queued, answered = texts.both(batch, context, count)
             bar = DECODE.get((config.name, batch), NONE) if params is GREEDY else NONE
-            what = f"{config.name}, batch {batch}, a step, {how}"
+            what = f"{config.name}, batch {batch}, {how}, a step"
             moved = least_bytes(config, batch, context)
             rates = ceilings.shares(queued.median, moved, batch * config.flops_per_token(context), matmul=False)
             facts = {**queued.facts(), **rates, "ms at the copy bandwidth": 1e3 * moved / ceilings.copy}
             yield Figure(f"{what}: GPU", queued.median, "ms", bar.bar, True, bar.stretch, facts=facts)
             yield Figure(
-                f"{what}: from token to token in Python", answered.median, "ms", bar.bar, True, bar.stretch,
+                f"{what}: token to token", answered.median, "ms", bar.bar, True, bar.stretch,
                 facts={**answered.facts(), "tokens/s": 1e3 * batch / answered.median},
             )  # fmt: skip
 
 
 def _flat(texts: Steps, name: str, contexts: Sequence[int], count: int) -> Iterator[Figure]:
-    """Steps at several lengths of text, visited in turn, so that a GPU that slows down does so for all."""
+    """The largest time over the smallest, less 1, of steps at several lengths of text, visited in turn, so that a GPU
+    that slows down does so for all."""
     texts.fill(max(contexts))
     texts.sampled(GREEDY)
     for batch in (max(BATCHES), 1):
@@ -190,5 +191,5 @@ def _flat(texts: Steps, name: str, contexts: Sequence[int], count: int) -> Itera
         medians = {context: statistics.median(times) for context, times in visits.items()}
         spread = max(medians.values()) / min(medians.values()) - 1
         facts = {"ms by context": medians, "visits": visits}
-        title = f"{name}, batch {batch}, a step at {contexts[0]:,} .. {contexts[-1]:,} tokens: largest / smallest - 1"
+        title = f"{name}, batch {batch}, {contexts[0]:,} .. {contexts[-1]:,} tokens: spread"
         yield Figure(title, spread, "", FLAT.bar, facts=facts)

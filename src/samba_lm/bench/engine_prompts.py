@@ -58,4 +58,4 @@ def run_streams(model: SambaLM, streams: int, tokens: int = STREAM_TOKENS) -> It
     # The first and the last streams read their prompts while others are decoding: the median did so least.
     ms = statistics.median(1e3 * end.decode_seconds / (end.new_tokens - 1) for end in ends)
     facts = {"streams": streams, "tokens": tokens, "tokens/s": 1e3 * streams / ms}
-    yield Figure(f"{model.config.name}, {streams} streams of an engine, from token to token", ms, "ms", facts=facts)
+    yield Figure(f"{model.config.name}, {streams} streams of an engine: token to token", ms, "ms", facts=facts)

@@ -42,19 +42,20 @@ def run_loading(model: SambaLM, texts: Steps, tokens: tuple[int, ...]) -> Iterat
             go_on(path, model, tokenizer, texts)
             runs = [go_on(path, model, tokenizer, texts) for _ in range(REPEATS)]
             parts = {
-                "ms: its bytes read, no more": _median(path.read_bytes),
+                "ms: bytes read": _median(path.read_bytes),
                 "ms: read and verified": _median(lambda path=path: info.inspect(path)),  # type: ignore[misc]
-                "ms: read, verified, on the device": 1e3 * statistics.median(loaded for loaded, _ in runs),
-                "ms: into a slot, one step, its token on the host": 1e3 * statistics.median(step for _, step in runs),
+                "ms: these and on the device": 1e3 * statistics.median(loaded for loaded, _ in runs),
+                "ms: then slot, step, token on the host": 1e3 * statistics.median(step for _, step in runs),
             }
             total = 1e3 * statistics.median(loaded + step for loaded, step in runs)
+            # A file that was just written is in the system's memory; this one is asked back from the disk.
             cold = 1e3 * statistics.median(sum(_forgotten(path, model, tokenizer, texts)) for _ in range(3))
-        what = f"{name}, a context of {count:,} tokens, from its file to the first token"
+        what = f"{name}, context of {count:,} tokens, file to first token"
         note = ", ".join(f"{part.removeprefix('ms: ')} {ms:.1f}" for part, ms in parts.items())
         slowest = 1e3 * max(loaded + step for loaded, step in runs)
         facts = {"bytes": size, "repeats": REPEATS, "max": slowest, **parts}
         yield Figure(what, total, "ms", LOAD.bar, note=note, facts=facts)
-        yield Figure(f"{what}, the file first dropped from memory: the disk counts", cold, "ms")
+        yield Figure(f"{what}, from the disk", cold, "ms")
 
 
 def go_on(path: Path, model: SambaLM, tokenizer: ByteTokenizer, texts: Steps) -> tuple[float, float]:

@@ -138,7 +138,7 @@ def _measure_prompts(model: SambaLM, plan: Plan, curves: Curves, until: float, r
         if time.perf_counter() + 2 * last > until:
             curves.notes[f"prompts {length}"] = UP
             continue
-        report(f"{curves.name}: {plan.tokens // length} prompts of {length:,}")
+        report(f"{curves.name}: prompts of {length:,}")
         began = time.perf_counter()
         try:
             curves.prompts[length], curves.at_once[length] = attempt(

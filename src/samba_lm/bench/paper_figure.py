@@ -56,7 +56,7 @@ def _draw(axes: Any, speeds: Mapping[str, Mapping[int, float]], ticks: Sequence[
     over, under = (speeds.get(name, {}).get(end) for name in (SAMBA, LLAMA))
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [_short(tick) for tick in ticks])
-    axes.set_xlim(ticks[0] / 1.15, end * (1.45 if over and under else 1.15))
+    axes.set_xlim(ticks[0] / 1.15, end * (1.7 if over and under else 1.15))
     axes.set_ylim(bottom=0)
     axes.set_ylabel("thousand tokens/s")
     axes.grid(alpha=0.25)
@@ -64,7 +64,9 @@ def _draw(axes: Any, speeds: Mapping[str, Mapping[int, float]], ticks: Sequence[
     if over and under:
         arrow = {"arrowstyle": "<->", "color": "0.25", "linewidth": 0.9}
         axes.annotate("", (end * 1.1, under), (end * 1.1, over), arrowprops=arrow)
-        axes.text(end * 1.14, (over + under) / 2, f"{over / under:.2f}x", fontsize=9, va="center", color="0.25")
+        axes.text(
+            end * 1.14, (over + under) / 2, f"{over / under:.2f}x\nLlama-3", fontsize=9, va="center", color="0.25"
+        )
 
 
 def _short(tokens: int) -> str:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from samba_lm.cli.bench_session import Session, within
-from samba_lm.cli.bench_table import compared_table, figures_table, kernels_table
+from samba_lm.cli.bench_table import compared_table, figures_table, grid_table, kernels_table
 from samba_lm.cli.output import JsonFile, output_file
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError
 
 if TYPE_CHECKING:
+    from samba_lm.bench.figure import Figure
     from samba_lm.bench.paper import Curves, Plan
 
 
@@ -59,7 +60,7 @@ class Paper:
     at_once: tuple[int, ...] = (131_072,)
     """Prompt tokens that a model is given at once. Of several numbers each model takes the fastest at each length; half
     as many where memory does not allow it."""
-    seconds: float = 220.0
+    seconds: float = 420.0
     """After so long no further model is begun, nor a length that would not end in time."""
     full_run: bool = False
     """Also generate with samba-1.7b from the first token to the last, some two minutes, and compare the time with the
@@ -69,7 +70,7 @@ class Paper:
     json: JsonFile = None
     """Also write the figures to this file, after each model."""
     resume: bool = False
-    """Keep the models that the --json file has whole, from the same GPU, versions and options."""
+    """Keep the models that the --json file has whole, from such a GPU with these versions and options."""
 
 
 def main(argv: list[str]) -> None:
@@ -138,6 +139,7 @@ def _paper(argv: list[str]) -> None:
     from samba_lm.bench.figure import Figure
     from samba_lm.bench.gpu import NotMeasured, attempt
     from samba_lm.bench.paper import SAMBA, Plan, generate, measure
+    from samba_lm.bench.paper_figure import write_figure
 
     plan = Plan(args.tokens, args.generated, repeats=args.repeats, steps=args.steps, at_once=args.at_once)
     began = time.perf_counter()
@@ -145,34 +147,51 @@ def _paper(argv: list[str]) -> None:
     session.clock.close()
     session.more["plan"] = asdict(plan)
     known = _known(args.json, session, plan) if args.resume and args.json is not None else {}
+    session.more["kept"] = list(known)
     found: list[Curves] = []
     run: dict[int, float] | None = None
+
+    def figures() -> list[Figure]:
+        rows = [row for curves in found for row in claims.curve_figures(curves, plan)]
+        return rows + claims.conclusions(found, plan, session.ceilings.copy, run)
+
+    def save(rows: list[Figure]) -> None:
+        session.more["models"] = {curves.name: curves.record() for curves in found}
+        session.save({"paper": rows})
+
     with session.progress() as report:
-
-        def save() -> None:
-            session.more["models"] = {curves.name: curves.record() for curves in found}
-            session.save({"paper": claims.figures(found, plan, session.ceilings.copy, run)})
-
-        for name in names:
-            if name in known:
-                found.append(known[name])
-            else:
-                found.append(measure(name, plan, session.device, began + args.seconds, report))
-            save()
+        for name in dict.fromkeys((*names, *known)):
+            found.append(known.get(name) or measure(name, plan, session.device, began + args.seconds, report))
+            save(figures())
         failed = []
         if args.full_run:
             try:
                 run = attempt(lambda: generate(SAMBA, plan, session.device, report))
             except NotMeasured as failure:
                 failed = [Figure(f"{SAMBA}, one run", None, "thousand tokens/s", note=str(failure))]
-    figures = claims.figures(found, plan, session.ceilings.copy, run) + failed
-    session.more["models"] = {curves.name: curves.record() for curves in found}
     if args.figure is not None:
-        from samba_lm.bench.paper_figure import write_figure
-
         write_figure(args.figure, found, plan, str(session.environment["device"]))
-    session.console.print(figures_table(figures))
-    session.finish({"paper": figures})
+    _print(session, found, plan)
+    rest = claims.conclusions(found, plan, session.ceilings.copy, run) + failed
+    session.console.print(figures_table(rest))
+    session.finish({"paper": figures() + failed})
+
+
+def _print(session: Session, found: list[Curves], plan: Plan) -> None:
+    """Both figures' numbers, a row for each model."""
+    from samba_lm.bench.claims import generation_speed, prompt_speed
+
+    for title, columns, rows in (
+        ("Reading prompts, thousand tokens/s", plan.lengths, {c.name: prompt_speed(c, plan) for c in found}),
+        (
+            f"Generating {plan.batch} texts, thousand tokens/s, average from the first token on",
+            plan.contexts,
+            {c.name: generation_speed(c, plan) for c in found},
+        ),
+        (f"The last step of {plan.batch} texts, ms", plan.contexts, {c.name: c.steps for c in found}),
+    ):
+        session.console.print(f"[bold]{title}[/bold]", highlight=False)
+        session.console.print(grid_table(columns, rows))
 
 
 def _known(file: Path, session: Session, plan: Plan) -> dict[str, Curves]:

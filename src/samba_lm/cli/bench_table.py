@@ -56,6 +56,18 @@ def kernels_table(kernels: Iterable[Mapping[str, object]]) -> Table:
     return table
 
 
+def grid_table(columns: Iterable[int], rows: Mapping[str, Mapping[int, float]]) -> Table:
+    """A row of numbers for each name, under lengths; "-" where there is none."""
+    columns = list(columns)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("tokens")
+    for column in columns:
+        table.add_column(f"{column // 1024}K", justify="right")
+    for name, numbers in rows.items():
+        table.add_row(name, *(f"{numbers[column]:.2f}" if column in numbers else "-" for column in columns))
+    return table
+
+
 def _value(figure: Figure) -> str:
     if figure.value is None:
         return ""
