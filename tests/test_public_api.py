@@ -23,6 +23,7 @@ PUBLIC = {
     "generate",
     "load",
     "load_tokenizer",
+    "quantize",
     "register_architecture",
     "register_mixer",
     "save",

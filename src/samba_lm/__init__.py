@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from samba_lm.mixers.base import Mixer
     from samba_lm.mixers.registry import register_mixer
     from samba_lm.model import SambaLM
+    from samba_lm.quantization import quantize
     from samba_lm.span import Span
     from samba_lm.tokenizer import ByteTokenizer, load_tokenizer
     from samba_lm.zoo import register_architecture
@@ -34,6 +35,7 @@ __all__ = [
     "generate",
     "load",
     "load_tokenizer",
+    "quantize",
     "register_architecture",
     "register_mixer",
     "save",
@@ -52,6 +54,7 @@ _HOMES = {
     "generate": "samba_lm.generation.api",
     "load": "samba_lm.checkpoint",
     "load_tokenizer": "samba_lm.tokenizer",
+    "quantize": "samba_lm.quantization",
     "register_architecture": "samba_lm.zoo",
     "register_mixer": "samba_lm.mixers.registry",
     "save": "samba_lm.checkpoint",

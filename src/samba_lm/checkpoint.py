@@ -67,6 +67,11 @@ def check_replaceable(folder: Path) -> None:
 
 def write(model: SambaLM, folder: Path, tokenizer: Tokenizer | None = None) -> None:
     """Write a checkpoint's files into an existing folder (for callers that make the folder atomic themselves)."""
+    if model.quantized is not None:
+        raise UserError(
+            f"This model is {model.quantized}, and checkpoints hold full numbers only: save it before it is quantised, "
+            "and quantise what is loaded."
+        )
     if tokenizer is not None:
         check_tokenizer(model.config, tokenizer)
         tokenizer.save(folder)

@@ -17,6 +17,7 @@ from samba_lm.mixers.registry import build_mixer
 from samba_lm.nn.init import RULES
 from samba_lm.nn.norm import RMSNorm
 from samba_lm.ops.linear import linear
+from samba_lm.ops.quantized_linear.reference import Kind
 from samba_lm.span import Cursor, Span
 from samba_lm.state import State
 
@@ -51,12 +52,15 @@ class SambaLM(nn.Module):
 
     ``compute_dtype``: what the layers compute in; None (the default) is the parameters' dtype. Set it to
     ``torch.bfloat16`` to train fp32 parameters in bf16: they are cast where they are used.
+
+    ``quantized``: what ``samba_lm.quantize`` has made of the large weights; None: they are as they were trained.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None
+        self.quantized: Kind | None = None
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.layers = nn.ModuleList(Layer(spec, config) for spec in config.layers)
         self.norm = RMSNorm(config.d_model, config.norm_eps)

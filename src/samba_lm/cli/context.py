@@ -17,7 +17,7 @@ from rich.text import Text
 from tyro.conf import Positional
 
 from samba_lm.cli.generate import file_share, open_stdin
-from samba_lm.cli.model import CheckpointName, ContextFile, Dtype, load_context, load_with_tokenizer
+from samba_lm.cli.model import CheckpointName, ContextFile, Dtype, Quantize, load_context, load_with_tokenizer
 from samba_lm.cli.output import JsonFile, output_file, write_json
 from samba_lm.cli.parse import parse
 from samba_lm.contexts.file import check_replaceable
@@ -50,6 +50,8 @@ class Save:
     """Where to run: auto (the GPU if there is one), cpu, cuda or cuda:N."""
     dtype: Dtype | None = None
     """Turn the weights into this type; a context goes on only in the type that it was made in."""
+    quantize: Quantize | None = None
+    """Keep the large weights in 8 or 4 bits a number; a context goes on only with a model quantised the same way."""
     json: JsonFile = None
     """Write the figures to this file too."""
 
@@ -64,6 +66,8 @@ class Show:
     """Tell whether this checkpoint can go on from them."""
     dtype: Dtype | None = None
     """The type that the checkpoint's weights would be turned into."""
+    quantize: Quantize | None = None
+    """The bits that its large weights would be kept in."""
     json: JsonFile = None
     """Write what the table shows, and more, to this file too."""
 
@@ -82,7 +86,7 @@ def _save(argv: list[str]) -> None:
     title = check_title(command.title or ("standard input" if from_stdin else title_of(command.source)))
     with contextlib.ExitStack() as stack:
         file = open_stdin().buffer if from_stdin else stack.enter_context(command.source.open("rb"))
-        model, tokenizer = load_with_tokenizer(command.checkpoint, command.device, command.dtype)
+        model, tokenizer = load_with_tokenizer(command.checkpoint, command.device, command.dtype, command.quantize)
         from samba_lm.contexts.reading import read_file
         from samba_lm.contexts.snapshot import save
 
@@ -154,7 +158,7 @@ def _show(argv: list[str]) -> None:
 def _fits(command: Show, infos: list[Info]) -> list[str | None]:
     """Why the checkpoint cannot go on from each, or None where it can."""
     assert command.checkpoint is not None
-    model, tokenizer = load_with_tokenizer(command.checkpoint, "cpu", command.dtype)
+    model, tokenizer = load_with_tokenizer(command.checkpoint, "cpu", command.dtype, command.quantize)
     from samba_lm.contexts.identity import mismatch
 
     return [mismatch(info.made_by, model, tokenizer) for info in infos]

@@ -19,7 +19,7 @@ from rich.table import Table
 from tyro.conf import Positional, UseAppendAction
 from tyro.constructors import PrimitiveConstructorSpec
 
-from samba_lm.cli.model import CheckpointName, Dtype, load
+from samba_lm.cli.model import CheckpointName, Dtype, Quantize, load
 from samba_lm.cli.output import JsonFile, write_json
 from samba_lm.cli.parse import parse
 from samba_lm.data.shards import META_FILE, TokenDataset, file_sha256, is_dataset, open_splits, token_dtype
@@ -78,6 +78,8 @@ class Perplexity:
     """Where to run: auto (the GPU if there is one), cpu, cuda or cuda:N."""
     dtype: Dtype | None = None
     """What the matrix products are computed in; by default what the checkpoint says."""
+    quantize: Quantize | None = None
+    """Keep the large weights in 8 or 4 bits a number, to see what that costs."""
     field: str = "text"
     """Of text files: the text's field in JSON lines, or column in Parquet."""
     suffix: UseAppendAction[tuple[str, ...]] = ()
@@ -107,7 +109,7 @@ def main(argv: list[str]) -> None:
     settings = _settings(options)  # a mistake in them is told before anything is read
     from samba_lm.eval.perplexity import perplexity  # only now: --help should not wait for torch
 
-    model, tokenizer = load(options.checkpoint, options.device, options.dtype)
+    model, tokenizer = load(options.checkpoint, options.device, options.dtype, options.quantize)
     data = _read(options, tokenizer)
     began = time.perf_counter()
     with _progress() as tell:
@@ -124,7 +126,8 @@ def main(argv: list[str]) -> None:
             progress=tell,
         )
     seconds = time.perf_counter() - began
-    _print(Console(), options.checkpoint, settings, results)
+    name = options.checkpoint if model.quantized is None else f"{options.checkpoint} in {model.quantized}"
+    _print(Console(), name, settings, results)
     if options.json is not None:
         write_json(options.json, _record(options, settings, model, tokenizer, data, results, seconds))
     wrong = [result for result in results if result.windows and math.isnan(result.loss)]
@@ -277,6 +280,7 @@ def _record(
     seconds: float,
 ) -> dict[str, object]:
     from samba_lm.checkpoint import WEIGHTS
+    from samba_lm.quantization import weight_bytes
 
     weights = _resolved(options.checkpoint) / WEIGHTS
     return {
@@ -290,6 +294,8 @@ def _record(
         "batch": options.batch,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantized": model.quantized,
+        "weight_bytes": weight_bytes(model),
         "seconds": seconds,
         "results": [asdict(result) for result in results],
     }

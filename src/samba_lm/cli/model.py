@@ -16,16 +16,20 @@ if TYPE_CHECKING:
     from samba_lm.tokenizer import Tokenizer
 
 Dtype = Literal["float32", "bfloat16"]
+Quantize = Literal["int8", "int4"]
+"""The option ``--quantize``, for :func:`load`."""
 CheckpointName = Annotated[str, tyro.conf.arg(metavar="CKPT")]
 ContextFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 """The option ``--context``, for :func:`load_context`."""
 
 
-def load(name: str, device: str, dtype: Dtype | None) -> tuple[SambaLM, Tokenizer | None]:
+def load(
+    name: str, device: str, dtype: Dtype | None, quantize: Quantize | None = None
+) -> tuple[SambaLM, Tokenizer | None]:
     """Load a checkpoint (or a fresh model of the zoo) onto "auto", "cpu", "cuda" or "cuda:N".
 
-    A fresh model is announced on stderr. ``dtype``: of the parameters; None keeps the checkpoint's. Raises UserError
-    when there is no such device or no whole checkpoint.
+    A fresh model is announced on stderr. ``dtype``: of the parameters; None keeps the checkpoint's. ``quantize``: what
+    is then made of the large ones. Raises UserError when there is no such device or no whole checkpoint.
     """
     import torch  # only now: --help should not wait for it
 
@@ -36,12 +40,18 @@ def load(name: str, device: str, dtype: Dtype | None) -> tuple[SambaLM, Tokenize
     loaded = checkpoint.load(name, device=pick_device(device), dtype=None if dtype is None else getattr(torch, dtype))
     if untrained:
         print(f"samba-lm: {name} is untrained: its weights are random. Give a checkpoint's folder.", file=sys.stderr)
+    if quantize is not None:
+        from samba_lm import quantization
+
+        quantization.quantize(loaded[0], quantize)
     return loaded
 
 
-def load_with_tokenizer(name: str, device: str, dtype: Dtype | None) -> tuple[SambaLM, Tokenizer]:
+def load_with_tokenizer(
+    name: str, device: str, dtype: Dtype | None, quantize: Quantize | None = None
+) -> tuple[SambaLM, Tokenizer]:
     """:func:`load` for what reads and writes text: a checkpoint without a tokenizer is a UserError."""
-    model, tokenizer = load(name, device, dtype)
+    model, tokenizer = load(name, device, dtype, quantize)
     if tokenizer is None:
         raise UserError(
             f"{name} has no tokenizer, so it can neither read nor write text: put its tokenizer.json there."

@@ -62,7 +62,7 @@ def mismatch(made_by: Identity, model: SambaLM, tokenizer: Tokenizer) -> str | N
     if made_by.dtype != dtypes(model):
         return (
             f"was made in {made_by.dtype} (parameters/computation), and this model runs in {dtypes(model)}: load the "
-            "model in that dtype, or read the text again."
+            "model so (--dtype, --quantize), or read the text again."
         )
     if made_by.weights != weights_hash(model):
         return (
@@ -73,8 +73,8 @@ def mismatch(made_by: Identity, model: SambaLM, tokenizer: Tokenizer) -> str | N
 
 
 def dtypes(model: SambaLM) -> str:
-    """What the parameters are in, and what is computed in."""
-    return f"{_name(model.embedding.dtype)}/{_name(model.dtype)}"
+    """What the parameters are in (the large ones, where they are quantised), and what is computed in."""
+    return f"{model.quantized or _name(model.embedding.dtype)}/{_name(model.dtype)}"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -7,10 +7,8 @@ import torch
 from samba_lm.config import ModelConfig, SwiGLU
 from samba_lm.mixers.base import Mixer, Tensors
 from samba_lm.mixers.registry import register_mixer
-from samba_lm.nn.cast import cast
 from samba_lm.nn.init import Init
 from samba_lm.nn.linear import Linear
-from samba_lm.ops.swiglu import swiglu_linear
 from samba_lm.span import Span
 
 
@@ -24,8 +22,7 @@ class SwiGLUMLP(Mixer):
         self.w3 = Linear(spec.width, config.d_model)
 
     def mix(self, x: torch.Tensor, tensors: Tensors, span: Span) -> tuple[torch.Tensor, Tensors]:
-        gate_up = self.w12(x)  # under autocast in another dtype than x
-        return swiglu_linear(gate_up, cast(self.w3.weight, gate_up.dtype)), {}
+        return self.w3.of_swiglu(self.w12(x)), {}
 
     def init_tensors(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensors:
         return {}

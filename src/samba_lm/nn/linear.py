@@ -7,6 +7,7 @@ from torch import nn
 
 from samba_lm.nn.cast import cast
 from samba_lm.ops.linear import linear, linear_halves
+from samba_lm.ops.swiglu import swiglu_linear
 
 
 class Linear(nn.Module):
@@ -26,3 +27,7 @@ class Linear(nn.Module):
     def halves(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The upper and the lower half of the outputs, each [..., n_out / 2]; no bias."""
         return linear_halves(x, cast(self.weight, x.dtype))
+
+    def of_swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """W (SiLU(gate) * up) of gate_up [..., 2 n_in], the gate first; no bias."""
+        return swiglu_linear(gate_up, cast(self.weight, gate_up.dtype))
