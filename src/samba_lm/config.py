@@ -189,6 +189,10 @@ class SelfExtend(Attention):
                 "SelfExtend is full attention with RoPE: leave window, rope and short_conv at their defaults"
             )
 
+    def state_elements(self, d_model: int, context: int) -> tuple[int, int]:
+        light, heavy = super().state_elements(d_model, context)
+        return light + 2 * self.neighbor_window * self.groups * self.head_dim(d_model), heavy
+
     def describe(self) -> str:
         return f"{super().describe()}, SelfExtend group {self.group} beyond {self.neighbor_window}"
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from tolerances import assert_close
 
 from samba_lm.config import Attention, ModelConfig, SelfExtend
 from samba_lm.model import SambaLM
 from samba_lm.ops.rope import rope_angles, rotate
-from samba_lm.ops.self_extend import self_extend_attention
+from samba_lm.ops.self_extend import grouped_positions, self_extend_attention
+from samba_lm.ops.self_extend.reference import self_extend_reference
 
 
 def rotated_score(q: torch.Tensor, k: torch.Tensor, distance: int) -> torch.Tensor:
@@ -31,10 +33,50 @@ def test_against_the_definition() -> None:
         expected[i] = weights @ v[0, : i + 1, 0]
     positions = torch.arange(length)[None]
     allowed = torch.ones(1, length, length, dtype=torch.bool).tril()
-    actual = self_extend_attention(
+    actual = self_extend_reference(
         q, k, v, positions, positions, allowed, group=group, neighbor_window=near, base=10_000.0
     )
     assert_close(actual[0, :, 0], expected, "attention")
+
+
+def turned(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    cos, sin = rope_angles(positions, x.shape[-1], 10_000.0)
+    return rotate(x, cos[:, :, None], sin[:, :, None])
+
+
+@pytest.mark.parametrize("near", [1, 5, 40, 100])
+@pytest.mark.parametrize("past", [0, 3, 30])
+@pytest.mark.parametrize("documents", [False, True])
+def test_two_merged_attentions_are_the_one(past: int, near: int, documents: bool) -> None:
+    """Outputs and gradients, whether or not keys are far, with documents that begin anywhere and rows of less past."""
+    batch, length, group = 2, 45, 3
+    keys = past + length
+    q, k, v = (torch.randn(batch, n, h, 8, dtype=torch.float64) for n, h in ((length, 4), (keys, 2), (keys, 2)))
+    ids = (torch.rand(batch, keys) < 0.05).long().cumsum(1) if documents else torch.zeros(batch, keys).long()
+    if documents:
+        ids[1, : past // 2] = -1
+    same = ids[:, :, None] == ids[:, None, :]
+    positions = same.tril().sum(2) - 1
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    dout = torch.randn(q.shape, dtype=torch.float64)
+
+    def of(y: torch.Tensor) -> list[torch.Tensor]:
+        return [y, *torch.autograd.grad(y, inputs, dout)]
+
+    allowed = (same & torch.ones(keys, keys, dtype=torch.bool).tril())[:, past:]
+    options = {"group": group, "neighbor_window": near}
+    expected = of(self_extend_reference(q, k, v, positions[:, past:], positions, allowed, **options, base=10_000.0))
+    far_queries, far_keys = grouped_positions(positions, group, near)
+    kept = max(0, past - (near - 1))
+    actual = self_extend_attention(
+        (turned(q, positions[:, past:]), turned(k, positions)[:, kept:], v[:, kept:]),
+        (turned(q, far_queries[:, past:]), turned(k, far_keys), v),
+        neighbor_window=near,
+        positions=positions[:, past:],
+        documents=ids if documents else None,
+    )
+    for name, a, e in zip(("out", "dq", "dk", "dv"), of(actual), expected, strict=True):
+        assert_close(a, e, name)
 
 
 def test_equals_full_attention_within_the_neighbor_window() -> None:

@@ -14,7 +14,7 @@ from samba_lm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from samba_lm.ops.gla import gated_linear_attention
 from samba_lm.ops.linear import _halves, linear, linear_halves
 from samba_lm.ops.selective_scan import cpu, selective_scan, selective_scan_step
-from samba_lm.ops.sliding_attention import attend_one, sliding_attention
+from samba_lm.ops.sliding_attention import attend_one, attend_one_lse, sliding_attention, sliding_attention_lse
 
 Inputs = dict[str, torch.Tensor]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -125,7 +125,9 @@ def test_sliding_attention(
     inputs = {"q": r(2, L, H, 8), "k": r(2, P + L, G, 8), "v": r(2, P + L, G, 6)}
     docs = (torch.rand(2, P + L) < 0.1).long().cumsum(1) if documents else None
     q_docs = docs[:, P:] if docs is not None else None
-    compare(sliding_attention, inputs, "cpu", dtype, window=window, q_documents=q_docs, k_documents=docs)
+    names = {"window": window, "q_documents": q_docs, "k_documents": docs}
+    compare(sliding_attention, inputs, "cpu", dtype, **names)
+    compare(sliding_attention_lse, inputs, "cpu", dtype, **names)
 
 
 def test_attend_one_is_attention_of_the_last_query() -> None:
@@ -135,7 +137,12 @@ def test_attend_one_is_attention_of_the_last_query() -> None:
     assert_close(attend_one(q[:, 0], k[:, order], v[:, order], None), expected, "any order")
     more = torch.cat((k, 100 * torch.ones_like(k[:, :2])), 1), torch.cat((v, v[:, :2]), 1)
     filled = torch.arange(11) < 9
-    assert_close(attend_one(q[:, 0], *more, filled.expand(2, -1)), expected, "unfilled slots are not seen")
+    filled = filled.expand(2, -1)
+    assert_close(attend_one(q[:, 0], *more, filled), expected, "unfilled slots are not seen")
+    _, sums = sliding_attention_lse(q, k, v, window=None, backend="reference")
+    for actual, lse in (attend_one_lse(q[:, 0], k, v, None), attend_one_lse(q[:, 0], *more, filled)):
+        assert_close(actual, expected, "with the log-sum-exp")
+        assert_close(lse, sums[:, 0], "log-sum-exp")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

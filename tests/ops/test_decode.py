@@ -155,7 +155,7 @@ def test_attention_with_several_key_heads_to_a_block(together: int, monkeypatch:
 
 @needs_compiler
 def test_one_softmax_over_two_caches() -> None:
-    """The near keys in a ring, the far ones in a cache that is seen up to some way back, each with queries of its own."""
+    """The near keys in a ring, the far ones in a cache that is seen up to some way back, each with its own queries."""
     near, slots, groups, heads = 96, 700, 2, 6
     position = torch.tensor([0, 95, 96, 97, 650], device=DEVICE)
     M = position.shape[0]

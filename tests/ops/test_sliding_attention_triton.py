@@ -8,7 +8,7 @@ from kernels import DEVICE, needs_triton
 from tolerances import assert_close
 
 from samba_lm.errors import UserError
-from samba_lm.ops.sliding_attention import attend_one, sliding_attention
+from samba_lm.ops.sliding_attention import attend_one, attend_one_lse, sliding_attention, sliding_attention_lse
 from samba_lm.ops.sliding_attention.reference import attention_reference
 
 pytestmark = needs_triton
@@ -111,6 +111,21 @@ def test_head_dims_through_the_public_function(K: int, dtype: torch.dtype) -> No
     check(actual, truth(q, k, v, dout, 17, docs, K**-0.5), dtype)
 
 
+@pytest.mark.parametrize(("L", "P", "window"), [(45, 11, 17), (33, 0, None)])
+def test_log_sum_exp(L: int, P: int, window: int | None) -> None:
+    q, k, v = make(2, L, P, 4, 2, 16, torch.bfloat16)
+    docs = packed(2, L, P, 0.05)
+    names = {"window": window, "q_documents": docs[0], "k_documents": docs[1]}
+    wide = (t.double() for t in (q, k, v))
+    expected = sliding_attention_lse(*wide, **names, backend="reference")
+    out, lse = sliding_attention_lse(q, k, v, **names, backend="triton")
+    assert_close(out, expected[0], "out", torch.bfloat16)
+    assert_close(lse, expected[1], "lse", torch.float32, 2.0)
+    with pytest.raises(UserError, match="they need gradients"):
+        sliding_attention_lse(q.requires_grad_(), k, v, **names, backend="triton")
+    assert sliding_attention_lse(q, k, v, **names)[1].requires_grad
+
+
 def test_strided_gradient_and_query() -> None:
     q = torch.randn(1, 40, 6, 16).to(DEVICE).transpose(2, 3)[..., ::2].transpose(2, 3)
     k, v = make(1, 40, 0, 1, 1, 16, torch.float32)[1:]
@@ -157,9 +172,12 @@ def test_attend_one(C: int, H: int, G: int, K: int, some: bool, dtype: torch.dty
     expected = one_truth(q, k, v, filled)
     if filled is not None:  # what lies in the other slots is not read
         k, v = (t.masked_fill(~filled[:, :, None, None], float("nan")) for t in (k, v))
-    out = attend_one(q, k, v, filled, backend="triton")
+    out, lse = attend_one_lse(q, k, v, filled, backend="triton")
     assert out.dtype == dtype
     assert_close(out, expected, "out", KIND[dtype], SCALE[dtype])
+    assert torch.equal(out, attend_one(q, k, v, filled, backend="triton"))
+    sums = attend_one_lse(q.double(), k.double().nan_to_num(), v.double().nan_to_num(), filled)[1]
+    assert_close(lse, sums, "log-sum-exp", torch.float32)
 
 
 def test_every_slot_is_in_one_split() -> None:

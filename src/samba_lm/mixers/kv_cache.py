@@ -89,13 +89,16 @@ def update(cache: Tensors, k: torch.Tensor, v: torch.Tensor, span: Span) -> Tens
     return new
 
 
-def filled(cache: Tensors, span: Span) -> torch.Tensor | None:
-    """bool [B, C]: the slots that hold a key of the current document after :func:`update`. None: all do."""
+def filled(cache: Tensors, span: Span, lag: int = 0) -> torch.Tensor | None:
+    """bool [B, C]: the slots that hold a key of the current document after :func:`update`, but for the newest ``lag``
+    (with which the cache must not have come round). None: all do."""
     slots, end = cache["k"].shape[1], span.end.position
-    if end.device.type == "cpu" and int(end.min()) >= slots:
+    if end.device.type == "cpu" and int(end.min()) - lag >= slots:
         return None
     # A row that has read nothing yet (padding only) still looks at one slot, to stay finite.
-    return span.once(("filled", slots), lambda: torch.arange(slots, device=end.device) < end.clamp(min=1)[:, None])
+    return span.once(
+        ("filled", slots, lag), lambda: torch.arange(slots, device=end.device) < (end - lag).clamp(min=1)[:, None]
+    )
 
 
 def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -7,40 +7,83 @@ import torch
 from samba_lm.config import SelfExtend
 from samba_lm.mixers import kv_cache
 from samba_lm.mixers.attention import AttentionMixer
-from samba_lm.mixers.base import Tensors
+from samba_lm.mixers.base import Tensors, state_dtype
 from samba_lm.mixers.registry import register_mixer
-from samba_lm.ops.self_extend import self_extend_attention
+from samba_lm.ops.rope import rope_angles, rotate_split
+from samba_lm.ops.self_extend import grouped_positions, self_extend_attention, self_extend_one
 from samba_lm.span import Span
+
+Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @register_mixer(SelfExtend)
 class SelfExtendMixer(AttentionMixer):
-    """Its cache holds keys before rotation, since a key's angle depends on how far the query is."""
+    """State: ``k``, ``v`` of all positions, keys rotated by their grouped ones, and rings ``near_k``, ``near_v`` of the
+    last neighbor_window positions, keys rotated by their own: a key is never rotated again."""
 
     spec: SelfExtend
 
     def mix(self, x: torch.Tensor, tensors: Tensors, span: Span) -> tuple[torch.Tensor, Tensors]:
-        (q, k, v), _ = self.project(x, tensors, span, rope=False)
-        cache = kv_cache.grow(tensors, span, self.max_context)
-        k_past, v_past, past_documents = kv_cache.past(cache, span, cache["k"].shape[1])
-        count = k_past.shape[1]
-        begin = span.start.position[:, None] + torch.arange(-count, 0, device=x.device)
-        k_positions = torch.cat((begin, span.positions.expand(x.shape[0], -1)), dim=1)
-        documents = k_positions.new_zeros(x.shape[0], span.length) if span.documents is None else span.documents
-        if past_documents is None:
-            past_documents = torch.zeros_like(begin)
-        k_documents = torch.cat((past_documents, documents), dim=1)
-        row = torch.arange(span.length, device=x.device)[:, None] + count
-        causal = torch.arange(count + span.length, device=x.device) <= row
-        y = self_extend_attention(
-            q,
-            torch.cat((k_past.to(k.dtype), k), dim=1),
-            torch.cat((v_past.to(v.dtype), v), dim=1),
-            span.positions,
-            k_positions,
-            causal & (documents[:, :, None] == k_documents[:, None, :]),
-            group=self.spec.group,
-            neighbor_window=self.spec.neighbor_window,
-            base=self.spec.rope_base,
+        near, far = self._rotated(self.qkv(x), span)
+        ring = {"k": tensors["near_k"], "v": tensors["near_v"]}
+        cache = kv_cache.grow({"k": tensors["k"], "v": tensors["v"]}, span, self.max_context)
+        if span.length == 1:
+            ring, cache = kv_cache.update(ring, *near[1:], span), kv_cache.update(cache, *far[1:], span)
+            y = self._attend_one(near[0][:, 0], far[0][:, 0], ring, cache, span)[:, None]
+        else:
+            y = self._attend(near, far, ring, cache, span)
+            ring, cache = kv_cache.update(ring, *near[1:], span), kv_cache.update(cache, *far[1:], span)
+        return self.out_proj(y.flatten(2)), {**cache, "near_k": ring["k"], "near_v": ring["v"]}
+
+    def _rotated(self, qkv: torch.Tensor, span: Span) -> tuple[Triple, Triple]:
+        """q, k, v as near keys and their queries have them, and as far ones have."""
+        spec, dim, dtype = self.spec, self.head_dim, state_dtype(qkv.dtype)
+
+        def grouped() -> list[tuple[torch.Tensor, torch.Tensor]]:
+            both = grouped_positions(span.positions, spec.group, spec.neighbor_window)
+            angles = [rope_angles(positions, dim, spec.rope_base) for positions in both]
+            return [(cos[:, :, None].to(dtype), sin[:, :, None].to(dtype)) for cos, sin in angles]
+
+        of_queries, of_keys = span.once(
+            ("grouped", dim, spec.rope_base, spec.group, spec.neighbor_window, dtype), grouped
         )
-        return self.out_proj(y.flatten(2)), kv_cache.update(cache, k, v, span)
+        near = rotate_split(qkv, *span.angles(dim, spec.rope_base, dtype), spec.heads, spec.groups)
+        q, _, _ = rotate_split(qkv, *of_queries, spec.heads, spec.groups)
+        _, k, v = rotate_split(qkv, *of_keys, spec.heads, spec.groups)
+        return near, (q, k, v)
+
+    def _attend(self, near: Triple, far: Triple, ring: Tensors, cache: Tensors, span: Span) -> torch.Tensor:
+        n = self.spec.neighbor_window
+        near_past = kv_cache.past(ring, span, n - 1)
+        past = kv_cache.past(cache, span, cache["k"].shape[1])
+        documents, past_documents = span.documents, past[2]
+        if documents is not None or (past_documents is not None and past_documents.numel()):
+            batch, count = near[0].shape[0], past[0].shape[1]
+            if documents is None:
+                documents = span.positions.new_zeros(batch, span.length)
+            if past_documents is None:
+                past_documents = documents.new_zeros(batch, count)
+            documents = torch.cat((past_documents, documents), dim=1)
+        (q, k, v), (far_q, far_k, far_v) = near, far
+        return self_extend_attention(
+            (q, torch.cat((near_past[0].to(k.dtype), k), dim=1), torch.cat((near_past[1].to(v.dtype), v), dim=1)),
+            (far_q, torch.cat((past[0].to(k.dtype), far_k), dim=1), torch.cat((past[1].to(v.dtype), far_v), dim=1)),
+            neighbor_window=n,
+            positions=span.positions,
+            documents=documents,
+        )
+
+    def _attend_one(
+        self, q: torch.Tensor, far_q: torch.Tensor, ring: Tensors, cache: Tensors, span: Span
+    ) -> torch.Tensor:
+        n = self.spec.neighbor_window
+        return self_extend_one(
+            (q, ring["k"], ring["v"], kv_cache.filled(ring, span)),
+            (far_q, cache["k"], cache["v"], kv_cache.filled(cache, span, lag=n)),
+            span.end.position > n,
+        )
+
+    def init_tensors(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensors:
+        dims = self.spec.groups, self.head_dim, self.head_dim, device, dtype
+        ring = kv_cache.empty_cache(batch, self.spec.neighbor_window, *dims)
+        return {**kv_cache.empty_cache(batch, 0, *dims), "near_k": ring["k"], "near_v": ring["v"]}

@@ -1,56 +1,85 @@
-"""SelfExtend attention (Jin et al. 2024): near keys at their true distance, far keys at grouped positions."""
+"""SelfExtend attention (Jin et al. 2024): near keys at their true distance, far keys at grouped positions.
+
+Two attentions over different keys, each a common one, put together through their log-sum-exp: what a score sees of the
+positions depends on which of the two its key belongs to, so that queries and keys are rotated beforehand.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from samba_lm.ops.backend import compute_dtype
-from samba_lm.ops.rope import rope_angles, rotate
+from samba_lm.ops.sliding_attention import attend_one_lse, sliding_attention_lse
 
-QUERY_BLOCK = 256  # bounds the two score matrices to [B, H, 256, S]
+
+def grouped_positions(positions: torch.Tensor, group: int, neighbor_window: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions int64 [...] as far queries and as far keys have them: floor(i/g) + n - floor(n/g) and floor(j/g)."""
+    grouped = positions // group
+    return grouped + (neighbor_window - neighbor_window // group), grouped
 
 
 def self_extend_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    q_positions: torch.Tensor,
-    k_positions: torch.Tensor,
-    k_allowed: torch.Tensor,
+    near: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    far: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     *,
-    group: int,
     neighbor_window: int,
-    base: float,
+    positions: torch.Tensor,
+    documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Full attention with two kinds of positions, chosen by the distance i - j.
-
-    Below ``neighbor_window`` the rotation angle is that of i - j; beyond, of floor(i/g) - floor(j/g) + n - floor(n/g).
+    """Causal attention in which query i sees the keys of its document at distance < n as ``near`` has them, others as
+    ``far`` has them.
 
     Args:
-        q: [B, L, H, K] and k: [B, S, G, K], not rotated; v: [B, S, G, Kv].
-        q_positions: int64 [B or 1, L]. k_positions: int64 [B or 1, S]. k_allowed: bool [B or 1, L, S].
+        near: q [B, L, H, K], k [B, P'+L, G, K], v [B, P'+L, G, Kv], rotated by their positions; of the past at least
+            n - 1 keys, or all.
+        far: the same of all P past keys, rotated by :func:`grouped_positions`.
+        neighbor_window: n.
+        positions: int64 [B or 1, L] of the queries in their documents.
+        documents: int64 [B, P+L] of the far keys, which do not decrease along a row; the last L are the queries'. None:
+            all are of one document.
 
-    Returns [B, L, H, Kv] in q's dtype.
+    Returns [B, L, H, Kv] in q's dtype. No larger matrix of scores is made than the backends of ``sliding_attention``
+    make; differentiable, on a GPU through PyTorch's operations.
     """
-    dtype, share, dim = compute_dtype(q), q.shape[2] // k.shape[2], q.shape[3]
-    shift = neighbor_window - neighbor_window // group
+    q, k, v = near
+    (length, keys), n = (q.shape[1], far[1].shape[1]), neighbor_window
+    of_queries, of_keys = None, None
+    if documents is not None:
+        of_queries, of_keys = documents[:, keys - length :], documents[:, keys - k.shape[1] :]
+    y, lse = sliding_attention_lse(q, k, v, window=n, q_documents=of_queries, k_documents=of_keys)
+    first = max(0, n - (keys - length))  # the queries before it stand too early for a far key
+    if first >= length:
+        return y
+    # The query at key j has the key j - n as the last it sees: as if that one were its own.
+    q, k, v = far[0][:, first:], far[1][:, : keys - n], far[2][:, : keys - n]
+    if documents is not None:
+        # A document whose n-th key has not come yet has no far keys: such a query looks into the document before it,
+        # so that what it finds is finite, and its weight is 0.
+        of_queries, of_keys = documents[:, keys - n - q.shape[1] : keys - n], documents[:, : keys - n]
+    far_y, far_lse = sliding_attention_lse(q, k, v, window=None, q_documents=of_queries, k_documents=of_keys)
+    far_lse = far_lse.masked_fill((positions[:, first:] < n)[:, :, None], float("-inf"))
+    merged = merge(y[:, first:], lse[:, first:], far_y, far_lse)
+    return torch.cat((y[:, :first], merged), dim=1) if first else merged
 
-    def turn(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        cos, sin = rope_angles(positions, dim, base)
-        return rotate(x.to(dtype), cos[:, :, None], sin[:, :, None])
 
-    def spread(x: torch.Tensor) -> torch.Tensor:
-        return x.repeat_interleave(share, dim=2)
+def self_extend_one(
+    near: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
+    far: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
+    some: torch.Tensor,
+) -> torch.Tensor:
+    """As ``attend_one`` over two caches: each q [B, H, K], k [B, C, G, K], v [B, C, G, Kv], filled bool [B, C] or None.
 
-    k_near, k_far = spread(turn(k, k_positions)), spread(turn(k, k_positions // group))
-    values, outs = spread(v.to(dtype)), []
-    for start in range(0, q.shape[1], QUERY_BLOCK):
-        rows = slice(start, start + QUERY_BLOCK)
-        at = q_positions[:, rows]
-        near = torch.einsum("bihk,bjhk->bhij", turn(q[:, rows], at), k_near)
-        far = torch.einsum("bihk,bjhk->bhij", turn(q[:, rows], at // group + shift), k_far)
-        distance = at[:, :, None] - k_positions[:, None, :]
-        scores = torch.where((distance < neighbor_window)[:, None], near, far) * dim**-0.5
-        weights = scores.masked_fill(~k_allowed[:, None, rows], float("-inf")).softmax(dim=-1)
-        outs.append(torch.einsum("bhij,bjhk->bihk", weights, values))
-    return torch.cat(outs, dim=1).to(q.dtype)
+    ``some`` bool [B]: whether a row has far keys; ``filled`` marks one of them even so.
+    """
+    y, lse = attend_one_lse(*near)
+    far_y, far_lse = attend_one_lse(*far)
+    return merge(y, lse, far_y, far_lse.masked_fill(~some[:, None], float("-inf")))
+
+
+def merge(y: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> torch.Tensor:
+    """Attention over two sets of keys of what it gives over each: y, other [..., K]; the log-sum-exps [...].
+
+    ``other_lse`` may be -inf: nothing is then taken of ``other``, which must be finite. In y's dtype.
+    """
+    share = torch.sigmoid(other_lse - lse)[..., None]
+    wide = y.to(share.dtype)
+    return (wide + share * (other.to(share.dtype) - wide)).to(y.dtype)

@@ -9,6 +9,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from samba_lm.ops.backend import compute_dtype
+
+BLOCK = 256
+"""Queries whose scores are held at once where a window does not say it."""
+
 
 def attention_cpu(
     q: torch.Tensor,
@@ -67,9 +72,8 @@ def _full(
         k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
     outs = []
-    block = 256  # keeps a block's mask small when the past is long
-    for start in range(0, length, block):
-        stop = min(start + block, length)
+    for start in range(0, length, BLOCK):  # keeps a block's mask small when the past is long
+        stop = min(start + BLOCK, length)
         column = torch.arange(past + stop, device=q.device)
         allowed = (column <= torch.arange(start, stop, device=q.device)[:, None] + past)[None, None]
         if q_documents is not None and k_documents is not None:
@@ -83,3 +87,55 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tens
     share = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
+
+
+def attention_cpu_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int | None,
+    q_documents: torch.Tensor | None,
+    k_documents: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Same arguments, results and meaning as ``attention_reference_lse``; PyTorch's fused attention keeps its sums."""
+    length, keys, groups = q.shape[1], k.shape[1], k.shape[2]
+    outs, sums = [], []
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        end = keys - length + stop
+        begin = 0 if window is None else max(0, keys - length + start - window + 1)
+        row = torch.arange(start, stop, device=q.device)[:, None] + keys - length
+        column = torch.arange(begin, end, device=q.device)
+        allowed = (column <= row) if window is None else (column <= row) & (row - column < window)
+        if q_documents is not None and k_documents is not None:
+            allowed = allowed & (q_documents[:, start:stop, None] == k_documents[:, None, begin:end])
+            allowed = allowed[:, None, None]
+        queries = q[:, start:stop].unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)  # [B, G, H/G, block, K]
+        out, lse = _attention(queries, k[:, begin:end], v[:, begin:end], allowed, scale)
+        outs.append(out.permute(0, 3, 1, 2, 4).flatten(2, 3))
+        sums.append(lse.permute(0, 3, 1, 2).flatten(2, 3))
+    return torch.cat(outs, dim=1), torch.cat(sums, dim=1)
+
+
+def attend_one_lse_cpu(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, filled: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``attend_one_lse``."""
+    allowed = None if filled is None else filled[:, None, None, None]
+    queries = q.unflatten(1, (k.shape[2], -1))[:, :, :, None]
+    out, lse = _attention(queries, k, v, allowed, scale)
+    return out[:, :, :, 0].flatten(1, 2), lse[:, :, :, 0].flatten(1, 2)
+
+
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [B, G, H/G, n, K], k and v [B, S, G, *]: [B, G, H/G, n, *] in q's dtype and the log-sum-exp, fp32 at least."""
+    wide = compute_dtype(q)
+    keys, values = (x.to(wide).transpose(1, 2)[:, :, None] for x in (k, v))
+    scores = q.to(wide) @ keys.transpose(-1, -2) * scale
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    lse = scores.logsumexp(dim=-1)
+    return ((scores - lse[..., None]).exp() @ values).to(q.dtype), lse

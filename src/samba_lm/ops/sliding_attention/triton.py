@@ -14,6 +14,7 @@ from samba_lm.ops.sliding_attention.triton_backward import dkdv_kernel, dq_kerne
 from samba_lm.ops.sliding_attention.triton_forward import forward_kernel
 
 LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
 MAX_WIDTH = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -73,10 +74,30 @@ def attention_triton(
     scale: float,
 ) -> torch.Tensor:
     """Same arguments, result and meaning as ``attention_reference``, but documents must not decrease along a row."""
-    first = None
-    if q_documents is not None and k_documents is not None:
-        first = first_keys(window, q_documents, k_documents)
-    return sliding_attention_forward(q, k, v, first, window or 0, scale)[0]
+    return sliding_attention_forward(q, k, v, _first_keys(window, q_documents, k_documents), window or 0, scale)[0]
+
+
+def attention_triton_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int | None,
+    q_documents: torch.Tensor | None,
+    k_documents: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`attention_triton`, and the log-sum-exp [B, L, H], which has no gradient."""
+    first = _first_keys(window, q_documents, k_documents)
+    out, lse = sliding_attention_forward(q, k, v, first, window or 0, scale)
+    return out, lse[:, :, : q.shape[1]].transpose(1, 2) * LN_2
+
+
+def _first_keys(
+    window: int | None, q_documents: torch.Tensor | None, k_documents: torch.Tensor | None
+) -> torch.Tensor | None:
+    if q_documents is None or k_documents is None:
+        return None
+    return first_keys(window, q_documents, k_documents)
 
 
 def first_keys(window: int | None, q_documents: torch.Tensor, k_documents: torch.Tensor) -> torch.Tensor:

@@ -12,11 +12,12 @@ import triton.language as tl
 
 from samba_lm.ops.shapes import last_dense
 from samba_lm.ops.sliding_attention.triton_forward import HIDDEN
-from samba_lm.ops.triton_math import dot, exp2
+from samba_lm.ops.triton_math import dot, exp2, log2
 
 PROGRAMS = 512
 """Splits are made until there are about so many programs: four for each processor of an H100."""
 LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit(do_not_specialize=["slots", "chunk"])
@@ -86,19 +87,21 @@ def split_kernel(
 
 
 @triton.jit
-def join_kernel(parts, tops, totals, out, splits, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
-    """out [B, H, DIM]. Grid: B x H."""
+def join_kernel(parts, tops, totals, out, lse, splits, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
+    """out [B, H, DIM], lse fp32 [B, H]. Grid: B x H."""
     at = tl.program_id(0).to(tl.int64)
     split, dim = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
     there = split < splits
     top = tl.load(tops + at * splits + split, mask=there, other=HIDDEN)
     # A split that saw no key has HIDDEN as its top, and so no weight.
-    weight = tl.where(there, exp2(top - tl.max(top, 0)), 0.0)
+    highest = tl.max(top, 0)
+    weight = tl.where(there, exp2(top - highest), 0.0)
     total = tl.sum(weight * tl.load(totals + at * splits + split, mask=there, other=0.0), 0)
     mask = there[:, None] & (dim < DIM)[None, :]
     part = tl.load(parts + (at * splits + split)[:, None] * DIM + dim[None, :], mask=mask, other=0.0)
     y = tl.sum(part * weight[:, None], 0) / total
     tl.store(out + at * DIM + dim, y.to(out.dtype.element_ty), mask=dim < DIM)
+    tl.store(lse + at, (highest + log2(total)) * LN_2)
 
 
 def cut(slots: int, programs: int, width: int, block: int) -> tuple[int, int]:
@@ -112,8 +115,8 @@ def cut(slots: int, programs: int, width: int, block: int) -> tuple[int, int]:
 @torch.library.custom_op("samba_lm::attend_one", mutates_args=())
 def attend_one_triton(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, filled: torch.Tensor | None, scale: float
-) -> torch.Tensor:
-    """As ``attend_one``; at least one slot of a row must be filled. Has no gradient."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``attend_one_lse``; at least one slot of a row must be filled. Has no gradient."""
     q, k, v = (last_dense(x) for x in (q, k, v))
     batch, heads, dim = q.shape
     slots, groups = k.shape[1], k.shape[2]
@@ -122,7 +125,7 @@ def attend_one_triton(
     splits, chunk = cut(slots, batch * groups, width, block)
     parts = q.new_empty((batch, heads, splits, dim), dtype=torch.float32)
     tops, totals = (q.new_empty((batch, heads, splits), dtype=torch.float32) for _ in range(2))
-    out = q.new_empty(q.shape)
+    out, lse = q.new_empty(q.shape), q.new_empty((batch, heads), dtype=torch.float32)
     share = heads // groups
     with torch.cuda.device_of(q):
         split_kernel[(splits, groups, batch)](
@@ -155,6 +158,7 @@ def attend_one_triton(
             tops,
             totals,
             out,
+            lse,
             splits,
             DIM=dim,
             WIDTH=width,
@@ -162,9 +166,9 @@ def attend_one_triton(
             enable_fp_fusion=True,
             num_warps=4,
         )
-    return out
+    return out, lse
 
 
 @attend_one_triton.register_fake
 def _(q, k, v, filled, scale):
-    return q.new_empty(q.shape)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
