@@ -45,13 +45,11 @@ class State:
 
         Of rings of different length, none of which is full then, the common part is copied.
         """
-        pairs = [
-            (t, theirs[name])
-            for mine, theirs in zip(self.layers, source.layers, strict=True)
-            for name, t in mine.items()
+        # By their names: a file's may stand in another order.
+        layers = [
+            {name: theirs[name] for name in mine} for mine, theirs in zip(self.layers, source.layers, strict=True)
         ]
-        pairs += [(self.cursor.segment, source.cursor.segment), (self.cursor.position, source.cursor.position)]
-        for to, given in pairs:
+        for to, given in zip(self.tensors(), State(source.cursor, layers).tensors(), strict=True):
             if to.data_ptr() == given.data_ptr():
                 continue
             if to.dim() == 1:
@@ -62,5 +60,8 @@ class State:
 
     def nbytes(self) -> int:
         """Bytes held."""
-        tensors = [t for layer in self.layers for t in layer.values()]
-        return sum(t.numel() * t.element_size() for t in (*tensors, self.cursor.segment, self.cursor.position))
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors, those of the layers first."""
+        return [*(t for layer in self.layers for t in layer.values()), self.cursor.segment, self.cursor.position]

@@ -7,21 +7,18 @@ import queue
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import TypeGuard
 
 import torch
 
-from samba_lm.engine.decoder import Decoder
+from samba_lm.engine.batch import Batch, Step
 from samba_lm.engine.prefiller import Prefiller
-from samba_lm.engine.request import Completion, End, Event, Finish, Piece, Request, Sink, Token
+from samba_lm.engine.request import Completion, End, Event, Finish, Piece, Request, Sink
 from samba_lm.engine.sequence import Sequence as Running
-from samba_lm.engine.sequence import report
-from samba_lm.engine.slots import Slots
 from samba_lm.errors import UserError
 from samba_lm.generation.params import DEFAULT_CHUNK, SamplingParams
+from samba_lm.generation.prefill import Reader
 from samba_lm.generation.prompt import Prompt, prompt_chunks
-from samba_lm.generation.sampling import History, Options, penalised, sample
 from samba_lm.generation.stream import check_request
 from samba_lm.model import SambaLM
 from samba_lm.state import State
@@ -54,6 +51,8 @@ class Engine:
         batch_invariant: make a greedy answer the same to the last bit whatever else runs, however its prompt was cut
             and from whichever copy of a context it began: prompts are then read one token a step, and every step
             computes all slots, so that all matrix products have one shape. Reading costs as much as writing.
+        ahead: start a step before the tokens of the one before have been looked at, where no text needs that, so that a
+            GPU never waits for Python; answers are the same. None: on a GPU.
 
     Attributes:
         constant: a sequence's state has one size however long it is; without, no text may be without end.
@@ -71,21 +70,22 @@ class Engine:
         queue_limit: int | None = None,
         chunk: int = DEFAULT_CHUNK,
         batch_invariant: bool = False,
+        ahead: bool | None = None,
     ) -> None:
         check_request(model, tokenizer, chunk)
         self.model, self.tokenizer = model.eval(), tokenizer
         model.fix_parameters()
-        self.slots = Slots(model, slots)
+        on_gpu = model.device.type == "cuda"
+        ahead = on_gpu if ahead is None else ahead
+        self._batch = Batch(model, tokenizer.vocab_size, slots, whole=batch_invariant, ahead=ahead)
+        self.slots = self._batch.slots
         self.chunk, self.queue_limit, self.batch_invariant = chunk, queue_limit, batch_invariant
         far = 1 << 30
         self.constant = model.config.state_bytes(far) == model.config.state_bytes(2 * far)
         self._waiting: deque[Running] = deque()
         self._reading: deque[Running] = deque()
-        self._running: list[Running] = []  # in the order of their rows
-        device, vocab_size = model.device, tokenizer.vocab_size
-        self._decoder = Decoder(self.slots, vocab_size, device, whole=batch_invariant)
-        self._prefiller = Prefiller(model, chunk, graphs=device.type == "cuda" and self.constant)
-        self._settled = False  # the decoder knows the options of the running ones
+        self._taken = 0  # of the slots: by those being read and those running
+        self._prefiller = Prefiller(model, chunk, graphs=on_gpu and self.constant)
         self._wake = threading.Condition()
         self._closing = False
         self._failure: BaseException | None = None
@@ -122,11 +122,10 @@ class Engine:
 
     def check_room(self) -> None:
         """Raise QueueFullError when no request could be taken now."""
-        free = self.slots.capacity - len(self._running) - len(self._reading)
-        if self.queue_limit is not None and len(self._waiting) >= self.queue_limit + max(0, free):
-            raise QueueFullError(
-                f"{len(self._waiting)} requests are waiting, the limit is {self.queue_limit}: try again later."
-            )
+        with self._wake:
+            waiting, free = len(self._waiting), self.slots.capacity - self._taken
+        if self.queue_limit is not None and waiting >= self.queue_limit + free:
+            raise QueueFullError(f"{waiting} requests are waiting, the limit is {self.queue_limit}: try again later.")
 
     def stream(self, request: Request) -> Iterator[Event]:
         """The events of a request as they come, the last an End; leaving early cancels it. Raises its error."""
@@ -197,7 +196,7 @@ class Engine:
 
     def counts(self) -> dict[str, int]:
         """How many requests are waiting, being read and running."""
-        return {"waiting": len(self._waiting), "reading": len(self._reading), "running": len(self._running)}
+        return {"waiting": len(self._waiting), "reading": len(self._reading), "running": len(self._batch.running)}
 
     @property
     def failure(self) -> BaseException | None:
@@ -225,7 +224,7 @@ class Engine:
         try:
             while True:
                 with self._wake:
-                    while not (self._closing or self._waiting or self._reading or self._running):
+                    while not (self._closing or self._waiting or self._reading or self._batch.running):
                         self._wake.wait()
                     if self._closing:
                         break
@@ -237,7 +236,7 @@ class Engine:
         finally:
             with self._wake:
                 self._closing = True
-                left = [*self._waiting, *self._reading, *self._running]
+                left = [*self._waiting, *self._reading, *self._batch.running]
                 self._waiting.clear()
             for running in left:
                 running.end("cancelled" if self._failure is None else "error", self._failure)
@@ -247,7 +246,7 @@ class Engine:
         self._admit()
         if self._reading:
             self._read()
-        if self._running:
+        if self._batch.running:
             self._decode()
 
     def _cancel(self) -> None:
@@ -257,20 +256,21 @@ class Engine:
                 waiting.end("cancelled")
         for reading in [r for r in self._reading if r.cancelled]:
             self._reading.remove(reading)
-            reading.end("cancelled")
-        for row in reversed(range(len(self._running))):
-            if self._running[row].cancelled:
+            self._end(reading, "cancelled")
+        for row in reversed(range(len(self._batch.running))):
+            if self._batch.running[row].cancelled:
                 self._finish(row, "cancelled")
 
     def _admit(self) -> None:
-        while self._waiting and len(self._reading) + len(self._running) < self.slots.capacity:
+        while self._waiting and self._taken < self.slots.capacity:
             with self._wake:
                 running = self._waiting.popleft()
+                self._taken += 1
             try:
                 running.begin(self.model, self.batch_invariant)
                 self._require_room(running.length + len(running.unread))
             except PROMPT_FAILS as error:
-                running.end("error", error)
+                self._end(running, "error", error)
                 continue
             if self.batch_invariant:
                 self._start(running)
@@ -294,53 +294,45 @@ class Engine:
                 left -= running.read(self.model, self._prefiller, left)
             except PROMPT_FAILS as error:
                 self._reading.popleft()
-                running.end("error", error)
+                self._end(running, "error", error)
                 continue
             if running.has_read:
                 self._reading.popleft()
                 if running.answer.finish is not None:  # nothing was to be made
-                    if running.request.keep_prompt and running.reader is not None:
-                        running.tell_ready(running.reader.state.fork())
-                    if running.request.keep and running.reader is not None:
-                        running.settle(running.reader.state.fork())
-                    running.end(running.answer.finish)
+                    assert running.reader is not None
+                    if running.request.keep_prompt:
+                        running.tell_ready(running.reader.fork())
+                    if running.request.keep:
+                        running.reader = running.reader.fork()  # the state was the prefiller's
+                    self._end(running, running.answer.finish)
                 else:
                     self._start(running)
 
     def _start(self, running: Running) -> None:
         """Give a sequence a row; what was read tells its first token."""
-        assert running.reader is not None
+        reader = running.reader
+        assert reader is not None
         if running.request.keep_prompt and not running.unread:
-            running.tell_ready(running.reader.state.fork())
-        self.slots.put(running.reader.state, running.length)
-        running.reader.state = State(running.reader.state.cursor, [])  # it lives in the slot now
-        self._running.append(running)
-        self._settled = False
-        logits = running.reader.logits
-        if logits is not None and not running.unread:
-            options = Options.of([running.request.params], self.tokenizer.vocab_size, logits.device)
-            position = torch.tensor([running.length], device=logits.device)
-            bias = self._biases([running])
-            bias = None if bias is None else bias.to(logits.device)
-            ids = sample(logits, options, position, running.reader.history, self.tokenizer.vocab_size, bias)
-            self._take([running], ids.tolist(), logits)
+            running.tell_ready(reader.fork())
+        first = None if running.unread else self._batch.first(running)
+        self._batch.add(running, reader.state, reader.history)
+        reader.state, reader.history = State(reader.state.cursor, []), None  # they live in the row now
+        if first is not None:
+            self._take(first)
 
     def _decode(self) -> None:
         """One token for every running sequence: read the one it made last, and draw the next."""
-        running = list(self._running)
-        reading = [(i, one) for i, one in enumerate(running) if one.unread]
-        ids = [one.next_token() for one in running]
-        if not self._settled:
-            self._decoder.set_options([one.request.params for one in running])
-            self._settled = True
-        bias = self._biases(running)
-        drawn, logits = self._decoder.step(ids, [one.length for one in running], self._histories(running), bias)
-        for row, one in reading:
+        step = self._batch.step()
+        for one in step.running:
+            if not one.over:
+                one.advance()
+        for row in step.reading:
+            one = step.running[row]
             if one.unread and one.request.prompt_logprobs:
-                one.note_prompt(logits[row : row + 1])
+                one.note_prompt(step.logits[row : row + 1])
             elif not one.unread:
-                self._has_read(one, row, logits[row : row + 1])
-        self._take(running, drawn.tolist(), logits)
+                self._has_read(one, row, step.logits[row : row + 1])
+        self._take(step)
 
     def _has_read(self, running: Running, row: int, logits: torch.Tensor) -> None:
         """Note what the last token of a prompt told that was read one token a step."""
@@ -348,47 +340,20 @@ class Engine:
         assert reader is not None
         reader.logits = logits.clone()
         if running.request.keep_prompt:
-            running.tell_ready(self.slots.take(row))
+            state, history = self._batch.standing(row)
+            running.tell_ready(Reader(state, list(reader.lengths), reader.logits, history))
 
-    def _biases(self, running: list[Running]) -> torch.Tensor | None:
-        """What is added to the logits, a row for each, on the CPU; None where nobody asks for it."""
-        if not any(one.biased for one in running):
-            return None
-        return torch.stack([one.bias() for one in running])
-
-    def _histories(self, running: list[Running]) -> History | None:
-        """What the penalties look at, a row for each; None where nobody asks for any."""
-        if not any(penalised(one.request.params) for one in running):
-            return None
-        width, device = self.model.config.vocab_size, self.model.device
-        rows = [one.history or History.create(1, width, device) for one in running]
-        return History(torch.cat([row.seen for row in rows]), torch.cat([row.counts for row in rows]))
-
-    def _take(self, running: list[Running], ids: list[int], logits: torch.Tensor) -> None:
+    def _take(self, step: Step) -> None:
         """Tell each sequence its next token; those that have ended leave their rows."""
-        told = [
-            (i, one)
-            for i, one in enumerate(running)
-            if not one.unread and one.answer.finish is None and one.error is None
-        ]
-        asked = [(i, one) for i, one in told if one.request.logprobs is not None]
-        reports: dict[int, Token] = {}
-        if asked:
-            rows = torch.tensor([i for i, _ in asked], device=logits.device)
-            most = max(one.request.logprobs or 0 for _, one in asked)
-            drawn = torch.tensor(ids, device=logits.device)[rows]
-            found = report(logits[rows], drawn, most, self.tokenizer.vocab_size)
-            reports = {
-                i: replace(token, top=token.top[: one.request.logprobs])
-                for (i, one), token in zip(asked, found, strict=True)
-            }
-        for i, one in told:
-            try:
-                one.feed(ids[i], reports.get(i))
-            except UserError as error:
-                one.error = error
-        for row in reversed(range(len(self._running))):
-            one = self._running[row]
+        for one, token_id, token in step.results():
+            if not (one.over or one.unread or one.answer.finish is not None or one.error is not None):
+                try:
+                    one.feed(token_id, token)
+                except UserError as error:
+                    one.error = error
+        running = self._batch.running
+        for row in reversed(range(len(running))):
+            one = running[row]
             if one.error is not None:
                 self._finish(row, "error", one.error)
             elif one.answer.finish is not None and not one.unread:
@@ -397,14 +362,16 @@ class Engine:
                 self._finish(row, "length")  # no room to read what was made last
 
     def _finish(self, row: int, finish: Finish, error: BaseException | None = None) -> None:
-        running = self._running[row]
+        running = self._batch.running[row]
         if running.request.keep and error is None:
-            running.settle(self.slots.take(row))
-        moved = self.slots.drop(row)
-        if moved != row:
-            self._running[row] = self._running[moved]
-        self._running.pop()
-        self._settled = False
+            running.settle(*self._batch.standing(row))
+        self._batch.remove(row)
+        self._end(running, finish, error)
+
+    def _end(self, running: Running, finish: Finish, error: BaseException | None = None) -> None:
+        """Of a sequence that has a slot no more, let others have it."""
+        with self._wake:
+            self._taken -= 1
         running.end(finish, error)
 
 

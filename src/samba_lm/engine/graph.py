@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
-
-from samba_lm.state import State
+from torch import Tensor
 
 T = TypeVar("T")
 WARM_UP = 2
@@ -27,13 +26,13 @@ class Graph(Generic[T]):
     result: T
 
     @classmethod
-    def record(cls, run: Callable[[], T], state: State, pool: Any) -> Graph[T]:
+    def record(cls, run: Callable[[], T], moved: list[Tensor], pool: Any) -> Graph[T]:
         """Record what ``run`` does on the GPU, to be started by :meth:`replay`.
 
-        ``state``: what running moves on, and is put back. ``pool``: of ``torch.cuda.graph_pool_handle()``, shared by
-        graphs that never run at once.
+        ``moved``: what running changes and the next run reads; it is put back. ``pool``: of
+        ``torch.cuda.graph_pool_handle()``, shared by graphs that never run at once.
         """
-        kept, device = state.fork(), state.position.device
+        kept, device = [tensor.clone() for tensor in moved], moved[0].device
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
@@ -43,7 +42,8 @@ class Graph(Generic[T]):
             with torch.cuda.graph(graph, pool=pool, stream=stream):
                 result = run()
         torch.cuda.current_stream(device).wait_stream(stream)
-        state.copy_(kept)
+        for tensor, before in zip(moved, kept, strict=True):
+            tensor.copy_(before)
         return cls(graph, result)
 
     def replay(self) -> T:

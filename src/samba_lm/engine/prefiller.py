@@ -64,7 +64,7 @@ class Prefiller:
             return self._run(size)
         if size not in self._graphs:
             assert self._state is not None
-            self._graphs[size] = Graph.record(lambda: self._run(size), self._state, self._pool)
+            self._graphs[size] = Graph.record(lambda: self._run(size), self._state.tensors(), self._pool)
         return self._graphs[size].replay()
 
     def _run(self, size: int) -> Tensor:

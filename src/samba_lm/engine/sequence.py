@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from samba_lm.engine.prefiller import Prefiller
+from samba_lm.engine.report import Report
 from samba_lm.engine.request import End, Finish, Piece, Progress, Ready, Request, Sink, Token
 from samba_lm.errors import UserError
 from samba_lm.generation.prefill import Reader, check_ids
 from samba_lm.generation.prompt import TokenIds
-from samba_lm.generation.sampling import NOT_FINITE, History, bias_of, require_finite
+from samba_lm.generation.sampling import NOT_FINITE, History, bias_of, penalised, require_finite
 from samba_lm.generation.stream import Answer
 from samba_lm.model import SambaLM
 from samba_lm.state import State
@@ -36,6 +37,7 @@ class Sequence:
         self._bias = bias_of(request.params, tokenizer.vocab_size)
         self._guide = None if request.guide is None else request.guide()
         self.cancelled = False
+        self.over = False
         self.error: BaseException | None = None
         self.reader: Reader | None = None
         self.has_read = False
@@ -75,8 +77,20 @@ class Sequence:
         return bias.masked_fill(~allowed, -torch.inf)
 
     @property
-    def history(self) -> History | None:
-        return None if self.reader is None else self.reader.history
+    def guided(self) -> bool:
+        """Whether what :meth:`bias` says depends on the tokens before."""
+        return self._guide is not None
+
+    @property
+    def penalised(self) -> bool:
+        """Whether its row must know which tokens it has read."""
+        return penalised(self.request.params)
+
+    @property
+    def foreseen(self) -> bool:
+        """Whether it will go on after its next token as far as can be known, and that token is all it takes."""
+        ending = self.answer.tokens + 1 == self.request.params.max_tokens
+        return not (ending or self.unread or self._guide is not None or self.request.keep)
 
     def begin(self, model: SambaLM, one_by_one: bool) -> None:
         """Make the state to begin with."""
@@ -119,20 +133,21 @@ class Sequence:
         return int(chunk.size)
 
     def next_token(self) -> int:
-        """The token to read in this step; the caller reads it."""
-        assert self.reader is not None
+        """The token that its row is to read next; :meth:`advance` tells that it has."""
         if self.unread:
             token = self.unread.popleft()
             self._read += 1
             if self._read % EVERY == 0 or not self.unread:
                 self._sink(Progress(self._read))
-            if self.reader.history is not None:
-                self.reader.history.read(0, torch.tensor([token], device=self.reader.history.seen.device))
         else:
             assert self._last is not None
             token = self._last
-        self.reader.lengths[0] += 1
         return token
+
+    def advance(self) -> None:
+        """Its row has read a token."""
+        assert self.reader is not None
+        self.reader.lengths[0] += 1
 
     def feed(self, token_id: int, token: Token | None) -> None:
         """Take a token that was drawn. Raises UserError where there was none to draw."""
@@ -143,9 +158,6 @@ class Sequence:
         before = self.answer.tokens
         text = self.answer.feed(token_id)
         self._last = token_id
-        history = self.history
-        if history is not None:
-            history.add(torch.tensor([token_id], device=history.seen.device))
         if self.answer.finish is not None:
             text += self.answer.flush()
         elif self._guide is not None:
@@ -157,21 +169,20 @@ class Sequence:
     def note_prompt(self, logits: torch.Tensor) -> None:
         """Note how likely the prompt token to be read next is, by logits [1, V]."""
         next_id = torch.tensor([self.unread[0]], device=logits.device)
-        self._prompt += report(logits, next_id, self.request.logprobs or 0, self._tokenizer.vocab_size)
+        self._prompt += Report(logits, next_id, self.request.logprobs or 0, self._tokenizer.vocab_size).tokens()
 
-    def tell_ready(self, state: State) -> None:
-        """Hand out where the sequence stands after its prompt, with a state of its own, for others to begin from."""
-        assert self.reader is not None
-        history = None if self.reader.history is None else self.reader.history.fork()
-        self._sink(Ready(Reader(state, list(self.reader.lengths), self.reader.logits, history)))
+    def tell_ready(self, reader: Reader) -> None:
+        """Hand out where the sequence stands after its prompt, a copy, for others to begin from."""
+        self._sink(Ready(reader))
 
-    def settle(self, state: State) -> None:
-        """Keep the state that the sequence's row had."""
+    def settle(self, state: State, history: History | None) -> None:
+        """Keep what the sequence's row had."""
         assert self.reader is not None
-        self.reader.state = state
+        self.reader.state, self.reader.history = state, history
 
     def end(self, finish: Finish, error: BaseException | None = None) -> None:
         """Tell that it is over."""
+        self.over = True
         asked, began, first = self._times
         now = time.perf_counter()
         made = self.answer.tokens
@@ -202,19 +213,8 @@ class Sequence:
         known = torch.cat((before, logits[:-1]))  # what each token was to be told from; none for the very first
         skipped = len(ids) - len(known)
         self._prompt += [Token(int(token)) for token in chunk[:skipped]]
-        self._prompt += report(known, ids[skipped:], self.request.logprobs or 0, self._tokenizer.vocab_size)
+        self._prompt += Report(known, ids[skipped:], self.request.logprobs or 0, self._tokenizer.vocab_size).tokens()
         reader.logits = logits[-1:]
         reader.lengths[0] += len(ids)
         if reader.history is not None:
             reader.history.read(0, ids)
-
-
-def report(logits: torch.Tensor, ids: torch.Tensor, count: int, vocab_size: int) -> list[Token]:
-    """How likely tokens [n] were by logits [n, V], and the ``count`` likeliest in their places."""
-    logprobs = logits[:, :vocab_size].float().log_softmax(-1)
-    own = logprobs.gather(1, ids.clamp(0, vocab_size - 1)[:, None])[:, 0].tolist()
-    values, top = (t.tolist() for t in logprobs.topk(min(count, vocab_size), dim=-1))
-    return [
-        Token(token, logprob, tuple(zip(best, value, strict=True)))
-        for token, logprob, best, value in zip(ids.tolist(), own, top, values, strict=True)
-    ]

@@ -116,11 +116,12 @@ class History:
         """Note prompt tokens, int64 [L], of one sequence."""
         self.seen[row, token_ids] = True
 
-    def add(self, token_ids: Tensor) -> None:
-        """Note one generated token, int64 [B], of every sequence."""
+    def add(self, token_ids: Tensor, made: Tensor | None = None) -> None:
+        """Note one token, int64 [B], of every sequence; ``made``: [B], 0 where it is the prompt's, else 1; None: 1."""
         column = token_ids.unsqueeze(-1)
+        ones = torch.ones_like(token_ids) if made is None else made
         self.seen.scatter_(-1, column, True)
-        self.counts.scatter_add_(-1, column, torch.ones_like(column, dtype=self.counts.dtype))
+        self.counts.scatter_add_(-1, column, ones.to(self.counts.dtype).unsqueeze(-1))
 
     def select(self, rows: list[int]) -> History:
         """A copy of some sequences only."""
