@@ -25,6 +25,7 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 MLP = SwiGLU(width=72)
 SAMBA = (Mamba(), MLP, Attention(heads=2, kv_heads=1, window=150), MLP)
+GROWING = (Attention(heads=2, kv_heads=1), MLP, SelfExtend(heads=2, kv_heads=1, neighbor_window=60), MLP)
 
 
 def make(layers: tuple[LayerSpec, ...] = SAMBA, d_model: int = 128, **options: object) -> SambaLM:
@@ -161,13 +162,32 @@ def test_steps_go_on_where_a_cache_has_grown(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.gpu
 @torch.inference_mode()
-def test_recorded_steps_whose_kernels_overlap() -> None:
+def test_recorded_steps_while_a_cache_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("samba_lm.engine.slots.LEAST", 16)
+    model = make(GROWING)
+    _, plain = model(torch.randint(0, 260, (1, 10), device=DEVICE))
+    slots = Slots(model, 1)
+    slots.put(plain, 10)
+    decoder = Decoder(slots, 257, torch.device(DEVICE))
+    decoder.set_options([SamplingParams(temperature=0)])
+    for length in range(11, 150):
+        ids = torch.randint(0, 257, (1,), device=DEVICE)
+        _, logits = decoder.step(ids.tolist(), [length])
+        torch.testing.assert_close(logits.float(), model.step(ids, plain).float(), atol=0.05, rtol=0.05)
+    assert slots._fast is not None
+    assert slots.reserved == 256
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layers", [SAMBA, GROWING], ids=["samba", "growing"])
+@torch.inference_mode()
+def test_recorded_steps_whose_kernels_overlap(layers: tuple[LayerSpec, ...]) -> None:
     """In a CUDA graph, where kernels begin early, the bits are those of kernels that wait for one another."""
-    model = make()
+    model = make(layers)
     waiting = states(model, [5, 150, 3, 77])
     slots = Slots(model, 4)
     for row in range(4):
-        slots.put(waiting.select([row]), 0)
+        slots.put(waiting.select([row]), 150)
     decoder = Decoder(slots, 257, torch.device(DEVICE))
     decoder.set_options([SamplingParams(temperature=0)] * 4)
     step = FastStep(model, waiting, Tuning(early=False))
