@@ -114,6 +114,22 @@ def test_many_rows_on_triton(kind: Kind, rows: int) -> None:
     assert error(quantized_linear(x, numbers, scale, backend="triton"), expected) < bound
 
 
+@needs_triton
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_shared_among_programs(kind: Kind) -> None:
+    """The last share is shorter than the others; the sum of two rows is that of each alone, to the last bit."""
+    from samba_lm.ops.quantized_linear.triton import TILE, shares
+
+    numbers, scale = quantize(weight(40, 1100), kind)
+    parts, share = shares(40, 1100, *TILE[numbers.dtype])
+    assert parts > 2
+    assert 1100 % share
+    x = torch.randn(2, 1100, device=DEVICE)
+    y = quantized_linear(x, numbers, scale, backend="triton")
+    assert error(y, quantized_linear(x.double(), numbers, scale, backend="reference")) < 6e-3
+    assert torch.equal(y[1:], quantized_linear(x[1:], numbers, scale, backend="triton"))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_leading_dimensions_and_fp64(kind: Kind) -> None:
     numbers, scale = quantize(weight(16, 128), kind)

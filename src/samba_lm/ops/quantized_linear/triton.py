@@ -16,12 +16,17 @@ FEW = 64
 """Rows up to which the weights are multiplied as they lie."""
 WHOLE = tl.constexpr(2 * GROUP)
 HALF = tl.constexpr(GROUP)
-OUTPUTS = {torch.int8: 16, torch.uint8: 32}
-"""Outputs of a program: few, so that a narrow weight keeps all of the GPU busy."""
-INPUTS = 256
-"""Inputs that a program of int8 reads at once."""
+TILE = {torch.int8: (32, 256), torch.uint8: (32, 128)}
+"""Outputs of a program, and the inputs that it reads at once (of int4 always ``WHOLE``)."""
 STAGES = {torch.int8: 4, torch.uint8: 5}
+"""How many of these are on their way."""
 WARPS = 4
+PROGRAMS = 256
+"""Where a weight has too few outputs for so many programs, its inputs are shared among several, 16 at most: by the
+weight's shape alone, so that a row's bits do not depend on the GPU."""
+MOST_PARTS = 16
+JOIN = 256
+"""Outputs whose parts a program adds up."""
 WRITE = (4, 1024)
 """The tile that is written out at once: outputs, inputs (of int4 always ``WHOLE`` inputs)."""
 
@@ -38,19 +43,22 @@ def whole_bf16(x):
 @triton.jit
 def _linear8(
     x_ptr, weight_ptr, scale_ptr, y_ptr, rows, outputs,
-    K: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, STAGES: tl.constexpr,
+    K: tl.constexpr, SHARE: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
+    """y [parts, rows, outputs], each part of ``SHARE`` inputs."""
     out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1) * SHARE
+    row = tl.arange(0, ROWS)
     total = tl.zeros((OUTPUTS, ROWS), tl.float32)
-    for begin in tl.range(0, K, INPUTS, num_stages=STAGES):
+    for begin in tl.range(first, tl.minimum(first + SHARE, K), INPUTS, num_stages=STAGES):
         k = begin + tl.arange(0, INPUTS)
         there = (out < outputs)[:, None] & (k < K)[None, :]
         weight = tl.load(weight_ptr + out[:, None].to(tl.int64) * K + k[None, :], mask=there, other=0)
         x = tl.load(x_ptr + row[None, :] * K + k[:, None], mask=(row < rows)[None, :] & (k < K)[:, None], other=0.0)
         total = dot(whole_bf16(weight), x.to(tl.bfloat16), total)
     total *= tl.load(scale_ptr + out, mask=out < outputs, other=0.0)[:, None]
-    at = row[None, :] * outputs + out[:, None]
+    at = (tl.program_id(1) * rows + row[None, :]) * outputs + out[:, None]
     inside = (row < rows)[None, :] & (out < outputs)[:, None]
     tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -58,17 +66,20 @@ def _linear8(
 @triton.jit
 def _linear4(
     x_ptr, weight_ptr, scale_ptr, y_ptr, rows, outputs,
-    K: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STAGES: tl.constexpr,
+    K: tl.constexpr, PAIRS: tl.constexpr, SHARE: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Two groups at a time: the lower halves of 64 bytes, and the upper ones. A group's sum is scaled in fp32."""
+    """As ``_linear8``, of ``PAIRS`` pairs of groups: the lower halves of 64 bytes, and the upper ones. A group's sum
+    is scaled in fp32."""
     out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1) * (SHARE // WHOLE)
+    row = tl.arange(0, ROWS)
     byte = tl.arange(0, HALF)
     here = out < outputs
     total = tl.zeros((OUTPUTS, ROWS), tl.float32)
-    weight_ptr += out[:, None].to(tl.int64) * (GROUPS * HALF // 2) + byte[None, :]
-    scale_ptr += out * GROUPS
-    for pair in tl.range(0, GROUPS // 2, num_stages=STAGES):
+    weight_ptr += out[:, None].to(tl.int64) * (PAIRS * HALF) + byte[None, :]
+    scale_ptr += out * (2 * PAIRS)
+    for pair in tl.range(first, tl.minimum(first + SHARE // WHOLE, PAIRS), num_stages=STAGES):
         packed = tl.load(weight_ptr + pair * HALF, mask=here[:, None], other=0).to(tl.int16)
         low_scale = tl.load(scale_ptr + 2 * pair, mask=here, other=0.0)
         high_scale = tl.load(scale_ptr + 2 * pair + 1, mask=here, other=0.0)
@@ -76,12 +87,21 @@ def _linear4(
         at = row[None, :] * K + k[:, None]
         low_x = tl.load(x_ptr + at, mask=(row < rows)[None, :] & (k < K)[:, None], other=0.0)
         high_x = tl.load(x_ptr + at + HALF, mask=(row < rows)[None, :] & (k + HALF < K)[:, None], other=0.0)
-        low = whole_bf16((packed & 15) - 8)
-        high = whole_bf16((packed >> 4) - 8)
-        total += dot(low, low_x.to(tl.bfloat16)) * low_scale[:, None]
-        total += dot(high, high_x.to(tl.bfloat16)) * high_scale[:, None]
-    at = row[None, :] * outputs + out[:, None]
+        total += dot(whole_bf16((packed & 15) - 8), low_x.to(tl.bfloat16)) * low_scale[:, None]
+        total += dot(whole_bf16((packed >> 4) - 8), high_x.to(tl.bfloat16)) * high_scale[:, None]
+    at = (tl.program_id(1) * rows + row[None, :]) * outputs + out[:, None]
     tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=(row < rows)[None, :] & here[:, None])
+
+
+@triton.jit
+def _join(parts_ptr, y_ptr, rows, outputs, PARTS: tl.constexpr, JOIN: tl.constexpr):
+    """y [rows, outputs] = the sum of parts [PARTS, rows, outputs], in their order."""
+    out = tl.program_id(0) * JOIN + tl.arange(0, JOIN)
+    row, here = tl.program_id(1), out < outputs
+    total = tl.zeros((JOIN,), tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts_ptr + (part * rows + row) * outputs + out, mask=here, other=0.0)
+    tl.store(y_ptr + row * outputs + out, total.to(y_ptr.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -121,22 +141,43 @@ def linear_triton(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) ->
     if rows > FEW:
         return F.linear(x, write_out(weight, scale, K, x.dtype))
     outputs = weight.shape[0]
+    tile, inputs = TILE[weight.dtype]
+    parts, share = shares(outputs, K, tile, inputs)
     x, y = x.contiguous(), x.new_empty(rows, outputs)
-    block = max(16, triton.next_power_of_2(rows))
-    tile = OUTPUTS[weight.dtype]
-    grid = triton.cdiv(outputs, tile), triton.cdiv(rows, block)
-    constants = {"K": K, "ROWS": block, "OUTPUTS": tile, "STAGES": STAGES[weight.dtype]}
+    sums = y if parts == 1 else x.new_empty(parts, rows, outputs, dtype=torch.float32)
+    grid = triton.cdiv(outputs, tile), parts
+    constants = {"K": K, "SHARE": share, "ROWS": max(16, triton.next_power_of_2(rows)), "OUTPUTS": tile}
+    constants["STAGES"] = STAGES[weight.dtype]
     with torch.cuda.device_of(x):
         if weight.dtype == torch.int8:
             _linear8[grid](
-                x, weight, scale, y, rows, outputs, INPUTS=INPUTS, **constants, enable_fp_fusion=True, num_warps=WARPS
+                x,
+                weight,
+                scale,
+                sums,
+                rows,
+                outputs,
+                INPUTS=inputs,
+                **constants,
+                enable_fp_fusion=True,
+                num_warps=WARPS,
             )
         else:
-            groups = scale.shape[1]
+            pairs = scale.shape[1] // 2
             _linear4[grid](
-                x, weight, scale, y, rows, outputs, GROUPS=groups, **constants, enable_fp_fusion=True, num_warps=WARPS
+                x, weight, scale, sums, rows, outputs, PAIRS=pairs, **constants, enable_fp_fusion=True, num_warps=WARPS
             )
+        if parts > 1:
+            grid = triton.cdiv(outputs, JOIN), rows
+            _join[grid](sums, y, rows, outputs, PARTS=parts, JOIN=JOIN, enable_fp_fusion=True, num_warps=2)
     return y
+
+
+def shares(outputs: int, width: int, tile: int, inputs: int) -> tuple[int, int]:
+    """Among how many programs the inputs of a tile of outputs are shared, and how many inputs each takes."""
+    parts = min(MOST_PARTS, triton.cdiv(PROGRAMS, triton.cdiv(outputs, tile)), triton.cdiv(width, inputs))
+    share = triton.cdiv(triton.cdiv(width, inputs), parts) * inputs
+    return triton.cdiv(width, share), share
 
 
 @linear_triton.register_fake
