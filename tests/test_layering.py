@@ -48,6 +48,7 @@ EXTRAS = {
     "uvicorn": ("serve/*",),
     "prometheus_client": ("serve/*",),
     "llguidance": ("serve/*",),
+    "ray": ("serve/ray.py",),
 }
 # Rooms that are an extra as a whole: they import its packages anywhere, and only functions import them.
 WHOLE_EXTRAS = {"serve"}

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from serving import KEY, OTHER_KEY, Server, Start, wait_until
+from serving import KEY, OTHER_KEY, Server, Start, raw_post, read_all, wait_until
 
 from samba_lm.engine.engine import QueueFullError, StoppedError
 from samba_lm.errors import UserError
@@ -22,19 +22,6 @@ from samba_lm.serve.errors import ApiError, api_error
 from samba_lm.serve.models import ChatRequest, CompletionRequest, ContextRequest
 
 ENDLESS = {"prompt": "a", "max_tokens": 4096, "stream": True, "ignore_eos": True}
-
-
-def read_all(connection: socket.socket) -> bytes:
-    parts = []
-    with contextlib.suppress(ConnectionResetError):
-        while part := connection.recv(1 << 16):
-            parts.append(part)
-    return b"".join(parts)
-
-
-def raw_post(path: str, body: bytes, length: int | None = None) -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
-    return head.encode() + str(len(body) if length is None else length).encode() + b"\r\n\r\n" + body
 
 
 def test_a_hundred_megabytes_are_refused_at_once(plain: Server) -> None:

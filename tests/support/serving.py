@@ -35,8 +35,9 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["samba_lm.serve.app", "samba_lm.serve.server", "samba_lm.cli.serve", "llguidance"])
 
 
-def _run(arguments: list[str], log: str) -> None:
+def _run(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     """In the process: ``samba-lm ARGUMENTS``, its errors in a file."""
+    os.environ.update(environment)
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115 - until the process ends
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -51,8 +52,8 @@ def _run(arguments: list[str], log: str) -> None:
 class Process:
     """A process of :data:`_FORKS`, as subprocess has them."""
 
-    def __init__(self, arguments: list[str], log: Path) -> None:
-        self._process = _FORKS.Process(target=_run, args=(arguments, str(log)), daemon=True)
+    def __init__(self, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
+        self._process = _FORKS.Process(target=_run, args=(arguments, str(log), environment), daemon=True)
         self._process.start()
 
     @property
@@ -83,11 +84,11 @@ class Process:
 class Server:
     """``samba-lm serve`` as a process. Its errors are kept, to be shown and to be looked through."""
 
-    def __init__(self, checkpoint: Path, *options: str) -> None:
+    def __init__(self, checkpoint: Path, *options: str, environment: dict[str, str] | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._log = Path(self._folder.name) / "log"
         self._log.touch()
-        self.process = Process(["serve", str(checkpoint), "--port", "0", *options], self._log)
+        self.process = Process(["serve", str(checkpoint), "--port", "0", *options], self._log, environment or {})
         self._port: int | None = None
         self._ended = ""
 
@@ -168,3 +169,18 @@ def wait_until(ready: Callable[[], bool], seconds: float) -> bool:
             return True
         time.sleep(0.02)
     return ready()
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """What comes until the other side closes."""
+    parts = []
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(1 << 16):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def raw_post(path: str, body: bytes, length: int | None = None) -> bytes:
+    """A request as it goes over the wire, whose length may be a lie."""
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+    return head.encode() + str(len(body) if length is None else length).encode() + b"\r\n\r\n" + body

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tyro.conf import Positional, UseAppendAction
 
 from samba_lm.cli.model import CheckpointName, Dtype, Quantize, load_with_tokenizer
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError
-
-if TYPE_CHECKING:
-    from samba_lm.serve.stores import Store
-
-
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
@@ -81,25 +74,24 @@ def main(argv: list[str]) -> None:
     try:
         from samba_lm.serve.app import create_app
         from samba_lm.serve.auth import Keys
+        from samba_lm.serve.opening import open_service
         from samba_lm.serve.server import serve
-        from samba_lm.serve.service import Service
-        from samba_lm.serve.settings import MIB, Settings
-        from samba_lm.serve.stores import FileStore, MemoryStore
-        from samba_lm.serve.templates import find_template
+        from samba_lm.serve.settings import LOOPBACK, MIB, Settings
     except ModuleNotFoundError as error:
         raise UserError(
             f"The server needs the package {error.name}: install it with `pip install 'samba-lm[serve]'`."
         ) from error
-    from samba_lm.checkpoint import latest_step
-    from samba_lm.engine.engine import Engine
-
-    keys = Keys() if command.api_key_file is None else Keys.read(command.api_key_file)
-    model, tokenizer = load_with_tokenizer(command.checkpoint, command.device, command.dtype, command.quantize)
     folder = Path(command.checkpoint).resolve()
+    keys = Keys() if command.api_key_file is None else Keys.read(command.api_key_file)
     settings = Settings(
         model_name=command.name or folder.name,
         host=command.host,
         port=command.port,
+        slots=command.slots,
+        queue=command.queue,
+        batch_invariant=command.batch_invariant,
+        contexts=command.contexts,
+        context_bytes=command.context_memory * MIB,
         cors_origins=command.cors_origin,
         allowed_hosts=command.allowed_host or (None if keys.needed or command.host not in LOOPBACK else LOOPBACK),
         max_tokens=command.max_tokens,
@@ -110,16 +102,12 @@ def main(argv: list[str]) -> None:
         body_seconds=command.body_seconds,
         drain_seconds=command.drain,
     )
-    if command.contexts is None:
-        store: Store = MemoryStore(command.context_memory * MIB)
-    else:
-        store = FileStore(command.contexts, model, tokenizer, settings.cache_bytes)
-    template = find_template(latest_step(folder) or folder, tokenizer)
-    with Engine(
-        model, tokenizer, slots=command.slots, queue_limit=command.queue, batch_invariant=command.batch_invariant
-    ) as engine:
-        service = Service(engine, settings, keys, template, store)
+    model, tokenizer = load_with_tokenizer(command.checkpoint, command.device, command.dtype, command.quantize)
+    service = open_service(model, tokenizer, folder, settings, keys)
+    try:
         serve(create_app(service), service)
+    finally:
+        service.close()
 
 
 def _check(command: Serve) -> None:

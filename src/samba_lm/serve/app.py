@@ -38,6 +38,9 @@ T = TypeVar("T")
 SHORT_BODY = 1 << 13
 """Bytes of a request that are read and turned into tokens on the event loop; longer ones go to a thread."""
 
+LONGEST = 400
+"""Characters of a complaint about a request."""
+
 
 class _Answer(Protocol):
     """Something to answer with, whole or as events."""
@@ -109,7 +112,14 @@ async def parse(body: bytes, kind: type[M]) -> M:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         param = str(first["loc"][0]) if first["loc"] else None
-        raise ApiError(400, models.UNIONS.get(param or "") or explain(error, kind), param=param) from None
+        raise ApiError(
+            400, _cut(models.UNIONS.get(param or "") or explain(error, kind)), param=param and _cut(param)
+        ) from None
+
+
+def _cut(text: str) -> str:
+    """It may quote what a client sent."""
+    return text if len(text) <= LONGEST else text[:LONGEST] + "..."
 
 
 async def off_loop(body: bytes, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
@@ -124,6 +134,9 @@ def _type(request: Request) -> str:
 
 
 def _require_type(request: Request, *types: str) -> None:
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        raise ApiError(415, f"The body may not be compressed, and this one is ({encoding[:40]!r}): send it as it is.")
     # No page of another origin can send these without asking first, and we do not say yes.
     if _type(request) not in types:
         raise ApiError(415, f"The body must be {' or '.join(types)}: say so in Content-Type.")
@@ -219,7 +232,7 @@ def _texts(app: FastAPI, service: Service) -> None:
 
 def contexts_of(request: Request, service: Service) -> Contexts:
     """The contexts of who asks."""
-    return Contexts(service.store, request.state.client.owner, service.settings.max_contexts)
+    return Contexts(service, request.state.client.owner)
 
 
 def _contexts(app: FastAPI, service: Service) -> None:

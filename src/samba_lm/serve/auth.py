@@ -13,6 +13,7 @@ from samba_lm.errors import UserError, did_you_mean
 from samba_lm.serve.errors import ApiError, busy
 
 KEY = re.compile(r"[\x21-\x7e]{16,512}")
+NUMBER = re.compile("[1-9][0-9]{0,8}")
 LIMITS = ("requests_per_minute", "concurrent")
 
 
@@ -118,7 +119,7 @@ def _client(words: list[str], where: str) -> tuple[bytes, Client]:
             name = value
         elif field_name not in LIMITS:
             raise UserError(f"{where}: {field_name[:60]!r} is no limit.{did_you_mean(field_name, [*LIMITS, 'name'])}")
-        elif not (value.isascii() and value.isdecimal() and 0 < int(value[:10]) < 10**9):
+        elif not NUMBER.fullmatch(value):
             raise UserError(f"{where}: {option[:60]!r} must be a whole number from 1 to 999999999.")
         else:
             limits[field_name] = int(value)

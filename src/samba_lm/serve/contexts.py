@@ -25,7 +25,7 @@ from samba_lm.serve.answers import reason
 from samba_lm.serve.errors import ApiError
 from samba_lm.serve.jobs import Job
 from samba_lm.serve.service import Service
-from samba_lm.serve.stores import NAME, FullError, Store
+from samba_lm.serve.stores import NAME, FullError
 from samba_lm.tokenizer import Tokenizer
 
 PIECE = 1 << 16
@@ -54,35 +54,36 @@ class Context:
 class Contexts:
     """One client's contexts."""
 
-    def __init__(self, store: Store, owner: str, most: int) -> None:
-        self._store, self._owner, self._most = store, owner, most
+    def __init__(self, service: Service, owner: str) -> None:
+        self._store, self._stored, self._owner = service.store, service.stored, owner
+        self._most = service.settings.max_contexts
 
     async def get(self, name: str | None) -> Context | None:
         """The context of a request that names one. Raises ApiError (404) where there is none."""
         if name is None:
             return None
         _check(name)
-        snapshot = await asyncio.to_thread(self._store.get, self._owner, name)
+        snapshot = await self._stored(self._store.get, self._owner, name)
         if snapshot is None:
             raise _absent(name)
         return Context(name, snapshot)
 
     async def show(self, name: str) -> models.Context:
         _check(name)
-        card = await asyncio.to_thread(self._store.card, self._owner, name)
+        card = await self._stored(self._store.card, self._owner, name)
         if card is None:
             raise _absent(name)
         return models.Context.model_validate(card)
 
     async def list(self) -> models.ContextList:
         """The newest first."""
-        cards = await asyncio.to_thread(self._store.cards, self._owner)
+        cards = await self._stored(self._store.cards, self._owner)
         found = [models.Context.model_validate(card) for card in cards]
         return models.ContextList(data=sorted(found, key=lambda one: (-one.created, one.id)))
 
     async def delete(self, name: str) -> models.ContextDeleted:
         _check(name)
-        if not await asyncio.to_thread(self._store.delete, self._owner, name):
+        if not await self._stored(self._store.delete, self._owner, name):
             raise _absent(name)
         return models.ContextDeleted(id=name)
 
@@ -108,17 +109,17 @@ class Contexts:
             token_hash=snapshot.read.hexdigest(),
         )
         try:
-            await asyncio.to_thread(self._store.put, self._owner, name, shown.model_dump(), snapshot)
+            await self._stored(self._store.put, self._owner, name, shown.model_dump(), snapshot)
         except FullError as error:
             raise ApiError(400, str(error), code="too_many_contexts") from None
-        except (UserError, OSError) as error:
+        except UserError as error:
             logging.getLogger("samba_lm.serve").error("a context could not be kept: %s", error)
             raise ApiError(503, "The server could not keep the context; its log says why.") from None
         return shown
 
     async def check_room(self) -> None:
         """Raise ApiError where the client has too many."""
-        if await asyncio.to_thread(self._store.count, self._owner) >= self._most:
+        if await self._stored(self._store.count, self._owner) >= self._most:
             raise ApiError(
                 400,
                 f"There are {self._most} contexts already, this server's limit: delete some.",

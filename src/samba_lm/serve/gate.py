@@ -7,8 +7,9 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from samba_lm.engine.engine import QueueFullError
 from samba_lm.serve.auth import Client
-from samba_lm.serve.errors import ApiError, unavailable
+from samba_lm.serve.errors import ApiError, api_error, unavailable
 from samba_lm.serve.service import Service
 
 QUEUED = ("/v1/completions", "/v1/chat/completions", "/v1/contexts")
@@ -48,15 +49,19 @@ class Gate:
                 if service.draining:
                     raise unavailable()
                 if scope["method"] == "POST" and scope["path"] in QUEUED:
-                    service.check_room()
+                    service.engine.check_room()
                 _check_size(headers.get("content-length"), service.settings.max_body)
                 scope["state"]["client"].enter()
                 client = scope["state"]["client"]
                 service.active += 1
             body = _Body(receive, service.settings.max_body, service.settings.body_seconds)
-            await self._app(scope, body.receive, sending)
-        except ApiError as error:
-            await error.response()(scope, receive, sending)
+            service.arriving.add(body.stop)
+            try:
+                await self._app(scope, body.receive, sending)
+            finally:
+                service.arriving.discard(body.stop)
+        except (ApiError, QueueFullError) as error:
+            await api_error(error).response()(scope, receive, sending)
         except Exception:  # answered outside of here
             status = status or 500
             raise
@@ -76,22 +81,34 @@ class _Body:
         self._receive, self._most = receive, most
         self._until = asyncio.get_running_loop().time() + seconds
         self._seconds = seconds
-        self._size, self._whole = 0, False
+        self._size, self._whole, self._stopped = 0, False, False
+        self._timeout: asyncio.Timeout | None = None
 
     async def receive(self) -> Message:
         if self._whole:
             return await self._receive()
         try:
-            async with asyncio.timeout_at(self._until):
+            async with asyncio.timeout_at(self._until) as self._timeout:
                 message = await self._receive()
         except TimeoutError:
+            if self._stopped:
+                raise unavailable() from None
             raise ApiError(408, f"The body did not come within {self._seconds:g} seconds.") from None
+        finally:
+            self._timeout = None
         if message["type"] == "http.request":
             self._size += len(message.get("body", b""))
             self._whole = not message.get("more_body", False)
             if self._size > self._most:
                 raise _too_large(self._most)
         return message
+
+    def stop(self) -> None:
+        """Do not wait for the rest: the server is shutting down."""
+        self._stopped = True
+        self._until = 0.0
+        if self._timeout is not None:
+            self._timeout.reschedule(self._until)
 
 
 def _check_host(host: str | None, allowed: tuple[str, ...] | None) -> None:

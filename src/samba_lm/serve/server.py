@@ -48,7 +48,9 @@ def serve(app: FastAPI, service: Service) -> None:
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=LAST_SECONDS,
     )
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    logger = logging.getLogger("uvicorn.error")
+    logger.setLevel(logging.ERROR)
+    logger.addFilter(_worth_telling)
     _Server(config, service).run([listener])
 
 
@@ -62,6 +64,11 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(
             f"Cannot listen at {host}, port {port} ({reason}): choose another --port (0: any) or --host."
         ) from None
+
+
+def _worth_telling(record: logging.LogRecord) -> bool:
+    """Not that a request was cut off by the shutdown: its client did not read what it was told."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
 class _Server(uvicorn.Server):
@@ -106,7 +113,7 @@ class _Server(uvicorn.Server):
             )
         while service.active and self._loop.time() < until and not self.should_exit:
             await asyncio.sleep(0.05)
-        service.bridge.stop_all()
+        service.stop()
         until = self._loop.time() + LAST_SECONDS
         while service.active and self._loop.time() < until and not self.should_exit:
             await asyncio.sleep(0.02)
@@ -128,6 +135,10 @@ class PatientProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._watch()
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP."""
+        self._end(400, "This is no HTTP request that can be understood: its head or its chunks are malformed.")
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -154,12 +165,19 @@ class PatientProtocol(H11Protocol):
         self._timer = None
         if self.transport.is_closing():
             return
-        if self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:
-            body = json.dumps(ApiError(408, f"The request's head did not come within {self._seconds:g} s.").body())
+        if self.conn.trailing_data[0]:
+            self._end(408, f"The request's head did not come within {self._seconds:g} s.")
+        else:
+            self.transport.close()
+
+    def _end(self, status: int, message: str) -> None:
+        """Answer what never became a request, unless an answer has begun, and close the connection."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = json.dumps(ApiError(status, message).body()).encode()
             headers = [("content-type", "application/json"), ("connection", "close")]
             for event in (
-                h11.Response(status_code=408, headers=[*headers, ("content-length", str(len(body)))]),
-                h11.Data(data=body.encode()),
+                h11.Response(status_code=status, headers=[*headers, ("content-length", str(len(body)))]),
+                h11.Data(data=body),
                 h11.EndOfMessage(),
             ):
                 self.transport.write(self.conn.send(event) or b"")

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import logging
 import secrets
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 
@@ -12,15 +18,21 @@ from samba_lm.generation.params import SamplingParams
 from samba_lm.generation.prefill import check_ids
 from samba_lm.generation.prompt import TokenIds
 from samba_lm.serve.auth import Keys
-from samba_lm.serve.errors import ApiError, busy
+from samba_lm.serve.errors import ApiError
 from samba_lm.serve.jobs import Bridge
 from samba_lm.serve.metrics import Metrics
 from samba_lm.serve.models import Sampling, Usage
+from samba_lm.serve.places import PlaceError
 from samba_lm.serve.settings import Settings
 from samba_lm.serve.stores import Store
 from samba_lm.serve.templates import Template
 from samba_lm.serve.turns import Turns
 from samba_lm.serve.words import Words
+
+P = ParamSpec("P")
+T = TypeVar("T")
+STORING = 16
+"""Threads for contexts."""
 
 
 class Service:
@@ -29,6 +41,7 @@ class Service:
     Attributes:
         draining: the server is shutting down, and refuses new work.
         active: requests that are being worked on.
+        arriving: what gives up the bodies that have not come whole, see :meth:`stop`.
     """
 
     def __init__(self, engine: Engine, settings: Settings, keys: Keys, template: Template, store: Store) -> None:
@@ -40,15 +53,38 @@ class Service:
         self.started = int(time.time())
         self.draining = False
         self.active = 0
+        self.arriving: set[Callable[[], None]] = set()
+        self._storing = ThreadPoolExecutor(STORING, "samba-lm contexts")
 
-    def check_room(self) -> None:
-        """Raise ApiError (429) when no request could be taken now."""
-        counts, limit = self.engine.counts(), self.engine.queue_limit
-        if limit is None:
-            return
-        free = self.engine.slots.capacity - counts["running"] - counts["reading"]
-        if counts["waiting"] >= limit + max(0, free):
-            raise busy(f"{counts['waiting']} requests are waiting, the limit is {limit}: try again later.")
+    def stop(self) -> None:
+        """Tell all that still runs or arrives that the server is shutting down."""
+        self.bridge.stop_all()
+        for give_up in list(self.arriving):
+            give_up()
+
+    def close(self) -> None:
+        """End what still runs, and the engine."""
+        self.engine.close()
+        self._storing.shutdown(wait=False, cancel_futures=True)
+
+    async def stored(self, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """Do work with the place where contexts are kept, in one of the threads that do nothing else: a place that
+        does not answer holds up nobody who does not need it. Raises ApiError (503) where it fails or takes too long.
+        """
+        call = functools.partial(work, *args, **options)
+        waiting = asyncio.get_running_loop().run_in_executor(self._storing, call)
+        try:
+            return await asyncio.wait_for(waiting, self.settings.store_seconds)
+        except TimeoutError:
+            why = f"no answer within {self.settings.store_seconds:g} seconds"
+        except (PlaceError, OSError) as error:
+            why = str(error)
+        logging.getLogger("samba_lm.serve").error("the place where contexts are kept fails: %s", why)
+        raise ApiError(
+            503,
+            "The place where this server keeps contexts does not answer; the server's log says why. Try again later.",
+            code="contexts_unavailable",
+        )
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError for another model's name."""
@@ -61,9 +97,18 @@ class Service:
             )
 
     def token_ids(self, ids: list[int]) -> TokenIds:
-        """Token ids that a client gave. Raises UserError for one that the model does not know."""
+        """Token ids that a client gave. Raises UserError for one that the model does not know, and ApiError for one
+        that it could read but that stands for nothing: models have more rows than their tokenizers tokens."""
         array = np.array(ids, dtype=np.int64)
         check_ids(array, self.engine.model.config.vocab_size, 0)
+        known = self.engine.tokenizer.vocab_size
+        for position in np.flatnonzero(array >= known)[:1].tolist():
+            raise ApiError(
+                400,
+                f"Token id {ids[position]} at position {position} is no token of the model's tokenizer, which has "
+                f"{known} (0 to {known - 1}).",
+                param="prompt",
+            )
         return array
 
     def check_length(self, tokens: TokenIds) -> None:

@@ -1,10 +1,12 @@
-"""What a server is told when it starts: where it listens, what it allows, how long it waits."""
+"""What a server is told when it starts: what it holds, what it allows, how long it waits."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 MIB = 1 << 20
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""This machine's own names."""
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,15 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     """0: any free one."""
+    slots: int = 16
+    """Texts continued at once; more wait,"""
+    queue: int = 64
+    """so many of them."""
+    batch_invariant: bool = False
+    contexts: str | None = None
+    """A folder or an fsspec URL for contexts; None: they are kept in memory,"""
+    context_bytes: int = 2048 * MIB
+    """so much of it."""
     cors_origins: tuple[str, ...] = ()
     """Web pages of other origins that may call: ``https://example.org``, or ``*`` for all."""
     allowed_hosts: tuple[str, ...] | None = None
@@ -39,5 +50,7 @@ class Settings:
     """and the body by then."""
     drain_seconds: float = 30.0
     """What runs may go on so long after the server was told to stop."""
+    store_seconds: float = 60.0
+    """The place where contexts are kept must answer by then."""
     keep_alive_seconds: float = 15.0
     """A stream without news gets a comment so often, or proxies would take it for dead."""

@@ -6,17 +6,12 @@ context itself is written first and what lists it second, so that what is listed
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
@@ -25,9 +20,15 @@ from samba_lm.errors import UserError
 from samba_lm.files import atomic_file
 from samba_lm.model import SambaLM
 from samba_lm.serve.models import Context
+from samba_lm.serve.places import FolderPlace, Place, PlaceError, UrlPlace
 from samba_lm.tokenizer import Tokenizer
 
 NAME = re.compile(r"ctx-[A-Za-z0-9_-]{22}")
+OWNER = re.compile(r"[0-9a-f]{32}|anyone")
+LEFT = re.compile(rf"\.?{NAME.pattern}\.(ctx|json)\.tmp(-\w+)?")
+"""What is written beside a file before it takes its name."""
+LEFT_SECONDS = 3600.0
+"""Nothing takes so long to be written."""
 Card = dict[str, Any]
 """What is told of a context without reading it."""
 
@@ -97,25 +98,30 @@ class FileStore:
         place: a folder, or a URL such as ``s3://bucket/contexts`` (whose fsspec package must be installed).
         cache_bytes: for states that were used last.
 
-    Raises UserError for a place that cannot be written.
+    Raises UserError for a place that cannot be written; methods raise PlaceError where it does not work any more.
     """
 
     def __init__(self, place: str, model: SambaLM, tokenizer: Tokenizer, cache_bytes: int) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._files: _Files = _Remote(place) if "://" in place else _Folder(Path(place))
+        folder = place.removeprefix("file://")
+        self._place: Place = UrlPlace(place) if "://" in folder else FolderPlace(Path(folder))
+        try:
+            self._clear()
+        except PlaceError as error:
+            raise UserError(f"Contexts cannot be kept in {folder}: {error}. Give another --contexts.") from error
         self._cache: OrderedDict[tuple[str, str], Snapshot] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._lock = threading.Lock()
 
     def put(self, owner: str, name: str, card: Card, snapshot: Snapshot) -> None:
-        with self._files.writing(owner, f"{name}.ctx") as path:
+        with self._place.writing(owner, f"{name}.ctx") as path:
             save(path, snapshot, self._model, self._tokenizer)
-        with self._files.writing(owner, f"{name}.json") as path, atomic_file(path) as tmp:
+        with self._place.writing(owner, f"{name}.json") as path, atomic_file(path) as tmp:
             tmp.write_text(json.dumps(card), encoding="utf-8")
         self._remember(owner, name, snapshot)
 
     def card(self, owner: str, name: str) -> Card | None:
-        text = self._files.text(owner, f"{name}.json")
+        text = self._place.text(owner, f"{name}.json")
         return None if text is None else _card(text, name)
 
     def get(self, owner: str, name: str) -> Snapshot | None:
@@ -126,12 +132,15 @@ class FileStore:
             if found is not None:
                 self._cache.move_to_end((owner, name))
                 return found
-        with self._files.reading(owner, f"{name}.ctx") as path:
+        with self._place.reading(owner, f"{name}.ctx") as path:
             if path is None:
                 return None
             try:
                 found = load(path, self._model, self._tokenizer)
-            except UserError as error:  # for a client, who need not know our paths
+            except UserError as error:
+                if not path.exists():  # deleted while we looked
+                    return None
+                # For a client, who need not know our paths.
                 raise UserError(str(error).replace(str(path), f"Context {name}")) from None
         self._remember(owner, name, found)
         return found
@@ -145,12 +154,24 @@ class FileStore:
     def delete(self, owner: str, name: str) -> bool:
         with self._lock:
             self._cache.pop((owner, name), None)
-        listed = self._files.remove(owner, f"{name}.json")
-        self._files.remove(owner, f"{name}.ctx")
+        listed = self._place.remove(owner, f"{name}.json")
+        self._place.remove(owner, f"{name}.ctx")
         return listed
 
+    def _clear(self) -> None:
+        """Remove what a process that was killed left behind: half-written files, and contexts that are not listed.
+
+        Other replicas may be at work there, so only what is so old that nobody writes it any more.
+        """
+        for owner in self._place.owners():
+            names = set(self._place.names(owner)) if OWNER.fullmatch(owner) else set()
+            for name in names:
+                unlisted = name.endswith(".ctx") and NAME.fullmatch(name[:-4]) and f"{name[:-4]}.json" not in names
+                if unlisted or LEFT.fullmatch(name):
+                    self._place.remove(owner, name, older_than=LEFT_SECONDS)
+
     def _names(self, owner: str) -> list[str]:
-        names = [file.removesuffix(".json") for file in self._files.names(owner) if file.endswith(".json")]
+        names = [file.removesuffix(".json") for file in self._place.names(owner) if file.endswith(".json")]
         return [name for name in names if NAME.fullmatch(name)]
 
     def _remember(self, owner: str, name: str, snapshot: Snapshot) -> None:
@@ -160,116 +181,6 @@ class FileStore:
             while held > self._cache_bytes and self._cache:
                 _, dropped = self._cache.popitem(last=False)
                 held -= dropped.nbytes()
-
-
-class _Files(Protocol):
-    """Files by owner and name. Raises UserError or OSError where the place fails."""
-
-    def writing(self, owner: str, name: str) -> contextlib.AbstractContextManager[Path]: ...
-
-    def reading(self, owner: str, name: str) -> contextlib.AbstractContextManager[Path | None]: ...
-
-    def text(self, owner: str, name: str) -> str | None: ...
-
-    def names(self, owner: str) -> list[str]: ...
-
-    def remove(self, owner: str, name: str) -> bool: ...
-
-
-class _Folder:
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=root):
-                pass
-        except OSError as error:
-            raise UserError(f"Contexts cannot be kept in {root}: {error.strerror}. Give another --contexts.") from error
-
-    @contextlib.contextmanager
-    def writing(self, owner: str, name: str) -> Iterator[Path]:
-        (self._root / owner).mkdir(mode=0o700, exist_ok=True)
-        yield self._root / owner / name
-
-    @contextlib.contextmanager
-    def reading(self, owner: str, name: str) -> Iterator[Path | None]:
-        path = self._root / owner / name
-        yield path if path.exists() else None
-
-    def text(self, owner: str, name: str) -> str | None:
-        try:
-            return (self._root / owner / name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):  # not there, or not ours: a folder, a loop of links, other bytes
-            return None
-
-    def names(self, owner: str) -> list[str]:
-        try:
-            return sorted(os.listdir(self._root / owner))
-        except FileNotFoundError:
-            return []
-
-    def remove(self, owner: str, name: str) -> bool:
-        try:
-            (self._root / owner / name).unlink()
-        except FileNotFoundError:
-            return False
-        return True
-
-
-class _Remote:
-    def __init__(self, url: str) -> None:
-        import fsspec
-
-        try:
-            self._fs, self._root = fsspec.core.url_to_fs(url)
-            self._fs.makedirs(self._root, exist_ok=True)
-        except (ImportError, ValueError, OSError) as error:
-            shown = urlsplit(url)._replace(netloc=urlsplit(url).hostname or "").geturl()  # no password in a log
-            raise UserError(f"Contexts cannot be kept at {shown}: {error}. Give another --contexts.") from error
-
-    def _path(self, owner: str, name: str = "") -> str:
-        return "/".join(part for part in (self._root.rstrip("/"), owner, name) if part)
-
-    @contextlib.contextmanager
-    def writing(self, owner: str, name: str) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix="samba-lm-") as folder:
-            path = Path(folder) / name
-            yield path
-            self._fs.makedirs(self._path(owner), exist_ok=True)
-            # A place that cannot rename (an object store) shows an object when it is whole; others rename.
-            self._fs.put_file(str(path), self._path(owner, f".{name}.tmp"))
-            self._fs.mv(self._path(owner, f".{name}.tmp"), self._path(owner, name))
-
-    @contextlib.contextmanager
-    def reading(self, owner: str, name: str) -> Iterator[Path | None]:
-        with tempfile.TemporaryDirectory(prefix="samba-lm-") as folder:
-            path = Path(folder) / name
-            try:
-                self._fs.get_file(self._path(owner, name), str(path))
-            except FileNotFoundError:
-                yield None
-                return
-            yield path
-
-    def text(self, owner: str, name: str) -> str | None:
-        try:
-            return str(self._fs.cat_file(self._path(owner, name)), "utf-8")
-        except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
-            return None
-
-    def names(self, owner: str) -> list[str]:
-        self._fs.invalidate_cache()  # other replicas write there too
-        try:
-            return sorted(str(path).rpartition("/")[2] for path in self._fs.ls(self._path(owner), detail=False))
-        except FileNotFoundError:
-            return []
-
-    def remove(self, owner: str, name: str) -> bool:
-        self._fs.invalidate_cache()
-        if not self._fs.exists(self._path(owner, name)):
-            return False
-        self._fs.rm_file(self._path(owner, name))
-        return True
 
 
 def _card(text: str, name: str) -> Card | None:
