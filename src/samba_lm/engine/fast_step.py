@@ -112,7 +112,7 @@ class FastStep:
         return plan.begin(
             self._fp32("stream", 1, self.model.config.d_model)[0],
             first.weight,
-            self._bf16("normed", self.model.config.d_model),
+            self._operand("normed", self.model.config.d_model),
             rows,
             first.eps,
             self.state.cursor.position,
@@ -150,7 +150,7 @@ class FastStep:
 
     def _swiglu(self, launches: list[nvrtc.Launch], mlp: SwiGLUMLP, rows: int) -> tuple[Tensor, Tensor]:
         """What the last product of the layer reads, and its weight."""
-        x = self._bf16("mlp", mlp.w3.weight.shape[1])
+        x = self._operand("mlp", mlp.w3.weight.shape[1])
         launches.append(plan.linear(self._normed, mlp.w12.weight, x, rows, "SWIGLU", self.tuning))
         return x, mlp.w3.weight
 
@@ -158,7 +158,7 @@ class FastStep:
         self, launches: list[nvrtc.Launch], mamba: MambaMixer, tensors: dict[str, Tensor], rows: int
     ) -> tuple[Tensor, Tensor]:
         s6 = mamba.s6
-        u, z, y = (self._bf16(name, s6.inner) for name in ("u", "z", "y"))
+        u, z, y = (self._operand(name, s6.inner) for name in ("u", "z", "y"))
         convolution = plan.Convolution(s6.conv.weight, s6.conv.bias, _checked(tensors["conv"], torch.bfloat16), z)
         tuning, inputs = self.tuning, mamba.in_proj.weight
         launches.append(plan.linear(self._normed, inputs, u, rows, "CONV", tuning, convolution=convolution))
@@ -178,7 +178,7 @@ class FastStep:
         keys, values = (_checked(tensors[name], torch.bfloat16) for name in ("k", "v"))
         position = self.state.cursor.position
         rings = plan.Rings(cos, sin, keys, values, position, spec.heads)
-        q, y = (self._bf16(name, spec.heads * width) for name in ("q", "attended"))
+        q, y = self._bf16("q", spec.heads * width), self._operand("attended", spec.heads * width)
         launches.append(plan.linear(self._normed, attention.qkv.weight, q, rows, "QKV", self.tuning, rings=rings))
         cache = plan.Cache(q, keys, values)
         parts = self._parts(spec.heads, spec.groups, width, plan.runs(keys.shape[1]))
@@ -208,7 +208,11 @@ class FastStep:
 
     @property
     def _normed(self) -> Tensor:
-        return self._bf16("normed", self.model.config.d_model)
+        return self._operand("normed", self.model.config.d_model)
+
+    def _operand(self, name: str, columns: int) -> Tensor:
+        """What a product reads."""
+        return self._make(f"{name} {columns}", plan.operand_shape(columns), torch.bfloat16)
 
     def _bf16(self, name: str, width: int) -> Tensor:
         return self._make(name, (self._rows, width), torch.bfloat16)
