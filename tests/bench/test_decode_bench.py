@@ -14,8 +14,10 @@ from samba_lm.bench.ceilings import Ceilings
 from samba_lm.bench.decode import BATCHES, CONTEXTS, check, least_bytes, run_decode
 from samba_lm.bench.figure import Figure
 from samba_lm.bench.steps import Steps
-from samba_lm.bench.training import new_model
+from samba_lm.bench.training import narrow, new_model
+from samba_lm.checkpoint import place
 from samba_lm.cli.main import main
+from samba_lm.engine import fast_step
 from samba_lm.engine.decoder import Decoder
 from samba_lm.errors import UserError
 from samba_lm.zoo import get
@@ -89,6 +91,15 @@ def test_texts_stand_where_they_are_said_to() -> None:
     assert texts.slots.rows(0, 3).position.tolist() == [0, 0, 0]
 
 
+def test_it_tells_which_steps_were_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = run()
+    notes = {figure.note for figure in figures if "a step: " in figure.name}
+    assert notes == {"by model.step, not by the kernels for steps: no GPU that they run on"}
+    monkeypatch.setattr(fast_step, "runs_on", lambda device: True)
+    monkeypatch.setattr(fast_step, "why_not", lambda model: "")
+    assert Steps(new_model(get("samba-nano"), CPU), 1).plain == ""
+
+
 def test_the_least_that_a_step_moves() -> None:
     moved = least_bytes(get("samba-1.7b"), 16, 131_072)
     assert moved / 3.0e12 == pytest.approx(1.32e-3, rel=0.05)  # the floor at 16 texts
@@ -132,6 +143,13 @@ def test_mistakes_are_one_line(words: list[str], told: str, capsys: pytest.Captu
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert told in error
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["samba-1.7b", "llama3-1.6b", "mistral-1.6b", "mamba-1.8b"])
+def test_the_kernels_know_models_as_they_are_loaded(name: str) -> None:
+    device = torch.device("cuda")
+    assert not Steps(place(new_model(narrow(get(name)), device), device, torch.bfloat16).eval(), 1).plain
 
 
 @pytest.mark.gpu

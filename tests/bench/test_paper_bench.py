@@ -202,6 +202,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert any("in one run" in row["name"] for row in first["figures"]["paper"])
     told = capsys.readouterr().out
     assert "Reading prompts, thousand tokens/s" in told
+    assert "mamba-nano: steps by model.step, not by the kernels for steps: no GPU that they run on" in told
     assert any(line.startswith("mamba-nano ") for line in told.splitlines())
     assert main(["bench", "paper", "--models", "samba-nano", *small, "--resume"]) == 0
     assert json.loads(file.read_text())["models"] == first["models"]

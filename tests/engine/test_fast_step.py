@@ -10,7 +10,7 @@ import torch
 from cuda_emulator import needs_compiler, run
 
 import samba_lm
-from samba_lm.config import Attention, LayerSpec, Mamba, ModelConfig, SwiGLU
+from samba_lm.config import Attention, LayerSpec, Mamba, ModelConfig, SelfExtend, SwiGLU
 from samba_lm.engine import fast_step
 from samba_lm.engine.decoder import Decoder
 from samba_lm.engine.fast_step import FastStep
@@ -23,7 +23,8 @@ from samba_lm.state import State
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-SAMBA = (Mamba(), SwiGLU(width=72), Attention(heads=2, kv_heads=1, window=150), SwiGLU(width=72))
+MLP = SwiGLU(width=72)
+SAMBA = (Mamba(), MLP, Attention(heads=2, kv_heads=1, window=150), MLP)
 
 
 def make(layers: tuple[LayerSpec, ...] = SAMBA, d_model: int = 128, **options: object) -> SambaLM:
@@ -67,7 +68,8 @@ def errors(fast: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> tupl
     [
         pytest.param(SAMBA, 128, [1, 160, 149], id="samba"),
         pytest.param((Attention(heads=2, window=40, rope=False), Mamba(state=8)), 128, [3], id="one row"),
-        pytest.param((Attention(heads=2, kv_heads=1), SwiGLU(width=72)), 128, [1, 130, 20], id="full attention"),
+        pytest.param((Attention(heads=2, kv_heads=1), MLP), 128, [1, 130, 20], id="full attention"),
+        pytest.param((SelfExtend(heads=4, kv_heads=2, neighbor_window=50), MLP), 256, [1, 49, 120], id="self-extend"),
         pytest.param(
             (Mamba(state=32, dt_rank=40), SwiGLU(width=40)), 72, [4] * 9, id="nine rows", marks=pytest.mark.slow
         ),

@@ -249,6 +249,7 @@ def variants() -> Iterator[nvrtc.Launch]:
         parts = plan.Parts(somewhere(rows, 32, 8, 64), some, some)
         yield plan.attend(caches[:1], some, parts, some, rows, 0.125, tuning)
         yield plan.attend(caches, some, parts, some, rows, 0.125, tuning)
+        yield plan.turn(somewhere(rows, 32, 64), some, some, some, some, *caches, 4, 768, rows, tuning)
     stream = somewhere(16, 2048)
     yield plan.norm(stream, some, some, some, 16, 1e-5, 4, tuning)
     yield plan.begin(stream, some, some, 16, 1e-5, some, some, stream, (somewhere(32), some, some), tuning)
@@ -260,4 +261,4 @@ def test_variants_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for each in variants():
         assert nvrtc.compiled(each.files, each.defines, "sm_90")[:4] == b"\x7fELF"
         assert each.shared <= 227 * 1024
-    assert len(list(tmp_path.rglob("*.cubin"))) == 14
+    assert len(list(tmp_path.rglob("*.cubin"))) == 15

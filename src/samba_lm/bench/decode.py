@@ -161,6 +161,7 @@ def least_bytes(config: ModelConfig, batch: int, context: int) -> int:
 
 def _steps(texts: Steps, config: ModelConfig, ceilings: Ceilings, context: int, count: int) -> Iterator[Figure]:
     texts.fill(context)
+    note = f"by model.step, not by the kernels for steps: {texts.plain}" if texts.plain else ""
     for params, how in ((GREEDY, "greedy"), (NUCLEUS, "top-p 0.9")):
         texts.sampled(params)
         for batch in BATCHES:
@@ -170,9 +171,9 @@ def _steps(texts: Steps, config: ModelConfig, ceilings: Ceilings, context: int, 
             moved = least_bytes(config, batch, context)
             rates = ceilings.shares(queued.median, moved, batch * config.flops_per_token(context), matmul=False)
             facts = {**queued.facts(), **rates, "ms at the copy bandwidth": 1e3 * moved / ceilings.copy}
-            yield Figure(f"{what}: GPU", queued.median, "ms", bar.bar, True, bar.stretch, facts=facts)
+            yield Figure(f"{what}: GPU", queued.median, "ms", bar.bar, True, bar.stretch, note=note, facts=facts)
             yield Figure(
-                f"{what}: token to token", answered.median, "ms", bar.bar, True, bar.stretch,
+                f"{what}: token to token", answered.median, "ms", bar.bar, True, bar.stretch, note=note,
                 facts={**answered.facts(), "tokens/s": 1e3 * batch / answered.median},
             )  # fmt: skip
 

@@ -85,6 +85,8 @@ class Curves:
     """From token to token in Python, by the length of the texts."""
     gpu_steps: dict[int, float] = field(default_factory=dict)
     """The GPU's part of that."""
+    plain: str = ""
+    """Why steps were ``model.step``'s and not those of the kernels for steps; "" if they were the kernels'."""
     parity: dict[str, list[float | None]] = field(default_factory=dict)
     """Relative errors of a narrow twin, and those of plain bf16 on the CPU, of reading and of steps."""
     notes: dict[str, str] = field(default_factory=dict)
@@ -206,6 +208,7 @@ def read(model: SambaLM, ids: np.ndarray, at_once: int) -> Tensor:
 
 def _measure_steps(model: SambaLM, plan: Plan, curves: Curves, until: float, report: Callable[[str], None]) -> None:
     texts = Steps(model, plan.batch)
+    curves.plain = texts.plain
     for context in plan.contexts:
         report(f"{curves.name}: steps at {context:,}")
         if time.perf_counter() > until:

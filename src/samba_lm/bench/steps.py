@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from samba_lm.bench.gpu import Laps, Timing
+from samba_lm.engine import fast_step
 from samba_lm.engine.decoder import Decoder
 from samba_lm.engine.slots import Slots
 from samba_lm.generation.params import SamplingParams
@@ -24,6 +25,9 @@ class Steps:
 
     A step reads every key and value that a window or a cache holds, whatever they are, so that random ones cost as much
     as those of a text. ``model``: its parameters may not change from now on.
+
+    Attributes:
+        plain: why steps are ``model.step``'s and not those of the kernels made for it; "" if they are the kernels'.
     """
 
     def __init__(self, model: SambaLM, batch: int) -> None:
@@ -31,6 +35,7 @@ class Steps:
         self.device, self.batch = model.device, batch
         self.slots = Slots(model, batch)
         self.decoder = Decoder(self.slots, model.config.vocab_size, model.device)
+        self.plain = fast_step.why_not(model) if fast_step.runs_on(model.device) else "no GPU that they run on"
         self._ids = np.random.default_rng(0).integers(0, model.config.vocab_size, batch).tolist()
 
     def sampled(self, params: SamplingParams) -> None:

@@ -192,6 +192,10 @@ def _print(session: Session, found: list[Curves], plan: Plan) -> None:
     ):
         session.console.print(f"[bold]{title}[/bold]", highlight=False)
         session.console.print(grid_table(columns, rows))
+    for curves in found:
+        if curves.plain:
+            told = f"{curves.name}: steps by model.step, not by the kernels for steps: {curves.plain}"
+            session.console.print(told, highlight=False, markup=False)
 
 
 def _known(file: Path, session: Session, plan: Plan) -> dict[str, Curves]:

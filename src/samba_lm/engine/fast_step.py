@@ -17,6 +17,7 @@ from torch import Tensor
 from samba_lm.mixers.attention import AttentionMixer
 from samba_lm.mixers.mamba import MambaMixer
 from samba_lm.mixers.mlp import SwiGLUMLP
+from samba_lm.mixers.self_extend import SelfExtendMixer
 from samba_lm.model import Layer, SambaLM
 from samba_lm.nn.norm import RMSNorm
 from samba_lm.ops import nvrtc
@@ -70,10 +71,11 @@ def why_not(model: SambaLM) -> str:
                 return "a convolution before attention, or this width of heads"
             if spec.heads // spec.groups > MOST_SHARE:
                 return f"{spec.heads // spec.groups} query heads for each key head"
-            rotations.add((spec.rope, mixer.head_dim, spec.rope_base) if spec.rope else None)
+            if spec.rope and not isinstance(mixer, SelfExtendMixer):  # that one makes its own angles
+                rotations.add((mixer.head_dim, spec.rope_base))
         else:
             return type(mixer).__name__
-    return "several kinds of rotation" if len(rotations - {None}) > 1 else ""
+    return "several kinds of rotation" if len(rotations) > 1 else ""
 
 
 @dataclass
@@ -134,6 +136,8 @@ class FastStep:
                 x, weight = self._swiglu(launches, layer.mixer, rows)
             elif isinstance(layer.mixer, MambaMixer):
                 x, weight = self._mamba(launches, layer.mixer, tensors, rows)
+            elif isinstance(layer.mixer, SelfExtendMixer):
+                x, weight = self._self_extend(launches, layer.mixer, tensors, rows)
             else:
                 assert isinstance(layer.mixer, AttentionMixer)
                 x, weight = self._attention(launches, layer.mixer, tensors, rows)
@@ -180,10 +184,34 @@ class FastStep:
         rings = plan.Rings(cos, sin, keys, values, position, spec.heads)
         q, y = self._bf16("q", spec.heads * width), self._operand("attended", spec.heads * width)
         launches.append(plan.linear(self._normed, attention.qkv.weight, q, rows, "QKV", self.tuning, rings=rings))
-        cache = plan.Cache(q, keys, values)
-        parts = self._parts(spec.heads, spec.groups, width, plan.runs(keys.shape[1]))
-        launches.append(plan.attend([cache], position, parts, y, rows, width**-0.5, self.tuning))
+        launches.append(self._attend([plan.Cache(q, keys, values)], y, rows))
         return y, attention.out_proj.weight
+
+    def _self_extend(
+        self, launches: list[nvrtc.Launch], attention: SelfExtendMixer, tensors: dict[str, Tensor], rows: int
+    ) -> tuple[Tensor, Tensor]:
+        spec, width = attention.spec, attention.head_dim
+        names = ("near_k", "near_v", "k", "v")
+        near_k, near_v, far_k, far_v = (_checked(tensors[name], torch.bfloat16) for name in names)
+        q, near_q, far_q, y = (self._bf16(n, spec.heads * width) for n in ("q", "near q", "far q", "attended"))
+        k, v = (self._bf16(name, spec.groups * width).view(-1, 1, spec.groups, width) for name in ("k", "v"))
+        position = self.state.cursor.position
+        rings = plan.Rings(None, None, k, v, position, spec.heads)
+        launches.append(plan.linear(self._normed, attention.qkv.weight, q, rows, "QKV", self.tuning, rings=rings))
+        near = plan.Cache(near_q, near_k, near_v)
+        far = plan.Cache(far_q, far_k, far_v, lag=spec.neighbor_window)
+        frequency = self._frequency(width // 2, spec.rope_base)
+        shift = spec.neighbor_window - spec.neighbor_window // spec.group
+        heads = q.view(-1, spec.heads, width)
+        launches.append(plan.turn(heads, k, v, position, frequency, near, far, spec.group, shift, rows, self.tuning))
+        launches.append(self._attend([near, far], y, rows))
+        return y, attention.out_proj.weight
+
+    def _attend(self, caches: list[plan.Cache], y: Tensor, rows: int) -> nvrtc.Launch:
+        groups, width = caches[0].keys.shape[2:]
+        heads = y.shape[1] // width
+        parts = self._parts(heads, groups, width, sum(plan.runs(cache.keys.shape[1]) for cache in caches))
+        return plan.attend(caches, self.state.cursor.position, parts, y, rows, width**-0.5, self.tuning)
 
     def _parts(self, heads: int, groups: int, width: int, room: int) -> plan.Parts:
         counters = f"counters {groups}"
@@ -199,12 +227,19 @@ class FastStep:
         """The rotations' frequencies, and room for a step's cos and sin."""
         for layer in self.model.layers:
             mixer = layer.mixer
-            if isinstance(mixer, AttentionMixer) and mixer.spec.rope:
+            if isinstance(mixer, AttentionMixer) and mixer.spec.rope and not isinstance(mixer, SelfExtendMixer):
                 half = mixer.head_dim // 2
-                steps = torch.arange(0, 2 * half, 2, dtype=torch.float64, device=self._device)
-                frequency = mixer.spec.rope_base ** (steps / -(2 * half))
-                return frequency, self._fp32("cos", 1, half)[0], self._fp32("sin", 1, half)[0]
+                cos, sin = (self._fp32(name, 1, half)[0] for name in ("cos", "sin"))
+                return self._frequency(half, mixer.spec.rope_base), cos, sin
         return None
+
+    def _frequency(self, half: int, base: float) -> Tensor:
+        """What positions are multiplied with to be angles, fp64 [half]."""
+        name = f"frequency {half} {base}"
+        if name not in self._room:
+            steps = torch.arange(0, 2 * half, 2, dtype=torch.float64, device=self._device)
+            self._room[name] = base ** (steps / -(2 * half))
+        return self._room[name]
 
     @property
     def _normed(self) -> Tensor:

@@ -216,6 +216,31 @@ class Cache(NamedTuple):
     lag: int = 0
 
 
+def turn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor,
+    frequency: Tensor,
+    near: Cache,
+    far: Cache,
+    group: int,
+    shift: int,
+    rows: int,
+    tuning: Tuning,
+) -> nvrtc.Launch:
+    """The queries and the newest slots of SelfExtend's two caches from q [rows, H, K], k, v [rows, G, K] as projected.
+
+    ``frequency``: fp64 [K / 2], of the rotations; far positions are p // group, of queries ``shift`` more.
+    """
+    heads, (near_slots, groups, width) = q.shape[1], near.keys.shape[1:]
+    places = (near.q, far.q, near.keys, near.values, far.keys, far.values)
+    sizes = (heads, groups, near_slots, far.keys.shape[1], group, shift)
+    numbers = (*_addresses(q, k, v, position, frequency, *places), *sizes)
+    blocks = ceil_div((heads + 2 * groups) * width // 4, 256)
+    return _launch("turn", {"HALF": width // 2}, (rows, blocks), 256, 12 * width, numbers, tuning)
+
+
 class Parts(NamedTuple):
     """Where runs of slots leave what they found: fp32 [rows, H, room, K] and [rows, H, room, 2], and int32 zeros
     [rows, G], which are zero again after every kernel."""

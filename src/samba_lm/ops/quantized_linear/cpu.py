@@ -18,6 +18,9 @@ FEW = 32
 """Rows up to which these kernels are faster than making full numbers first."""
 PIECE = 512
 """Outputs whose weights are made at once: they stay in the cache."""
+INPUTS = 32
+"""PyTorch's int8 kernel reads vectors of 8 or 16 inputs and does not look where a row ends: rows that do not end there
+are not for it."""
 OUTPUTS = 16
 """What PyTorch's int4 kernel wants the number of outputs to be a multiple of."""
 
@@ -34,7 +37,7 @@ class Packed(NamedTuple):
 def linear_cpu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, packed: Packed | None) -> torch.Tensor:
     """x [rows, K] -> [rows, N]."""
     few = x.shape[0] <= FEW and x.device.type == "cpu" and x.dtype != torch.float64
-    if few and weight.dtype == torch.int8:
+    if few and weight.dtype == torch.int8 and x.shape[1] % INPUTS == 0:
         return torch._weight_int8pack_mm(x.bfloat16().contiguous(), weight, scale.bfloat16()).to(x.dtype)
     if few and packed is not None:
         width = scale.shape[1] * GROUP

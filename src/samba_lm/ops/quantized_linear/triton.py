@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from samba_lm.ops.quantized_linear.reference import GROUP
+from samba_lm.ops.triton_math import INLINE, dot
 
 FEW = 64
 """Rows up to which the weights are multiplied as they lie."""
@@ -26,6 +27,15 @@ WRITE = (4, 1024)
 
 
 @triton.jit
+def whole_bf16(x):
+    """Small whole numbers in bf16, exact."""
+    if INLINE:
+        return x.to(tl.bfloat16)
+    else:  # the interpreter holds bf16 as integers, and would take these for such
+        return x.to(tl.float32).to(tl.bfloat16)
+
+
+@triton.jit
 def _linear8(
     x_ptr, weight_ptr, scale_ptr, y_ptr, rows, outputs,
     K: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, STAGES: tl.constexpr,
@@ -38,7 +48,7 @@ def _linear8(
         there = (out < outputs)[:, None] & (k < K)[None, :]
         weight = tl.load(weight_ptr + out[:, None].to(tl.int64) * K + k[None, :], mask=there, other=0)
         x = tl.load(x_ptr + row[None, :] * K + k[:, None], mask=(row < rows)[None, :] & (k < K)[:, None], other=0.0)
-        total = tl.dot(weight.to(tl.bfloat16), x.to(tl.bfloat16), total)
+        total = dot(whole_bf16(weight), x.to(tl.bfloat16), total)
     total *= tl.load(scale_ptr + out, mask=out < outputs, other=0.0)[:, None]
     at = row[None, :] * outputs + out[:, None]
     inside = (row < rows)[None, :] & (out < outputs)[:, None]
@@ -66,10 +76,10 @@ def _linear4(
         at = row[None, :] * K + k[:, None]
         low_x = tl.load(x_ptr + at, mask=(row < rows)[None, :] & (k < K)[:, None], other=0.0)
         high_x = tl.load(x_ptr + at + HALF, mask=(row < rows)[None, :] & (k + HALF < K)[:, None], other=0.0)
-        low = ((packed & 15) - 8).to(tl.bfloat16)
-        high = ((packed >> 4) - 8).to(tl.bfloat16)
-        total += tl.dot(low, low_x.to(tl.bfloat16)) * low_scale[:, None]
-        total += tl.dot(high, high_x.to(tl.bfloat16)) * high_scale[:, None]
+        low = whole_bf16((packed & 15) - 8)
+        high = whole_bf16((packed >> 4) - 8)
+        total += dot(low, low_x.to(tl.bfloat16)) * low_scale[:, None]
+        total += dot(high, high_x.to(tl.bfloat16)) * high_scale[:, None]
     at = row[None, :] * outputs + out[:, None]
     tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=(row < rows)[None, :] & here[:, None])
 
