@@ -193,7 +193,8 @@ class FastStep:
         spec, width = attention.spec, attention.head_dim
         names = ("near_k", "near_v", "k", "v")
         near_k, near_v, far_k, far_v = (_checked(tensors[name], torch.bfloat16) for name in names)
-        q, near_q, far_q, y = (self._bf16(n, spec.heads * width) for n in ("q", "near q", "far q", "attended"))
+        q, near_q, far_q = (self._bf16(name, spec.heads * width) for name in ("q", "near q", "far q"))
+        y = self._operand("attended", spec.heads * width)
         k, v = (self._bf16(name, spec.groups * width).view(-1, 1, spec.groups, width) for name in ("k", "v"))
         position = self.state.cursor.position
         rings = plan.Rings(None, None, k, v, position, spec.heads)
@@ -209,7 +210,7 @@ class FastStep:
 
     def _attend(self, caches: list[plan.Cache], y: Tensor, rows: int) -> nvrtc.Launch:
         groups, width = caches[0].keys.shape[2:]
-        heads = y.shape[1] // width
+        heads = caches[0].q.shape[1] // width
         parts = self._parts(heads, groups, width, sum(plan.runs(cache.keys.shape[1]) for cache in caches))
         return plan.attend(caches, self.state.cursor.position, parts, y, rows, width**-0.5, self.tuning)
 

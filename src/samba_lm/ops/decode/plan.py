@@ -39,10 +39,11 @@ class Tuning(NamedTuple):
 
     processors: int = 132
     """Multiprocessors."""
-    depth: int = 5
-    """Chunks of 16 rows and 64 columns that a warp fetches ahead into shared memory."""
+    depth: int = 3
+    """Chunks of 16 rows and 64 columns that a warp fetches ahead to shared memory; one more for up to 8 rows. With more,
+    what else a kernel reads has to wait."""
     blocks: int = 2
-    """Of a product that share a multiprocessor."""
+    """Of a product, that share a multiprocessor."""
     stages: int = 3
     """Of 16 slots of keys and values that a warp fetches ahead."""
     early: bool = True
@@ -111,8 +112,8 @@ def linear(
     pairs = N // 2
     share = ceil_div(pairs, max(1, tuning.blocks * tuning.processors // parts))
     blocks = ceil_div(pairs, share)
-    depth = min(tuning.depth, ceil_div(share, PAIRS) * chunks)
     eights = ceil_div(rows, 8)
+    depth = min(tuning.depth + (eights == 1), ceil_div(share, PAIRS) * chunks)
     defines = {
         "KC": chunks,
         "ROWS8": eights,
