@@ -40,8 +40,8 @@ class Tuning(NamedTuple):
     processors: int = 132
     """Multiprocessors."""
     depth: int = 3
-    """Chunks of 16 rows and 64 columns that a warp fetches ahead, one more for up to 8 rows. With more, what else a kernel
-    reads has to wait."""
+    """Chunks of 16 rows and 64 columns that a warp fetches ahead, one more for up to 8 rows. More of them would hold up
+    what else a kernel reads."""
     blocks: int = 2
     """Of a product, that share a multiprocessor."""
     stages: int = 3
