@@ -111,7 +111,7 @@ def test_a_row_is_the_same_alone_and_among_others() -> None:
     expected = FastStep(model, together, Tuning(processors=5)).step(ids).clone()
     for row in (1, 8):
         alone = kept.select([row])
-        tuning = Tuning(processors=2, depth=2, ahead=0, stages=1, early=False)
+        tuning = Tuning(processors=2, depth=2, blocks=1, stages=1, early=False)
         logits = FastStep(model, alone, tuning).step(ids[row : row + 1])
         assert torch.equal(logits[0], expected[row])
         for tensors, others in zip(alone.layers, together.layers, strict=True):

@@ -42,6 +42,20 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
+def operand(x: torch.Tensor) -> torch.Tensor:
+    """[M, K] as products read it: 32 columns of eight rows together; NaN where there is nothing."""
+    (M, K), eights = x.shape, plan.ceil_div(x.shape[0], 8)
+    wide = F.pad(x, (0, -K % 32, 0, -M % 8), value=float("nan"))
+    return wide.unflatten(1, (-1, 32)).unflatten(0, (eights, 8)).permute(2, 0, 1, 3).contiguous()
+
+
+def unpacked(y: torch.Tensor, M: int, K: int) -> torch.Tensor:
+    """The other way round, of the first numbers of ``y``."""
+    blocks, eights = plan.ceil_div(K, 32), plan.ceil_div(M, 8)
+    found = y.flatten()[: blocks * eights * 256].view(blocks, eights, 8, 32).permute(1, 2, 0, 3)
+    return found.reshape(eights * 8, blocks * 32)[:M, :K]
+
+
 @needs_compiler
 @pytest.mark.parametrize(
     ("M", "N", "K", "tuning"),
@@ -49,19 +63,19 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
         pytest.param(1, 2, 8, Tuning(processors=1), id="least"),
         pytest.param(5, 40, 584, Tuning(processors=2, depth=3), id="two chunks"),
         pytest.param(16, 36, 4104, Tuning(processors=3), id="three slices"),
-        pytest.param(11, 70, 1544, Tuning(processors=1, depth=8, ahead=3), id="many tiles", marks=pytest.mark.slow),
+        pytest.param(11, 70, 1544, Tuning(processors=1, depth=8), id="many tiles", marks=pytest.mark.slow),
     ],
 )
 def test_products_of_few_rows(M: int, N: int, K: int, tuning: Tuning) -> None:
     x, w = random(M, K), random(N, K)
     parts = plan.slices(K)
-    y = empty(parts, M, N)
-    launch(plan.linear(x, w, y, M, "PARTIAL", tuning, parts=parts))
+    y, given, last = empty(parts, M, N), operand(x), operand(x[-1:])
+    launch(plan.linear(given, w, y, M, "PARTIAL", tuning, parts=parts))
     assert error(y.sum(0), x.double() @ w.double().t()) < 2e-5
     # The order in which threads take turns, how the work is cut and the other rows change no bit.
     again = empty(parts, 1, N)
-    other = tuning._replace(processors=4, depth=2, ahead=0)
-    launch(plan.linear(x[-1:], w, again, 1, "PARTIAL", other, parts=parts), seed=1)
+    other = tuning._replace(processors=4, depth=2, blocks=1)
+    launch(plan.linear(last, w, again, 1, "PARTIAL", other, parts=parts), seed=1)
     assert torch.equal(again[:, 0], y[:, -1])
 
 
@@ -69,13 +83,13 @@ def test_products_of_few_rows(M: int, N: int, K: int, tuning: Tuning) -> None:
 @pytest.mark.parametrize("M", [3, 10])
 def test_what_follows_a_product(M: int) -> None:
     x, w, tuning = random(M, 200), random(52, 200) / 14, Tuning(processors=2)
-    exact = x.double() @ w.double().t()
-    plain, opened = empty(M, 52, dtype=BF16), empty(M, 26, dtype=BF16)
-    launch(plan.linear(x, w, plain, M, "PLAIN", tuning))
-    launch(plan.linear(x, w, opened, M, "SWIGLU", tuning))
+    exact, given = x.double() @ w.double().t(), operand(x)
+    plain, opened = empty(M, 52, dtype=BF16), empty(*plan.operand_shape(26), dtype=BF16)
+    launch(plan.linear(given, w, plain, M, "PLAIN", tuning))
+    launch(plan.linear(given, w, opened, M, "SWIGLU", tuning))
     gate, up = exact.chunk(2, -1)
     assert error(plain, exact) < 3e-3
-    assert error(opened, F.silu(gate) * up) < 6e-3
+    assert error(unpacked(opened, M, 26), F.silu(gate) * up) < 6e-3
 
 
 def attention(
@@ -85,10 +99,10 @@ def attention(
     room = plan.runs(keys.shape[1]) + 1  # more than is needed
     counters = torch.zeros(rows, keys.shape[2], dtype=torch.int32, device=DEVICE)
     parts = plan.Parts(empty(rows, heads, room, width), empty(rows, heads, room, 2), counters)
-    y = empty(rows, heads, width, dtype=BF16)
+    y = empty(*plan.operand_shape(heads * width), dtype=BF16)
     launch(plan.attend([plan.Cache(q, keys, values)], position, parts, y, rows, width**-0.5, tuning), seed)
     assert not counters.any()
-    return y
+    return unpacked(y, rows, heads * width).unflatten(1, (heads, width))
 
 
 def exact_attention(
@@ -165,8 +179,9 @@ def test_one_softmax_over_two_caches() -> None:
     room = plan.runs(near) + plan.runs(slots)
     counters = torch.zeros(M, groups, dtype=torch.int32, device=DEVICE)
     parts = plan.Parts(empty(M, heads, room, 64), empty(M, heads, room, 2), counters)
-    y = empty(M, heads, 64, dtype=BF16)
-    launch(plan.attend(caches, position, parts, y, M, 0.125, Tuning(processors=3)))
+    made = empty(*plan.operand_shape(heads * 64), dtype=BF16)
+    launch(plan.attend(caches, position, parts, made, M, 0.125, Tuning(processors=3)))
+    y = unpacked(made, M, heads * 64).unflatten(1, (heads, 64))
     slot, at = torch.arange(slots, device=DEVICE), position[:, None]
     close, close_sum = exact_attention(*caches[0][:3], slot[:near] <= at)
     far, far_sum = exact_attention(*caches[1][:3], slot <= at - near)
@@ -181,8 +196,9 @@ def test_steps_of_the_scan(M: int, E: int, N: int, rank: int) -> None:
     weight, u, z = random(E, rank) / rank**0.5, random(M, E), random(M, E)
     A, D, bias = -torch.rand(E, N, device=DEVICE) * 4, random(E, dtype=torch.float32), random(E, dtype=torch.float32)
     state = random(M, E, N, dtype=torch.float32)
-    before, y = state.double(), empty(M, E, dtype=BF16)
-    launch(plan.scan(partials, weight, u, z, A, D, bias, state, y, M, 3, Tuning()))
+    before, y = state.double(), empty(*plan.operand_shape(E), dtype=BF16)
+    inputs, gate = operand(u), operand(z)
+    launch(plan.scan(partials, weight, inputs, gate, A, D, bias, state, y, M, 3, Tuning()))
     low, B, C = partials.sum(0).to(BF16).double().split((rank, N, N), -1)
     delta = (low @ weight.double().t()).to(BF16).double()
     given = (t.double() for t in (u, delta))
@@ -191,7 +207,7 @@ def test_steps_of_the_scan(M: int, E: int, N: int, rank: int) -> None:
     expected, after = scan_reference(
         *one, A.double(), *rest, D.double(), z.double()[:, None], bias.double(), before, None, None
     )
-    assert error(y, expected[:, 0]) < 4e-3
+    assert error(unpacked(y, M, E), expected[:, 0]) < 4e-3
     assert error(state, after) < 2e-3  # where the step's sum fell on the other side of a rounding
 
 
@@ -199,11 +215,11 @@ def test_steps_of_the_scan(M: int, E: int, N: int, rank: int) -> None:
 def test_the_stream_and_its_norm() -> None:
     M, D, parts = 3, 1032, 3
     stream, partials, weight = random(M, D, dtype=torch.float32), random(parts, M, D, dtype=torch.float32), random(D)
-    normed, position = empty(M, D, dtype=BF16), torch.tensor([4, 1 << 40, 0], device=DEVICE)
+    normed, position = empty(*plan.operand_shape(D), dtype=BF16), torch.tensor([4, 1 << 40, 0], device=DEVICE)
     expected = stream + partials.sum(0).to(BF16)
     launch(plan.norm(stream, partials, weight, normed, M, 1e-5, parts, Tuning(), position))
     assert torch.equal(stream, expected)
-    assert error(normed, F.rms_norm(expected.double(), (D,), weight.double(), 1e-5)) < 3e-3
+    assert error(unpacked(normed, M, D), F.rms_norm(expected.double(), (D,), weight.double(), 1e-5)) < 3e-3
     assert position.tolist() == [5, (1 << 40) + 1, 1]
 
 

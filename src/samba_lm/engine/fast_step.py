@@ -114,7 +114,7 @@ class FastStep:
         return plan.begin(
             self._fp32("stream", 1, self.model.config.d_model)[0],
             first.weight,
-            self._bf16("normed", self.model.config.d_model),
+            self._operand("normed", self.model.config.d_model),
             rows,
             first.eps,
             self.state.cursor.position,
@@ -154,7 +154,7 @@ class FastStep:
 
     def _swiglu(self, launches: list[nvrtc.Launch], mlp: SwiGLUMLP, rows: int) -> tuple[Tensor, Tensor]:
         """What the last product of the layer reads, and its weight."""
-        x = self._bf16("mlp", mlp.w3.weight.shape[1])
+        x = self._operand("mlp", mlp.w3.weight.shape[1])
         launches.append(plan.linear(self._normed, mlp.w12.weight, x, rows, "SWIGLU", self.tuning))
         return x, mlp.w3.weight
 
@@ -162,7 +162,7 @@ class FastStep:
         self, launches: list[nvrtc.Launch], mamba: MambaMixer, tensors: dict[str, Tensor], rows: int
     ) -> tuple[Tensor, Tensor]:
         s6 = mamba.s6
-        u, z, y = (self._bf16(name, s6.inner) for name in ("u", "z", "y"))
+        u, z, y = (self._operand(name, s6.inner) for name in ("u", "z", "y"))
         convolution = plan.Convolution(s6.conv.weight, s6.conv.bias, _checked(tensors["conv"], torch.bfloat16), z)
         tuning, inputs = self.tuning, mamba.in_proj.weight
         launches.append(plan.linear(self._normed, inputs, u, rows, "CONV", tuning, convolution=convolution))
@@ -182,7 +182,7 @@ class FastStep:
         keys, values = (_checked(tensors[name], torch.bfloat16) for name in ("k", "v"))
         position = self.state.cursor.position
         rings = plan.Rings(cos, sin, keys, values, position, spec.heads)
-        q, y = (self._bf16(name, spec.heads * width) for name in ("q", "attended"))
+        q, y = self._bf16("q", spec.heads * width), self._operand("attended", spec.heads * width)
         launches.append(plan.linear(self._normed, attention.qkv.weight, q, rows, "QKV", self.tuning, rings=rings))
         launches.append(self._attend([plan.Cache(q, keys, values)], y, rows))
         return y, attention.out_proj.weight
@@ -193,7 +193,8 @@ class FastStep:
         spec, width = attention.spec, attention.head_dim
         names = ("near_k", "near_v", "k", "v")
         near_k, near_v, far_k, far_v = (_checked(tensors[name], torch.bfloat16) for name in names)
-        q, near_q, far_q, y = (self._bf16(n, spec.heads * width) for n in ("q", "near q", "far q", "attended"))
+        q, near_q, far_q = (self._bf16(name, spec.heads * width) for name in ("q", "near q", "far q"))
+        y = self._operand("attended", spec.heads * width)
         k, v = (self._bf16(name, spec.groups * width).view(-1, 1, spec.groups, width) for name in ("k", "v"))
         position = self.state.cursor.position
         rings = plan.Rings(None, None, k, v, position, spec.heads)
@@ -209,7 +210,7 @@ class FastStep:
 
     def _attend(self, caches: list[plan.Cache], y: Tensor, rows: int) -> nvrtc.Launch:
         groups, width = caches[0].keys.shape[2:]
-        heads = y.shape[1] // width
+        heads = caches[0].q.shape[1] // width
         parts = self._parts(heads, groups, width, sum(plan.runs(cache.keys.shape[1]) for cache in caches))
         return plan.attend(caches, self.state.cursor.position, parts, y, rows, width**-0.5, self.tuning)
 
@@ -243,7 +244,11 @@ class FastStep:
 
     @property
     def _normed(self) -> Tensor:
-        return self._bf16("normed", self.model.config.d_model)
+        return self._operand("normed", self.model.config.d_model)
+
+    def _operand(self, name: str, columns: int) -> Tensor:
+        """What a product reads."""
+        return self._make(f"{name} {columns}", plan.operand_shape(columns), torch.bfloat16)
 
     def _bf16(self, name: str, width: int) -> Tensor:
         return self._make(name, (self._rows, width), torch.bfloat16)

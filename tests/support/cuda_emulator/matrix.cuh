@@ -2,7 +2,6 @@
 struct alignas(16) Line { u32 x, y, z, w; };
 
 DEVICE void copy_line(Line* to, const void* from, bool there) { copy_async(to, (const Line*)from, there); }
-DEVICE void prefetch(const void*, u32) {}
 DEVICE float shuffle(float x, int lane) {
   emulator::lane(threadIdx.x % 32).values[0] = x;
   emulator::meet();

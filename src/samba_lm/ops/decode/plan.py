@@ -39,10 +39,11 @@ class Tuning(NamedTuple):
 
     processors: int = 132
     """Multiprocessors."""
-    depth: int = 5
-    """Chunks of 16 rows and 64 columns that a warp fetches ahead into shared memory."""
-    ahead: int = 2
-    """Tiles more that are fetched into the second-level cache before the kernel's turn has come."""
+    depth: int = 3
+    """Chunks of 16 rows and 64 columns that a warp fetches ahead, one more for up to 8 rows. More of them would hold up
+    what else a kernel reads."""
+    blocks: int = 2
+    """Of a product, that share a multiprocessor."""
     stages: int = 3
     """Of 16 slots of keys and values that a warp fetches ahead."""
     early: bool = True
@@ -73,6 +74,12 @@ def ceil_div(n: int, parts: int) -> int:
     return -(-n // parts)
 
 
+def operand_shape(columns: int) -> tuple[int, ...]:
+    """Of what products read and other kernels write, bf16: of 32 columns each the rows 0-7, then 8-15 if there are more
+    than 8 rows. Lines of a warp's loads lie together so, which saves a tenth of a step of 16 rows on an H100."""
+    return (ceil_div(columns, 32), ROWS, 32)
+
+
 def slices(K: int, chunks: int = CHUNKS) -> int:
     """Into how many slices K columns are cut that are summed afterwards; depends on nothing else."""
     return ceil_div(ceil_div(K, COLUMNS), WARPS * chunks)
@@ -90,10 +97,10 @@ def linear(
     rings: Rings | None = None,
     convolution: Convolution | None = None,
 ) -> nvrtc.Launch:
-    """x [rows, K] W^T: fp32 sums of ``parts`` slices of the columns, [parts, rows, N], or what ``epilogue`` makes of
-    it.
+    """x W^T: fp32 sums of ``parts`` slices of the columns, [parts, rows, N], or what ``epilogue`` makes of it.
 
-    N is even, K a multiple of 8; see linear.cuh for the epilogues and the shape of their ``y``.
+    x is an operand (:func:`operand_shape`) of K columns. N is even, K a multiple of 8; see linear.cuh for the epilogues
+    and the shape of their ``y``.
     """
     N, K = weight.shape
     chunks = ceil_div(ceil_div(K, COLUMNS), WARPS * parts)
@@ -103,10 +110,10 @@ def linear(
     elif rings is not None:
         half = rings.keys.shape[3] // 2
     pairs = N // 2
-    share = ceil_div(pairs, max(1, tuning.processors // parts))
+    share = ceil_div(pairs, max(1, tuning.blocks * tuning.processors // parts))
     blocks = ceil_div(pairs, share)
-    depth = min(tuning.depth, ceil_div(share, PAIRS) * chunks)
     eights = ceil_div(rows, 8)
+    depth = min(tuning.depth + (eights == 1), ceil_div(share, PAIRS) * chunks)
     defines = {
         "KC": chunks,
         "ROWS8": eights,
@@ -123,7 +130,7 @@ def linear(
     conv: tuple[int, ...] = (0,) * 4
     if convolution is not None:
         conv = _addresses(convolution.weight, convolution.bias, convolution.inputs, convolution.gate)
-    numbers = (*_addresses(weight, x, y), rows, N, K, share, tuning.ahead, *qkv, *conv)
+    numbers = (*_addresses(weight, x, y), rows, N, K, share, *qkv, *conv)
     return _launch("linear", defines, (blocks, parts), 32 * WARPS, shared, numbers, tuning)
 
 

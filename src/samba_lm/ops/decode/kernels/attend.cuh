@@ -35,7 +35,7 @@ struct Attend {
   const i64* position;
   float *parts, *tops;  // [rows, H, room, WIDTH]; the largest score and the sum of weights [rows, H, room, 2]
   int* counters;        // [rows, G / TOGETHER], zero before and after
-  u16* y;               // bf16 [rows, H, WIDTH]
+  u16* y;               // an operand of H WIDTH columns
   i64 rows, groups, room;
   double scale;         // times log2(e); positive: the largest score stays the largest
 };
@@ -109,11 +109,11 @@ DEVICE void gather(Gathered& all, float4 sums, float top, float total) {
 }
 DEVICE Gathered nothing() { return {make_float4(0.0f, 0.0f, 0.0f, 0.0f), HIDDEN, 0.0f}; }
 
-DEVICE void store(const Attend& p, i64 head, int four, const Gathered& all) {
+DEVICE void store(const Attend& p, int row, int head, int four, const Gathered& all) {
   uint2 y;
   y.x = pack_bf16(make_float2(all.sums.x / all.total, all.sums.y / all.total));
   y.y = pack_bf16(make_float2(all.sums.z / all.total, all.sums.w / all.total));
-  *(uint2*)(p.y + head * WIDTH + four * 4) = y;
+  *(uint2*)(p.y + operand(row, head * WIDTH + four * 4, (int)(p.rows + 7) / 8)) = y;
 }
 
 KERNEL(BOUND, BLOCKS) decode_attend(PARAMETERS(Attend) p) {
@@ -272,7 +272,7 @@ KERNEL(BOUND, BLOCKS) decode_attend(PARAMETERS(Attend) p) {
         gather(all, *(const float4*)(found + of % SHARE * PITCH + four * 4), numbers[0], numbers[SHARE]);
       }
       if (unit.parts == 1) {
-        store(p, first_head + of, four, all);
+        store(p, unit.row, unit.chunk * HEADS + of, four, all);
         continue;
       }
       const i64 at = (first_head + of) * p.room + unit.part;
@@ -308,7 +308,7 @@ KERNEL(BOUND, BLOCKS) decode_attend(PARAMETERS(Attend) p) {
 #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j) gather(all, found[j], numbers[j].x, numbers[j].y);
       }
-      store(p, of, four, all);
+      store(p, done.row, done.chunk * HEADS + i / FOURS, four, all);
     }
   }
 }

@@ -19,14 +19,14 @@ constexpr int ITEMS = PAIRS * 8 * ROWS8;        // results of a tile
 
 #define PARTIAL 0  // fp32 sums of each slice, [slice, row, N]
 #define PLAIN 1    // bf16 [row, N]
-#define SWIGLU 2   // SiLU(first) second, bf16 [row, N / 2]
+#define SWIGLU 2   // SiLU(first) second, an operand of N / 2 columns
 #define QKV 3      // rotated queries [row, H HALF 2]; keys and values into their rings
-#define CONV 4     // first half of N: a step of a convolution of 4 taps, bf16 [row, N / 2]; second half: y2 as it is
+#define CONV 4     // first half of N: a step of a convolution of 4 taps; second half: y2 as it is; both operands
 
 struct Linear {
-  const u16 *w, *x;
+  const u16 *w, *x;  // x: an operand, see numbers.cuh
   void* y;
-  i64 rows, N, K, share, ahead;  // share: pairs of a block; ahead: tiles more to fetch into the second-level cache early
+  i64 rows, N, K, share;  // share: pairs of a block
   // QKV: angles fp32 [rows, HALF] or null, rings [rows, slots, groups, 2 HALF]
   const float *cos, *sin;
   u16 *keys, *values;
@@ -75,12 +75,6 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
     commit_copies();
   }
   if (tiles * KC <= DEPTH) let_next_begin();
-  // The lanes of a warp take turns at this, so all warps share it.
-  for (int i = lane * WARPS + warp; i < (int)p.ahead * 16 * KC; i += 32 * WARPS) {
-    const int line = i / KC, pair = begin + (DEPTH / KC + line / 16) * PAIRS + line % 8, k = slice + i % KC * TURN;
-    if (pair < end && k < K) prefetch(p.w + (row_of(pair) + line / 8 % 2 * HALF) * K + k, min(TURN, K - k) * 2);
-  }
-
   wait_for_grids();
   const int g = lane / 4, t = lane % 4;
   Line x[KC][2][ROWS8];
@@ -92,7 +86,7 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
       for (int n = 0; n < ROWS8; ++n) {
         const int m = n * 8 + g, k = k0 + kc * TURN + j * 32 + t * 8;
         x[kc][j][n] = Line{0, 0, 0, 0};
-        if (m < M && k < K) x[kc][j][n] = *(const Line*)(p.x + (i64)m * K + k);
+        if (m < M && k < K) x[kc][j][n] = *(const Line*)(p.x + operand(m, k, ROWS8));
       }
 
   // As maker of a result: a pair of each tile, and a row of x.
@@ -166,7 +160,7 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
 #elif EPILOGUE == PLAIN
     *(u32*)((u16*)p.y + (i64)m * N + 2 * pair) = pack_bf16(make_float2(a, b));
 #elif EPILOGUE == SWIGLU
-    ((u16*)p.y)[(i64)m * HALF + pair] = low(silu(rounded(a)) * rounded(b));
+    ((u16*)p.y)[operand(m, pair, ROWS8)] = low(silu(rounded(a)) * rounded(b));
 #elif EPILOGUE == QKV
     a = rounded(a), b = rounded(b);
     if (turned) {
@@ -183,7 +177,7 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
 #else
     const u32 newest = pack_bf16(make_float2(a, b));
     if (channel >= inner) {
-      *(u32*)(p.y2 + (i64)m * inner + channel - inner) = newest;
+      *(u32*)(p.y2 + operand(m, channel - inner, ROWS8)) = newest;
     } else {
       const u32 of_first[2] = {weight.x, weight.y}, of_second[2] = {weight.z, weight.w};
       float2 y = unpack_bf16(bias);
@@ -194,7 +188,7 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
         y.x = fmaf(v.x, i % 2 ? u.y : u.x, y.x), y.y = fmaf(v.y, i % 2 ? s.y : s.x, y.y);
       }
       before[0] = old[1], before[inner / 2] = old[2], before[2 * (inner / 2)] = newest;
-      *(u32*)((u16*)p.y + (i64)m * inner + channel) = pack_bf16(make_float2(silu(y.x), silu(y.y)));
+      *(u32*)((u16*)p.y + operand(m, channel, ROWS8)) = pack_bf16(make_float2(silu(y.x), silu(y.y)));
     }
 #endif
   }

@@ -9,10 +9,6 @@ DEVICE void copy_line(Line* to, const void* from, bool there) {
                "l"(from), "r"(there ? 16u : 0u)
                : "memory");
 }
-// Bytes, a multiple of 16, into the second-level cache.
-DEVICE void prefetch(const void* from, u32 bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
 DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE void sync_warp() { __syncwarp(); }
 

@@ -10,7 +10,7 @@ struct Norm {
   float* stream;          // [rows, D]
   const float* partials;  // [SLICES, rows, D]
   const u16* weight;      // [D]
-  u16* normed;            // [rows, D]
+  u16* normed;            // an operand of D columns
   i64 rows, D;
   double eps;
   i64* position;          // null, or positions to move on by one
@@ -97,7 +97,7 @@ KERNEL(THREADS, 1) decode_norm(PARAMETERS(Norm) p) {
     uint2 out;
     out.x = pack_bf16(make_float2(now[i].x * scale * w0.x, now[i].y * scale * w0.y));
     out.y = pack_bf16(make_float2(now[i].z * scale * w1.x, now[i].w * scale * w1.y));
-    *(uint2*)(p.normed + (i64)m * D + d) = out;
+    *(uint2*)(p.normed + operand(m, d, (int)(p.rows + 7) / 8)) = out;
   }
 #if SLICES > 0
   if (p.position && thread == 0) p.position[m] += 1;

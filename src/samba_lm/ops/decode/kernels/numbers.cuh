@@ -22,3 +22,6 @@ DEVICE float softplus2(float x) {
   q = fmaf(w, q, 1.4426950216293335f);
   return fmaf(fmaxf(x, 0.0f), LOG2_E, w * q);
 }
+
+// Where column k of row m lies in what a product reads: eight rows of 32 columns together, as a warp takes them.
+DEVICE i64 operand(int m, int k, int eights) { return ((i64)(k / 32 * eights + m / 8) * 8 + m % 8) * 32 + k % 32; }

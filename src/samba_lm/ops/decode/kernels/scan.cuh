@@ -13,10 +13,10 @@ constexpr int STEPS_LINES = R / 8 + 1;          // of a row of weights or of low
 
 struct Scan {
   const float* partials;  // [SLICES, rows, rank + 2 N]: low, B, C
-  const u16 *weight, *u, *z;  // weight [E, rank], u and z [rows, E]
+  const u16 *weight, *u, *z;  // weight [E, rank]; u and z: operands of E columns
   const float *A, *D, *bias;  // [E, N], [E], [E]
   float* state;           // [rows, E, N]
-  u16* y;                 // [rows, E]
+  u16* y;                 // an operand of E columns
   i64 rows, E, rank;
 };
 struct ScanShared {
@@ -57,7 +57,7 @@ KERNEL(THREADS, 4) decode_scan(PARAMETERS(Scan) p) {
   for (int i = thread; i < M * (CHANNELS / 8); i += THREADS) {
     const int m = i / (CHANNELS / 8), piece = i % (CHANNELS / 8);
     const bool there = piece * 8 < count;
-    const i64 from = (i64)m * E + first + (there ? piece * 8 : 0);
+    const i64 from = operand(m, first + (there ? piece * 8 : 0), ROWS8);
     copy_line(&shared.u[m][piece], p.u + from, there);
     copy_line(&shared.z[m][piece], p.z + from, there);
   }
@@ -130,7 +130,7 @@ KERNEL(THREADS, 4) decode_scan(PARAMETERS(Scan) p) {
       float out = fmaf(h.x, C.x, fmaf(h.y, C.y, fmaf(h.z, C.z, h.w * C.w)));
 #pragma unroll
       for (int mask = 1; mask < QUADS; mask *= 2) out += shuffle_xor(out, mask);
-      if (there && quad == 0) p.y[(i64)m * E + here] = low(fmaf(x, skip, out) * silu(gate));
+      if (there && quad == 0) p.y[operand(m, here, ROWS8)] = low(fmaf(x, skip, out) * silu(gate));
     }
   }
 }
