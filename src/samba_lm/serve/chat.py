@@ -13,8 +13,8 @@ from samba_lm.engine.request import End, Event, Piece, Ready, Request, Token
 from samba_lm.generation.prefill import Reader
 from samba_lm.generation.prompt import TokenIds
 from samba_lm.generation.sampling import History
-from samba_lm.serve import models, sse
-from samba_lm.serve.answers import Answer, gather, new_id, reason
+from samba_lm.serve import models
+from samba_lm.serve.answers import Answer, gather, new_id, reason, stream
 from samba_lm.serve.contexts import Context
 from samba_lm.serve.errors import ApiError
 from samba_lm.serve.jobs import Job
@@ -105,34 +105,27 @@ class Chat:
         choices = [self._choice(i, answer) for i, answer in enumerate(answers)]
         return ChatCompletion(**self._head, choices=choices, usage=self._usage(made))
 
-    async def stream(self) -> AsyncGenerator[bytes, None]:
+    def stream(self) -> AsyncGenerator[bytes, None]:
         """The answer as events."""
-        head = self._head | {"object": "chat.completion.chunk"}
-        options = self._request.stream_options
-        usage = options is not None and options.include_usage
-        rest = {"usage": None} if usage else {}
 
-        def chunk(index: int, delta: dict[str, Any], why: str | None = None, logprobs: Any = None) -> bytes:
-            choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": why}
-            return sse.data(head | {"choices": [choice]} | rest)
+        def choice(index: int, delta: dict[str, Any], logprobs: Any = None, why: str | None = None) -> dict[str, Any]:
+            return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": why}
 
-        yield b"".join(chunk(i, {"role": "assistant", "content": ""}) for i in range(self._copies))
-        made = 0
-        async for batch in self._events(self._service.settings.keep_alive_seconds):
-            out = [] if batch else [sse.KEEP_ALIVE]
-            for index, event in batch:
-                if isinstance(event, Piece):
-                    logprobs = self._logprobs(event.tokens)
-                    if event.text or logprobs is not None:
-                        out.append(chunk(index, {"content": event.text}, None, logprobs and logprobs.model_dump()))
-                elif isinstance(event, End):
-                    out.append(chunk(index, {}, reason(event)))
-                    made += event.new_tokens
-            if out:
-                yield b"".join(out)
-        if usage:
-            yield sse.data(head | {"choices": [], "usage": self._usage(made).model_dump()})
-        yield sse.DONE
+        def show(index: int, event: Event) -> dict[str, Any] | None:
+            if isinstance(event, Piece):
+                logprobs = self._logprobs(event.tokens)
+                if event.text or logprobs is not None:
+                    return choice(index, {"content": event.text}, logprobs and logprobs.model_dump())
+            return choice(index, {}, why=reason(event)) if isinstance(event, End) else None
+
+        return stream(
+            self._events(self._service.settings.keep_alive_seconds),
+            self._head | {"object": "chat.completion.chunk"},
+            self._request.stream_options,
+            [choice(i, {"role": "assistant", "content": ""}) for i in range(self._copies)],
+            show,
+            self._usage,
+        )
 
     def close(self) -> None:
         """Cancel what still runs."""

@@ -9,14 +9,13 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
-from samba_lm.engine.request import End, Piece, Request, Token
+from samba_lm.engine.request import End, Event, Piece, Request, Token
 from samba_lm.generation.prompt import TokenIds, prompt_chunks
-from samba_lm.serve import sse
-from samba_lm.serve.answers import Answer, gather, new_id, reason
+from samba_lm.serve.answers import Answer, gather, new_id, reason, stream
 from samba_lm.serve.contexts import Context
 from samba_lm.serve.errors import ApiError
 from samba_lm.serve.jobs import Job
-from samba_lm.serve.models import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
+from samba_lm.serve.models import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Usage
 from samba_lm.serve.service import Service
 from samba_lm.serve.words import Words
 
@@ -102,45 +101,35 @@ class Completions:
         made = sum(answer.end.new_tokens for answer in answers if answer.end is not None)
         return Completion(**self._head, choices=choices, usage=self._usage(made))
 
-    async def stream(self) -> AsyncGenerator[bytes, None]:
+    def stream(self) -> AsyncGenerator[bytes, None]:
         """The answer as events."""
-        head = self._head | {"object": "text_completion"}
-        options = self._request.stream_options
-        usage = options is not None and options.include_usage
-        rest = {"usage": None} if usage else {}
-        places = [Place() for _ in range(self._count)]
-        if self._request.echo:
-            for i in range(self._count):
-                text = self._prompts.texts[i // self._copies]
-                places[i].offset = len(text)
-                choice = {"index": i, "text": text, "logprobs": None, "finish_reason": None}
-                yield sse.data(head | {"choices": [choice]} | rest)
-        made = 0
-        async for batch in self._job.events(self._service.settings.keep_alive_seconds):
-            out = [] if batch else [sse.KEEP_ALIVE]
-            for index, event in batch:
-                choice = {"index": index, "text": "", "logprobs": None, "finish_reason": None}
-                if isinstance(event, Piece):
-                    choice["text"] = event.text
-                    if self._request.logprobs is not None:
-                        choice["logprobs"] = self._logprobs(event.tokens, places[index]).model_dump()
-                elif isinstance(event, End):
-                    choice["finish_reason"] = reason(event)
-                    made += event.new_tokens
-                else:
-                    continue
-                out.append(sse.data(head | {"choices": [choice]} | rest))
-            if out:
-                yield b"".join(out)
-        if usage:
-            yield sse.data(head | {"choices": [], "usage": self._usage(made).model_dump()})
-        yield sse.DONE
+        asked = self._request
+        texts = [self._prompts.texts[i // self._copies] if asked.echo else "" for i in range(self._count)]
+        places = [Place(len(text)) for text in texts]
+
+        def choice(index: int, text: str, logprobs: Any = None, why: str | None = None) -> dict[str, Any]:
+            return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": why}
+
+        def show(index: int, event: Event) -> dict[str, Any] | None:
+            if isinstance(event, Piece):
+                shown = None if asked.logprobs is None else self._logprobs(event.tokens, places[index]).model_dump()
+                return choice(index, event.text, shown)
+            return choice(index, "", why=reason(event)) if isinstance(event, End) else None
+
+        return stream(
+            self._job.events(self._service.settings.keep_alive_seconds),
+            self._head | {"object": "text_completion"},
+            asked.stream_options,
+            (choice(i, text) for i, text in enumerate(texts) if asked.echo),
+            show,
+            self._usage,
+        )
 
     def close(self) -> None:
         """Cancel what still runs."""
         self._job.close()
 
-    def _usage(self, made: int) -> Any:
+    def _usage(self, made: int) -> Usage:
         return self._service.usage(self._read + self._cached, made, self._cached)
 
     def _choice(self, index: int, answer: Answer, first: Answer) -> CompletionChoice:
@@ -166,8 +155,8 @@ class Completions:
 class Place:
     """Where in the text the next token begins: a character that is cut into tokens counts when it is complete."""
 
-    def __init__(self) -> None:
-        self.offset = 0
+    def __init__(self, offset: int = 0) -> None:
+        self.offset = offset
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def pass_by(self, token: bytes) -> None:
