@@ -15,6 +15,7 @@ from ray import serve
 
 from samba_lm.checkpoint import load
 from samba_lm.errors import UserError
+from samba_lm.quantization import quantize
 from samba_lm.serve.app import create_app
 from samba_lm.serve.auth import Keys
 from samba_lm.serve.opening import open_service
@@ -48,6 +49,7 @@ class Options(BaseModel):
     drain: float = Field(30, ge=0)
     batch_invariant: bool = False
     dtype: Literal["float32", "bfloat16"] | None = None
+    quantize: Literal["int8", "int4"] | None = None
 
 
 @serve.ingress()
@@ -77,6 +79,8 @@ class Replica:
         model, tokenizer = load(options.checkpoint, device="cuda" if options.gpus else "cpu", dtype=dtype)
         if tokenizer is None:
             raise UserError(f"{options.checkpoint} has no tokenizer: put its tokenizer.json there.")
+        if options.quantize is not None:
+            quantize(model, options.quantize)
         self._service = open_service(model, tokenizer, folder, settings, keys)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
