@@ -50,18 +50,19 @@ def test_steps_agree_with_the_definition(name: str) -> None:
     assert ours.value == pytest.approx(plain.value, rel=0.5)
 
 
-def test_no_speed_without_parity(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Decoder.step
+@pytest.mark.parametrize("name", ["step", "again"])
+def test_no_speed_without_parity(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(Decoder, name)
 
     def wrong(self, *args):  # type: ignore[no-untyped-def]
         drawn, logits = right(self, *args)
         return drawn, logits * 1.2
 
-    monkeypatch.setattr(Decoder, "step", wrong)
+    monkeypatch.setattr(Decoder, name, wrong)
     (figure,) = run()
     assert figure.failed
     assert figure.note.startswith("parity: logits of steps: relative error")
-    monkeypatch.setattr(Decoder, "step", lambda self, *args: ((found := right(self, *args))[0] * 0, found[1]))
+    monkeypatch.setattr(Decoder, name, lambda self, *args: ((found := right(self, *args))[0] * 0, found[1]))
     (figure,) = run()
     assert "a token was drawn that is not the likeliest" in figure.note
 

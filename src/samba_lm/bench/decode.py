@@ -37,7 +37,9 @@ CONTEXTS = (4096, 16_384, 65_536, 262_144, 1_048_576)
 NUCLEUS = SamplingParams(temperature=1.0, top_p=0.9)
 ROUNDS = 9
 """Visits to each context; their median counts."""
-PARITY_PROMPTS, PARITY_STEPS, PARITY_CHUNK = (3, 69, 150), 8, 64
+PARITY_PROMPTS, PARITY_CHUNK = (3, 69, 150), 64
+PARITY_GIVEN, PARITY_OWN = 6, 4
+"""Steps that read given tokens, then steps that read what the one before drew."""
 
 
 def run_decode(
@@ -97,19 +99,18 @@ def run_decode(
 def check(config: ModelConfig, device: torch.device) -> list[Figure]:
     """A narrow twin's steps against fp64, and against what bf16 costs the plain path on the CPU.
 
-    Texts of several lengths are read in pieces, put into slots and stepped together, fed with given tokens. Raises
-    ParityError where the device's error is more than rounding explains, or a token drawn is not the likeliest.
+    Texts of several lengths are read in pieces, put into slots and stepped together, with given tokens first and their
+    own then. Raises ParityError where the device's error is more than rounding explains, or a token drawn is not the
+    likeliest.
     """
     small = narrow(config)
     draw = np.random.default_rng(0).integers
     prompts = [draw(0, small.vocab_size, length) for length in PARITY_PROMPTS]
-    fed = draw(0, small.vocab_size, (PARITY_STEPS, len(prompts)))
-    rounded = place(create(small), "cpu", torch.bfloat16).eval()
-    noise = _plain(rounded, prompts, fed)
-    rounded.to(device)
-    ours = _engine(rounded, prompts, fed)
-    rounded.fix_parameters(False)
-    exact = _plain(rounded.double(), prompts, fed)
+    given = draw(0, small.vocab_size, (PARITY_GIVEN, len(prompts)))
+    rounded = [place(create(small), where, torch.bfloat16).eval() for where in (device, torch.device("cpu"))]
+    ours, fed = _engine(rounded[0], prompts, given)
+    noise = _plain(rounded[1], prompts, fed)
+    exact = _plain(create(small).to(device).double().eval(), prompts, fed)
     what = "logits of steps"
     own, plain = require_noise({what: ours}, {what: exact}, {what: noise})[what]
     return [
@@ -119,8 +120,8 @@ def check(config: ModelConfig, device: torch.device) -> list[Figure]:
 
 
 @torch.inference_mode()
-def _engine(model: SambaLM, prompts: list[np.ndarray], fed: np.ndarray) -> Tensor:
-    """Logits [steps, rows, V] of the engine's parts."""
+def _engine(model: SambaLM, prompts: list[np.ndarray], given: np.ndarray) -> tuple[Tensor, np.ndarray]:
+    """Logits [steps, rows, V] of the engine's parts, and the tokens [steps, rows] that the steps have read."""
     model.fix_parameters()
     device = model.device
     on_gpu = device.type == "cuda" and model.config.constant_state
@@ -132,13 +133,18 @@ def _engine(model: SambaLM, prompts: list[np.ndarray], fed: np.ndarray) -> Tenso
         slots.put(reader.state, prompt.size)
     decoder = Decoder(slots, model.config.vocab_size, device)
     decoder.set_options([GREEDY] * len(prompts))
-    found = []
-    for i, ids in enumerate(fed):
-        drawn, logits = decoder.step(ids.tolist(), [prompt.size + i + 1 for prompt in prompts], None)
+    fed, found, drawn = [], [], None
+    for i in range(PARITY_GIVEN + PARITY_OWN):
+        if drawn is None or i < PARITY_GIVEN:
+            fed.append(given[i])
+            drawn, logits = decoder.step(given[i].tolist(), [prompt.size + i + 1 for prompt in prompts])
+        else:
+            fed.append(drawn.cpu().numpy().copy())
+            drawn, logits = decoder.again()
         if not torch.equal(logits.gather(1, drawn[:, None])[:, 0], logits.max(dim=1).values):
             raise ParityError(f"step {i}: a token was drawn that is not the likeliest")
         found.append(logits.clone())
-    return torch.stack(found)
+    return torch.stack(found), np.stack(fed)
 
 
 @torch.inference_mode()

@@ -65,7 +65,7 @@ def go_on(path: Path, model: SambaLM, tokenizer: ByteTokenizer, texts: Steps) ->
     synchronize(model.device)
     there = time.perf_counter()
     row = texts.slots.put(loaded.reader().state, loaded.tokens)
-    ids = texts.decoder.step([tokenizer.eos_id], [loaded.tokens + 1], None)[0].tolist()
+    ids = texts.decoder.step([tokenizer.eos_id], [loaded.tokens + 1])[0].tolist()
     ended = time.perf_counter()
     texts.slots.drop(row)
     require_finite(ids)

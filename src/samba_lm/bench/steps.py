@@ -6,11 +6,13 @@ import time
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from samba_lm.bench.gpu import Laps, Timing
 from samba_lm.engine import fast_step
 from samba_lm.engine.decoder import Decoder
 from samba_lm.engine.slots import Slots
+from samba_lm.engine.transfer import Arriving
 from samba_lm.generation.params import SamplingParams
 from samba_lm.generation.sampling import require_finite
 from samba_lm.model import SambaLM
@@ -65,31 +67,41 @@ class Steps:
 
     @torch.inference_mode()
     def queued(self, batch: int, context: int, count: int) -> Timing:
-        """Times of ``count`` steps of the first ``batch`` texts, from texts of ``context`` tokens on, one queued after
-        the other: the GPU's time, as long as Python is quicker."""
+        """Times of ``count`` steps of the first ``batch`` texts, from ``context`` tokens on.
+
+        Each is started behind the one before and nothing is waited for, so that these are the GPU's times as long as
+        Python is quicker.
+        """
         self.stand(context)
         laps = Laps(self.device)
         for i in range(count):
             laps.mark()
-            self.decoder.step(self._ids[:batch], [context + i + 1] * batch, None)
+            self._start(batch, context) if i == 0 else self.decoder.again()
         laps.mark()
         return laps.timing()
 
     @torch.inference_mode()
     def answered(self, batch: int, context: int, count: int) -> Timing:
-        """As :meth:`queued`, but each token is waited for and read next: the time from token to token in Python.
+        """As :meth:`queued`, but from token to token as Python sees them, the engine's way: the next step is started,
+        then the tokens of this one are waited for.
 
         Raises UserError where the model gives no number.
         """
         self.stand(context)
-        ids, times, last = self._ids[:batch], [], time.perf_counter()
+        times, last = [], time.perf_counter()
+        coming = Arriving(self._start(batch, context))
         for i in range(count):
-            ids = self.decoder.step(ids, [context + i + 1] * batch, None)[0].tolist()
-            require_finite(ids)
+            this = coming
+            if i + 1 < count:
+                coming = Arriving(self.decoder.again()[0])
+            require_finite(this.lists()[0])
             now = time.perf_counter()
             times.append(1e3 * (now - last))
             last = now
         return Timing(tuple(times))
+
+    def _start(self, batch: int, context: int) -> Tensor:
+        return self.decoder.step(self._ids[:batch], [context + 1] * batch)[0]
 
     def both(self, batch: int, context: int, count: int) -> tuple[Timing, Timing]:
         """:meth:`queued` and :meth:`answered`, after steps to warm up.
