@@ -10,6 +10,7 @@ import torch
 from cuda_emulator import needs_compiler, run
 
 import samba_lm
+from samba_lm.checkpoint import place
 from samba_lm.config import Attention, LayerSpec, Mamba, ModelConfig, SelfExtend, SwiGLU
 from samba_lm.engine import fast_step
 from samba_lm.engine.decoder import Decoder
@@ -35,7 +36,7 @@ def make(layers: tuple[LayerSpec, ...] = SAMBA, d_model: int = 128, **options: o
         for name, p in model.named_parameters():
             if p.dim() == 2 and "A_log" not in name and "conv" not in name:
                 p.mul_(3)
-    model = model.to(torch.bfloat16).eval()
+    model = place(model, DEVICE, torch.bfloat16).eval()
     model.fix_parameters()
     return model
 

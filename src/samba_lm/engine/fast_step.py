@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from samba_lm.mixers.attention import AttentionMixer
-from samba_lm.mixers.mamba import MambaMixer
+from samba_lm.mixers.mamba import MambaMixer, Selection
 from samba_lm.mixers.mlp import SwiGLUMLP
 from samba_lm.mixers.self_extend import SelfExtendMixer
 from samba_lm.model import Layer, SambaLM
@@ -44,8 +44,9 @@ def why_not(model: SambaLM) -> str:
     config = model.config
     if model.quantized is not None:
         return f"{model.quantized} weights"
-    plain = all(p.dtype == torch.bfloat16 and p.is_contiguous() for p in model.parameters())
-    if not plain or model.dtype != torch.bfloat16:
+    # Those of the recurrence stay in fp32 whatever the rest is.
+    read = [p for m in model.modules() if not isinstance(m, Selection) for p in m.parameters(recurse=False)]
+    if model.dtype != torch.bfloat16 or not all(p.dtype == torch.bfloat16 and p.is_contiguous() for p in read):
         return "parameters that are not bf16"
     if config.d_model % 8 or config.d_model > plan.COLUMNS * plan.WARPS * plan.MOST_CHUNKS:
         return f"d_model={config.d_model}"
