@@ -2,3 +2,4 @@
 DEVICE int count_block(int* counter) { return (*counter)++; }
 template <class X>
 DEVICE X read_fresh(const X* x) { return *x; }
+DEVICE int count_bits(u32 x) { return __builtin_popcount(x); }

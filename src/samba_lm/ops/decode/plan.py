@@ -266,6 +266,7 @@ def attend(
     defines = {
         "SOURCES": len(caches),
         "WIDTH": width,
+        "GROUPS": groups,
         "SHARE": heads // groups,
         "TOGETHER": together,
         "RUN": RUN,
@@ -275,7 +276,7 @@ def attend(
     units = rows * groups // together * sum(runs(cache.keys.shape[1]) for cache in caches)
     shared = WARPS * depth * 2 * 16 * width * 2 + 16
     sources = [(*_addresses(q, keys, values), keys.shape[1], lag) for q, keys, values, lag in caches]
-    numbers = (*(n for source in sources for n in source), *_addresses(position, *parts, y), rows, groups, room)
+    numbers = (*(n for source in sources for n in source), *_addresses(position, *parts, y), rows, room)
     parameters = struct.pack(f"<{len(numbers)}qd", *numbers, scale * 1.4426950408889634)
     # As many blocks as there is room for at once: each takes one unit after the other.
     grid = (min(units, 2 * tuning.processors), 1)

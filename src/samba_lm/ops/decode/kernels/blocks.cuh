@@ -10,3 +10,4 @@ DEVICE int count_block(int* counter) {
 // Past the first-level cache, which does not notice what other multiprocessors write.
 DEVICE float4 read_fresh(const float4* x) { return __ldcg(x); }
 DEVICE float2 read_fresh(const float2* x) { return __ldcg(x); }
+DEVICE int count_bits(u32 x) { return __popc(x); }
