@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from samba_lm.engine.decoder import Decoder
 from samba_lm.engine.engine import Engine
 from samba_lm.engine.request import End, Event, Piece, Ready, Request, Token
 from samba_lm.generation.params import SamplingParams
+from samba_lm.generation.prefill import Reader
 from samba_lm.model import SambaLM
 from samba_lm.tokenizer import ByteTokenizer
 
@@ -103,7 +105,7 @@ def mixed() -> list[Request]:
 @pytest.mark.parametrize("invariant", [False, True])
 def test_the_answers_are_the_same(model: SambaLM, steps: list[str], slots: int, invariant: bool) -> None:
     settings = {"slots": slots, "batch_invariant": invariant}
-    requests = mixed() * 2
+    requests = mixed() + mixed()[::-1]
     plain = answers(model, requests, ahead=False, **settings)
     assert "again" not in steps
     ahead = answers(model, requests, ahead=True, **settings)
@@ -130,18 +132,47 @@ def test_alone_a_text_needs_the_host_only_at_its_ends(model: SambaLM, steps: lis
     assert steps == ["step"] + ["again"] * 18  # the first token comes from the prompt, the last is known to be it
 
 
-def test_what_is_kept_has_read_what_was_given_out(model: SambaLM) -> None:
-    requests = [ask("the sea", FREE.replace(seed=1, stop=("e",)), keep=True, keep_prompt=True), ask("a")]
-    for settings in ({}, {"batch_invariant": True}):
-        plain = answers(model, requests, ahead=False, slots=2, **settings)
-        ahead = answers(model, requests, ahead=True, slots=2, **settings)
-        for (_, _, one, (begun,)), (_, _, other, (again,)) in zip(plain[:1], ahead[:1], strict=True):
-            for a, b in ((one.reader, other.reader), (begun.reader, again.reader)):
-                assert a is not None
-                assert b is not None
-                assert a.lengths == b.lengths == a.state.position.tolist()
-                for x, y in zip(a.state.tensors(), b.state.tensors(), strict=True):
-                    torch.testing.assert_close(x, y)
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("penalty", [1.0, 1.2])
+def test_what_is_kept_has_read_what_was_given_out(
+    model: SambaLM, steps: list[str], invariant: bool, penalty: float
+) -> None:
+    """Texts that end unforeseen, two of them at once, so that others are moved; and some that are cut off."""
+    stopping = FREE.replace(stop_ids=tuple(range(60, 90)), repetition_penalty=penalty)
+    params = [FREE.replace(seed=9), stopping.replace(seed=1), stopping.replace(seed=2), stopping.replace(seed=2), FREE]
+    requests = [ask("the sea"[: 1 + i // 2], p, keep=True, keep_prompt=True) for i, p in enumerate(params)]
+    plain = answers(model, requests, ahead=False, slots=6, batch_invariant=invariant)
+    ahead = answers(model, requests, ahead=True, slots=6, batch_invariant=invariant)
+    assert "again" in steps or penalty != 1
+    same(plain, ahead)
+    assert [end.finish for _, _, end, _ in plain] == ["length", "stop", "stop", "stop", "length"]
+    for (_, _, one, (begun,)), (_, _, other, (again,)) in zip(plain, ahead, strict=True):
+        same_standing(begun.reader, again.reader)
+        assert one.reader is not None
+        assert other.reader is not None
+        same_standing(one.reader, other.reader)
+        assert one.reader.lengths[0] == one.prompt_tokens + one.new_tokens - (one.finish == "length")
+    after = [
+        [Request([np.array([ord("x")])], FREE.replace(temperature=0), end.reader) for _, _, end, _ in results]
+        for results in (plain, ahead)
+    ]
+    same(*(answers(model, requests, ahead=False, slots=1) for requests in after))
+
+
+def same_standing(a: Reader, b: Reader) -> None:
+    """The same state, but for the slots of rings that the next token is written to."""
+    assert a.lengths == b.lengths == a.state.position.tolist() == b.state.position.tolist()
+    for mine, theirs in zip(a.state.layers, b.state.layers, strict=True):
+        for name in mine:
+            x, y = mine[name], theirs[name]
+            if name in ("k", "v"):
+                slot = a.lengths[0] % x.shape[1]
+                x, y = (torch.cat((t[:, :slot], t[:, slot + 1 :]), dim=1) for t in (x, y))
+            assert torch.equal(x, y)
+    assert (a.history is None) == (b.history is None)
+    if a.history is not None and b.history is not None:
+        assert torch.equal(a.history.seen, b.history.seen)
+        assert torch.equal(a.history.counts, b.history.counts)
 
 
 def test_cancelling_and_coming_later(model: SambaLM) -> None:
@@ -162,9 +193,24 @@ def test_cancelling_and_coming_later(model: SambaLM) -> None:
     assert text == expected
 
 
-def test_a_damaged_model_ends_every_text() -> None:
-    broken = make()
+def test_a_prompt_that_is_read_token_by_token_ends_where_it_ends(model: SambaLM) -> None:
+    request = ask("the sea", keep_prompt=True)
+    for ahead in (False, True):
+        ((_, _, _, (ready,)),) = answers(model, [request], ahead=ahead, slots=1, batch_invariant=True)
+        assert ready.reader.lengths == ready.reader.state.position.tolist() == [7]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_damaged_model_ends_its_texts_and_no_others(ahead: bool) -> None:
+    """Token 70 has no embedding; nobody but one text ever reads it."""
+    layers = (Mamba(), SwiGLU(width=48), Attention(heads=2, window=24))
+    config = ModelConfig(name="tiny", d_model=32, vocab_size=260, layers=layers, tie_embeddings=False)
+    broken = samba_lm.create(config, device=DEVICE)
     with torch.no_grad():
-        broken.norm.weight[0] = float("nan")
-    results = answers(broken, [ask("a"), ask("b")], ahead=True, slots=2)
-    assert all("not finite" in str(end.error) for _, _, end, _ in results)
+        broken.embedding[70] = float("nan")
+    never, soon = FREE.replace(logit_bias=((70, -1e4),)), FREE.replace(logit_bias=((70, 5.0),), seed=3)
+    bad, good = answers(broken, [ask("a", soon), ask("b", never)], ahead=ahead, slots=2)
+    assert "not finite" in str(bad[2].error)
+    assert bad[1][-1].id == 70
+    assert len(bad[1]) > 1
+    assert (good[2].finish, len(good[1])) == ("length", 30)

@@ -13,6 +13,7 @@ from samba_lm.engine.request import Token
 from samba_lm.engine.sequence import Sequence
 from samba_lm.engine.slots import Slots
 from samba_lm.engine.transfer import Arriving, pinned
+from samba_lm.engine.undo import Undo
 from samba_lm.generation.sampling import History, Options, sample
 from samba_lm.model import SambaLM
 from samba_lm.state import State
@@ -23,7 +24,8 @@ class Batch:
 
     Between two steps a GPU would wait while Python looks at what was drawn. So the next step is started before that,
     where no text needs Python for it: it reads the tokens where the step before left them. A text that turns out to
-    have ended has then read a token too many, and what that gave is dropped with its row.
+    have ended has then read a token too many: what that gave is dropped with its row, and what it did to a state that
+    is to be kept is taken back.
 
     Args:
         whole: every step computes all slots.
@@ -34,11 +36,14 @@ class Batch:
     """
 
     def __init__(self, model: SambaLM, vocab_size: int, slots: int, *, whole: bool, ahead: bool) -> None:
+        self._model = model
         self.slots = Slots(model, slots)
         self.running: list[Sequence] = []
         self._decoder = Decoder(self.slots, vocab_size, model.device, whole=whole)
         self._vocab_size, self._ahead = vocab_size, ahead
         self._most = model.config.max_context
+        self._constant = self.slots.reserved > self._most
+        self._undo: Undo | None = None  # made when a text is first to be kept
         self._settled = False  # the decoder knows the options and biases of the running ones
         self._started: Step | None = None
 
@@ -63,8 +68,13 @@ class Batch:
         self._settled = False
 
     def standing(self, row: int) -> tuple[State, History | None]:
-        """Copies of where a row stands."""
-        return self.slots.take(row), self._decoder.history(row) if self.running[row].penalised else None
+        """Copies of where a row stands, having read all tokens but the one that it was given last."""
+        one = self.running[row]
+        if self._started is not None and one in self._started.running:
+            assert self._undo is not None
+            assert self._started.running[row] is one, "rows are freed from the last one on"
+            return self._undo.before(row), None
+        return self.slots.take(row), self._decoder.history(row) if one.penalised else None
 
     def remove(self, row: int) -> None:
         """Free a row; the last one takes its place."""
@@ -101,14 +111,17 @@ class Batch:
         """Whether the step after this one needs nothing that is not on the device."""
         return (
             self._ahead
-            and self._settled
-            and step.running == self.running
+            and self._settled  # the rows are those of the step
             and not step.reading
             and all(one.foreseen for one in self.running)
-            and max(one.length for one in self.running) + 2 <= max(self._most, self.slots.reserved)
+            and (self._constant or not any(one.request.keep for one in self.running))
+            and (self._constant or max(one.length for one in self.running) + 2 <= self._most)
         )
 
     def _go_on(self, step: Step) -> Step:
+        if any(one.request.keep for one in step.running):
+            self._undo = self._undo or Undo(self._model, self.slots)
+            self._undo.save(len(step.running))
         drawn, logits = self._decoder.again()
         return Step(step.running, [], drawn, logits, self._vocab_size)
 

@@ -98,8 +98,10 @@ class Decoder:
         return self._step()
 
     def again(self) -> tuple[Tensor, Tensor]:
-        """As :meth:`step`: every row reads the token that it drew in the step before, of which nothing may have changed
-        since. Nothing is waited for."""
+        """As :meth:`step`, but each row reads the token that it drew in the step before; nothing is waited for.
+
+        Nothing may have changed since, and that step, too, must have read only tokens that were drawn.
+        """
         self._longest += 1
         return self._step()
 
@@ -115,7 +117,6 @@ class Decoder:
         if self._penalised and self._history is not None:
             history = History(self._history.seen[:size], self._history.counts[:size])
             history.add(ids, made)
-            made.fill_(1)
         logits = self._slots.step(ids, self._longest)
         bias = self._bias[:size] if self._biased and self._bias is not None else None
         drawn = sample(logits, self._options.rows(slice(size)), positions, history, self._vocab_size, bias)
@@ -126,6 +127,7 @@ class Decoder:
     def _replay(self, size: int) -> tuple[Tensor, Tensor]:
         if self._reserved != self._slots.reserved:  # the states have moved
             self._graphs.clear()
+            self._pool = torch.cuda.graph_pool_handle()  # one whose graphs are gone takes no new ones
             self._reserved = self._slots.reserved
         mode = GREEDY if self._options.greedy else CUT if self._options.cut else PLAIN
         key = size, mode, self._biased, self._penalised

@@ -90,7 +90,8 @@ class Sequence:
     def foreseen(self) -> bool:
         """Whether it will go on after its next token as far as can be known, and that token is all it takes."""
         ending = self.answer.tokens + 1 == self.request.params.max_tokens
-        return not (ending or self.unread or self._guide is not None or self.request.keep)
+        unkept = self.request.keep and self.penalised  # what penalties know is not brought back, see Undo
+        return not (ending or self.unread or self._guide is not None or unkept)
 
     def begin(self, model: SambaLM, one_by_one: bool) -> None:
         """Make the state to begin with."""
