@@ -244,6 +244,9 @@ def test_an_object_store(bucket: ObjectStore, checkpoint: Path, monkeypatch: pyt
     test_files_in_a_place(place)
     with pytest.raises(UserError, match="Contexts cannot be kept at s3://nobodys"):
         UrlPlace("s3://nobodys/contexts")
+    with pytest.raises(UserError) as refused:
+        UrlPlace("s3://user:secret@bucket/contexts")
+    assert "secret" not in str(refused.value)
     servers = [Server(checkpoint, "--contexts", "s3://bucket/contexts", environment=dict(os.environ)) for _ in range(2)]
     try:
         _, made = servers[0].ask("POST", "/v1/contexts", {"text": "It was a dark and stormy night."})

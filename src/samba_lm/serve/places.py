@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 import secrets
 import tempfile
 import time
@@ -198,4 +199,5 @@ def _failures() -> Iterator[None]:
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError, NotImplementedError, UserError):
         raise
     except Exception as error:
-        raise PlaceError(one_line(str(error)) or type(error).__name__) from error
+        told = re.sub(r"""[^\s/"']+@""", "...@", one_line(str(error)))  # a URL's user and password
+        raise PlaceError(told or type(error).__name__) from error
