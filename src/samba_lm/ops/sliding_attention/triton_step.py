@@ -12,7 +12,7 @@ import triton.language as tl
 
 from samba_lm.ops.shapes import last_dense
 from samba_lm.ops.sliding_attention.triton_forward import HIDDEN
-from samba_lm.ops.triton_math import dot, exp2, log2
+from samba_lm.ops.triton_math import dot, exp2
 
 PROGRAMS = 512
 """Splits are made until there are about so many programs: four for each processor of an H100."""
@@ -101,7 +101,7 @@ def join_kernel(parts, tops, totals, out, lse, splits, DIM: tl.constexpr, WIDTH:
     part = tl.load(parts + (at * splits + split)[:, None] * DIM + dim[None, :], mask=mask, other=0.0)
     y = tl.sum(part * weight[:, None], 0) / total
     tl.store(out + at * DIM + dim, y.to(out.dtype.element_ty), mask=dim < DIM)
-    tl.store(lse + at, (highest + log2(total)) * LN_2)
+    tl.store(lse + at, (highest + tl.log2(total)) * LN_2)
 
 
 def cut(slots: int, programs: int, width: int, block: int) -> tuple[int, int]:
