@@ -6,7 +6,7 @@
 // x_proj's sums, ROWS8 eights of rows.
 
 constexpr int CHANNELS = 32;
-constexpr int THREADS = 256;
+constexpr int THREADS = 256 * ROWS8;
 constexpr int QUADS = N / 4;                    // of a channel's states
 constexpr int ROWS = 8 * ROWS8;
 constexpr int STEPS_LINES = R / 8 + 1;          // of a row of weights or of low, odd for the banks
@@ -28,7 +28,7 @@ struct ScanShared {
   Line u[ROWS][CHANNELS / 8], z[ROWS][CHANNELS / 8];
 };
 
-KERNEL(THREADS, 4) decode_scan(PARAMETERS(Scan) p) {
+KERNEL(THREADS, 4 / ROWS8) decode_scan(PARAMETERS(Scan) p) {
   SHARED_MEMORY(memory);
   ScanShared& shared = *(ScanShared*)memory;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
