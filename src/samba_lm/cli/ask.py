@@ -12,7 +12,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
 from samba_lm.cli.generate import SamplingOptions, open_stdin, write_continuation
-from samba_lm.cli.model import CheckpointName, ContextFile, Dtype, Quantize, load_context, load_with_tokenizer
+from samba_lm.cli.model import CheckpointName, ContextFile, Runtime, RuntimeOptions, load_context
 from samba_lm.cli.output import JsonFile
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError
@@ -45,12 +45,7 @@ class Ask:
     sampling: OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
     chunk: int = DEFAULT_CHUNK
     """Tokens read at once: more is faster and takes more memory."""
-    device: str = "auto"
-    """Where to run: auto (the GPU if there is one), cpu, cuda or cuda:N."""
-    dtype: Dtype | None = None
-    """Turn the weights into this type; by default they stay as the checkpoint has them."""
-    quantize: Quantize | None = None
-    """Keep the large weights in 8 or 4 bits a number: less memory and faster answers, at a small cost in quality."""
+    runtime: RuntimeOptions = field(default_factory=Runtime)
     json: JsonFile = None
     """Write the figures of the last line to this file too."""
 
@@ -66,7 +61,7 @@ def main(argv: list[str]) -> None:
         file = None
         if command.file is not None:
             file = open_stdin().buffer if from_stdin else stack.enter_context(command.file.open("rb"))
-        model, tokenizer = load_with_tokenizer(command.checkpoint, command.device, command.dtype, command.quantize)
+        model, tokenizer = command.runtime.load(command.checkpoint)
         context = load_context(command.context, model, tokenizer)
         prompt: Prompt = wording
         if file is not None:

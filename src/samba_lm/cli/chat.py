@@ -13,7 +13,7 @@ from samba_lm.cli.chat_room import FIRST, Conversation, Room
 from samba_lm.cli.chat_view import View
 from samba_lm.cli.generate import SamplingOptions, open_stdin
 from samba_lm.cli.main import for_people
-from samba_lm.cli.model import CheckpointName, ContextFile, Dtype, Quantize, load_context, load_with_tokenizer
+from samba_lm.cli.model import CheckpointName, ContextFile, Runtime, RuntimeOptions, load_context
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError
 from samba_lm.generation.params import DEFAULT_CHUNK
@@ -42,12 +42,7 @@ class Chat:
     sampling: OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
     chunk: int = DEFAULT_CHUNK
     """Tokens of a message read at once: more is faster and takes more memory."""
-    device: str = "auto"
-    """Where to run: auto (the GPU if there is one), cpu, cuda or cuda:N."""
-    dtype: Dtype | None = None
-    """Turn the weights into this type; by default they stay as the checkpoint has them."""
-    quantize: Quantize | None = None
-    """Keep the large weights in 8 or 4 bits a number: less memory and faster answers, at a small cost in quality."""
+    runtime: RuntimeOptions = field(default_factory=Runtime)
     history: bool = True
     """Remember what you type for the next chat, in a file that only you can read."""
 
@@ -58,7 +53,7 @@ def main(argv: list[str]) -> None:
     from samba_lm.generation.chat import ChatSession  # only now: --help should not wait for torch
 
     stdin = open_stdin()
-    model, tokenizer = load_with_tokenizer(command.checkpoint, command.device, command.dtype, command.quantize)
+    model, tokenizer = command.runtime.load(command.checkpoint)
     context = load_context(command.context, model, tokenizer)
     session = ChatSession(
         model,

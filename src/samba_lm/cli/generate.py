@@ -15,7 +15,7 @@ from rich.console import Console
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 from tyro.constructors import PrimitiveConstructorSpec
 
-from samba_lm.cli.model import CheckpointName, ContextFile, Dtype, Quantize, load_context, load_with_tokenizer
+from samba_lm.cli.model import CheckpointName, ContextFile, Runtime, RuntimeOptions, load_context
 from samba_lm.cli.output import JsonFile, write_json
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError
@@ -74,12 +74,7 @@ class Generate:
     sampling: OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
     chunk: int = DEFAULT_CHUNK
     """Prompt tokens read at once: more is faster and takes more memory."""
-    device: str = "auto"
-    """Where to run: auto (the GPU if there is one), cpu, cuda or cuda:N."""
-    dtype: Dtype | None = None
-    """Turn the weights into this type; by default they stay as the checkpoint has them."""
-    quantize: Quantize | None = None
-    """Keep the large weights in 8 or 4 bits a number: less memory and faster answers, at a small cost in quality."""
+    runtime: RuntimeOptions = field(default_factory=Runtime)
     json: JsonFile = None
     """Write the figures of the last line to this file too."""
 
@@ -90,7 +85,7 @@ def main(argv: list[str]) -> None:
     with contextlib.ExitStack() as stack:
         path = None if command.prompt_file == Path("-") else command.prompt_file
         file = _open_prompt(command, stack)
-        model, tokenizer = load_with_tokenizer(command.checkpoint, command.device, command.dtype, command.quantize)
+        model, tokenizer = command.runtime.load(command.checkpoint)
         if file is None:
             prompt: Prompt = command.prompt or ""
         else:
@@ -129,9 +124,7 @@ class Command(Protocol):
     @property
     def chunk(self) -> int: ...
     @property
-    def dtype(self) -> Dtype | None: ...
-    @property
-    def quantize(self) -> Quantize | None: ...
+    def runtime(self) -> Runtime: ...
     @property
     def json(self) -> Path | None: ...
 
@@ -206,8 +199,8 @@ def _report(
         record = {
             "checkpoint": command.checkpoint,
             "device": str(device),
-            "dtype": command.dtype,
-            "quantize": command.quantize,
+            "dtype": command.runtime.dtype,
+            "quantize": command.runtime.quantize,
             "sampling": dataclasses.asdict(sampling),
             "context_tokens": 0 if context is None else context.tokens,
             **dataclasses.asdict(timing),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -21,6 +22,26 @@ Quantize = Literal["int8", "int4"]
 CheckpointName = Annotated[str, tyro.conf.arg(metavar="CKPT")]
 ContextFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 """The option ``--context``, for :func:`load_context`."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and in which numbers a checkpoint runs that reads and writes text."""
+
+    device: str = "auto"
+    """Where to run: auto (the GPU if there is one), cpu, cuda or cuda:N."""
+    dtype: Dtype | None = None
+    """Turn the weights into this type; by default they stay as the checkpoint has them."""
+    quantize: Quantize | None = None
+    """Keep the large weights in 8 or 4 bits a number: less memory and faster answers, at a small cost in quality."""
+
+    def load(self, name: str) -> tuple[SambaLM, Tokenizer]:
+        """As :func:`load_with_tokenizer`."""
+        return load_with_tokenizer(name, self.device, self.dtype, self.quantize)
+
+
+RuntimeOptions = Annotated[Runtime, tyro.conf.arg(name="")]
+"""Among a command's other options, as if they were its own."""
 
 
 def load(
