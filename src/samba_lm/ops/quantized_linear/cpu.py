@@ -25,6 +25,10 @@ OUTPUTS = 16
 """What PyTorch's int4 kernel wants the number of outputs to be a multiple of."""
 
 
+BLOCK = 256
+"""Outputs that are packed at once, in the cache; a multiple of the 64 (AVX-512) or 32 whose numbers are interleaved."""
+
+
 class Packed(NamedTuple):
     """4-bit weights as PyTorch's kernel for this processor reads them."""
 
@@ -54,9 +58,9 @@ def pack(weight: torch.Tensor, scale: torch.Tensor) -> Packed | None:
     """See ``pack_for_cpu``."""
     if weight.shape[0] % OUTPUTS:
         return None
-    numbers = unpack(weight).to(torch.int32) + 8
+    wide = (unpack(piece).to(torch.int32) + 8 for piece in weight.split(BLOCK))
     scales = scale.t().bfloat16()
     return Packed(
-        torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1),
+        torch.cat([torch.ops.aten._convert_weight_to_int4pack_for_cpu(piece, 1) for piece in wide]),
         torch.stack((scales, torch.zeros_like(scales)), dim=-1),
     )

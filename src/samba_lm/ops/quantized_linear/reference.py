@@ -12,6 +12,8 @@ GROUP = 64
 """Inputs that share a scale in int4."""
 WHOLE = 2 * GROUP
 """Inputs whose 4-bit numbers lie together: byte j of 64 holds the numbers of inputs j (lower half) and j + 64."""
+PIECE = 1 << 19
+"""Numbers that are quantised at once: on a CPU they stay in the cache."""
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 """Of int4: how much of a group's largest number its scale may cover; the least squared error is taken."""
 
@@ -23,13 +25,18 @@ def quantize(weight: torch.Tensor, kind: Kind) -> tuple[torch.Tensor, torch.Tens
     two numbers a byte, uint8 [N, K' / 2], K filled up to K', a multiple of 128, with zeros. Scales are numbers that
     bf16 holds, so that kernels which take them in bf16 mean the same weight.
     """
-    weight = weight.detach().float()
+    rows = max(1, PIECE // max(1, weight.shape[1]))
+    made = [_quantize_rows(piece.detach().float(), kind) for piece in weight.split(rows)]
+    return torch.cat([numbers for numbers, _ in made]), torch.cat([scale for _, scale in made])
+
+
+def _quantize_rows(weight: torch.Tensor, kind: Kind) -> tuple[torch.Tensor, torch.Tensor]:
     if kind == "int8":
         scale = _scale(weight.abs().amax(1) / 127)
         numbers = (weight / scale[:, None]).round_().clamp_(-127, 127)
         return numbers.to(torch.int8), scale
-    N, K = weight.shape
-    groups = F.pad(weight, (0, -K % WHOLE)).view(N, -1, GROUP)
+    N = weight.shape[0]
+    groups = F.pad(weight, (0, -weight.shape[1] % WHOLE)).view(N, -1, GROUP)
     scale = _best_scale(groups)
     numbers = ((groups / scale[..., None]).round_().clamp_(-8, 7) + 8).to(torch.uint8).view(N, -1, 2, GROUP)
     return (numbers[:, :, 0] | numbers[:, :, 1] << 4).view(N, -1), scale
