@@ -204,7 +204,7 @@ def scan(
     shared = room * CHANNELS * N * 4 + (CHANNELS + room) * (wide // 8 + 1) * 16 + room * (2 * N + CHANNELS) * 4
     shared += 2 * room * CHANNELS * 2
     numbers = (*_addresses(partials, weight, u, z, A, D, bias, state, y), rows, E, rank)
-    return _launch("scan", defines, (ceil_div(E, CHANNELS), 1), 256, shared, numbers, tuning)
+    return _launch("scan", defines, (ceil_div(E, CHANNELS), 1), 32 * room, shared, numbers, tuning)
 
 
 class Cache(NamedTuple):
