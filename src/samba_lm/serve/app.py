@@ -176,7 +176,7 @@ def _about(app: FastAPI, service: Service) -> None:
             id=service.settings.model_name,
             created=service.started,
             vocab_size=config.vocab_size,
-            parameters=sum(p.numel() for p in service.engine.model.parameters()),
+            parameters=service.engine.model.config.parameters(),
             state_bytes=slots.nbytes() // slots.capacity,
             constant_state=service.engine.constant,
             chat_template=not isinstance(service.template, PlainTemplate),
