@@ -2,6 +2,7 @@
 struct alignas(16) Line { u32 x, y, z, w; };
 
 DEVICE void copy_line(Line* to, const void* from, bool there) { copy_async(to, (const Line*)from, there); }
+DEVICE void copy_line_once(Line* to, const void* from, bool there) { copy_line(to, from, there); }
 DEVICE float shuffle(float x, int lane) {
   emulator::lane(threadIdx.x % 32).values[0] = x;
   emulator::meet();

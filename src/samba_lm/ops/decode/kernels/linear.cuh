@@ -62,10 +62,10 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
   auto fetch = [&](int kc, int slot) {
     const bool inside = k0 + kc * TURN + piece * 8 < K;
     Line* to = ring + slot * CHUNK + row * LINES + (piece ^ (row & 1) * 4);
-    copy_line(to, first_a + kc * TURN, inside && has_a);
-    copy_line(to + 4 * LINES, first_b + kc * TURN, inside && has_b);
-    copy_line(to + 8 * LINES, first_a + to_second + kc * TURN, inside && has_a);
-    copy_line(to + 12 * LINES, first_b + to_second + kc * TURN, inside && has_b);
+    copy_line_once(to, first_a + kc * TURN, inside && has_a);
+    copy_line_once(to + 4 * LINES, first_b + kc * TURN, inside && has_b);
+    copy_line_once(to + 8 * LINES, first_a + to_second + kc * TURN, inside && has_a);
+    copy_line_once(to + 12 * LINES, first_b + to_second + kc * TURN, inside && has_b);
   };
 
 #pragma unroll

@@ -9,6 +9,14 @@ DEVICE void copy_line(Line* to, const void* from, bool there) {
                "l"(from), "r"(there ? 16u : 0u)
                : "memory");
 }
+// The same, of what nothing reads again in this step: it leaves the second-level cache before what kernels pass on.
+DEVICE void copy_line_once(Line* to, const void* from, bool there) {
+  asm volatile("{.reg .b64 first; mov.b64 first, 0x12f0000000000000;"  // evict first, as createpolicy encodes it
+               "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, first;}" ::"r"(
+                   (u32)__cvta_generic_to_shared(to)),
+               "l"(from), "r"(there ? 16u : 0u)
+               : "memory");
+}
 DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE void sync_warp() { __syncwarp(); }
 
