@@ -72,8 +72,8 @@ class Batch:
         one = self.running[row]
         if self._started is not None and one in self._started.running:
             assert self._undo is not None
-            assert self._started.running[row] is one, "rows are freed from the last one on"
-            return self._undo.before(row), None
+            # Since that step began, a row that was freed may have been taken by this text.
+            return self._undo.before(row, self._started.running.index(one)), None
         return self.slots.take(row), self._decoder.history(row) if one.penalised else None
 
     def remove(self, row: int) -> None:

@@ -49,9 +49,9 @@ class Undo:
         for to, source in by_type.values():
             torch._foreach_copy_(to, source)  # as one kernel, not one for each layer
 
-    def before(self, row: int) -> State:
-        """A copy of the state that a row had before the step."""
-        state, held = self._slots.take(row), slice(row, row + 1)
+    def before(self, row: int, then: int) -> State:
+        """A copy of the state that the text in a row had before the step, when it was in the row ``then``."""
+        state, held = self._slots.take(row), slice(then, then + 1)
         for tensors, kept in zip(state.layers, self._layers, strict=True):
             tensors.update({name: t[held].clone() for name, t in kept.items()})
         return State(Cursor(self._cursor.segment[held].clone(), self._cursor.position[held].clone()), state.layers)
