@@ -27,7 +27,7 @@ CHUNKS, MOST_CHUNKS = 4, 6
 """Of a warp, where the columns can be cut into slices, and where they cannot: its part of x lies in registers."""
 CHANNELS = 32
 """As in scan.cuh."""
-RUN, MOST = 512, 32
+RUN, MOST = 512, 16
 """Slots of keys that a block looks at, at least; pieces that a row's cache is cut into, at most."""
 TOGETHER = 1
 """Key heads that a block looks at, at most: a power of two up to 8."""
