@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from samba_lm.checkpoint import create
 from samba_lm.ops.backend import preferring
+from samba_lm.ops.selective_scan import selective_scan
 from samba_lm.span import Span
 
 
@@ -51,3 +52,18 @@ def test_a_whole_block_at_any_length(backend: str) -> None:
                 assert_close(actual, expected, f"{length} tokens, result {i}", scale=5.0)
             counts.append(counter.frame_count)
     assert counts[0] == counts[-1], "a new length was compiled anew"
+
+
+def test_the_scan_of_a_cpu_is_not_traced() -> None:
+    """Its walk over time is Python: a graph of it would have every token's operations."""
+    torch.manual_seed(0)
+    operations = []
+    for length in (5, 50):
+        u, delta = torch.randn(2, 1, length, 8)
+        A, B, C = -torch.rand(8, 4), torch.randn(1, length, 4), torch.randn(1, length, 4)
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        y, _ = torch.compile(selective_scan, backend=counter)(u, delta, A, B, C)
+        assert_close(y, selective_scan(u, delta, A, B, C)[0], f"{length} tokens")
+        operations.append(counter.op_count)
+    assert operations[0] == operations[1]

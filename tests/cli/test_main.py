@@ -266,6 +266,18 @@ for command in m.COMMANDS:
     assert ran.stderr.splitlines() == [f"{command.name} is light" for command in shell.COMMANDS]
 
 
+def test_a_command_that_compiles_nothing_waits_for_no_compiler() -> None:
+    script = """
+import sys
+from samba_lm.cli.main import main
+assert main(["generate", "samba-tiny", "--prompt", "a", "--max-tokens", "1"]) == 0
+assert "torch" in sys.modules
+assert "torch._dynamo" not in sys.modules
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_python_m_is_the_same_command() -> None:
     ran = subprocess.run([sys.executable, "-m", "samba_lm", "tran"], capture_output=True, text=True, check=False)
     assert ran.returncode == 2

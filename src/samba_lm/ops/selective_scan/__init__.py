@@ -90,7 +90,12 @@ def selective_scan(
         from samba_lm.ops.selective_scan.triton import scan_triton
 
         return scan_triton(u, delta, A, B, C, D, z, delta_bias, state, resets, lengths)
-    run = scan_reference if chosen == "reference" else scan_cpu
+    if chosen == "reference":
+        run = scan_reference
+    elif torch.compiler.is_compiling():
+        from samba_lm.ops.selective_scan.untraced import scan_untraced as run
+    else:
+        run = scan_cpu
     y, final = run(u, delta, A, B, C, D, z, delta_bias, state, resets, padding)
     return y.to(u.dtype), final
 

@@ -22,7 +22,6 @@ BLOCK_ELEMENTS = 1 << 19
 BLOCK_ELEMENTS_ELSEWHERE = 1 << 24
 
 
-@torch.compiler.disable  # the walk over time is Python; tracing it would unroll every token
 def scan_cpu(
     u: torch.Tensor,
     delta: torch.Tensor,
