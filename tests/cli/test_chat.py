@@ -98,6 +98,8 @@ def test_a_state_is_saved_and_gone_on_with_to_the_bit(chat, checkpoint: Path) ->
     whole, before = Path("whole.txt").read_text(), session(checkpoint, "one", "two")
     assert Path("rest.txt").read_text() == whole[len(before.text) :]
     assert "of 'talk.ctx'; no words are in it)" in later
+    after = chat("/load talk.ctx", "/load rest.txt")
+    assert re.search(r"\(read (\d+) tokens of rest\.txt after (\d+) tokens of 'talk\.ctx'\)", after), after
     assert out.splitlines()[-3] == later.splitlines()[1]
     assert whole.endswith(out.splitlines()[-3])
 

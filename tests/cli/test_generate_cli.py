@@ -104,6 +104,7 @@ def test_sampling_options_reach_the_sampler(checkpoint: Path, capsys) -> None:
         (["--temprature", "1"], "--temperature"),
         (["--prompt", "a", "--prompt-file", "f"], "--prompt and --prompt-file were both given"),
         (["--prompt", "a", "-"], "- and --prompt were both given"),
+        (["Once upon a time"], "'Once upon a time': a prompt is given as --prompt TEXT"),
         (["--prompt-file", "no/such/file"], "no/such/file"),
         (["--device", "tpu"], "'tpu'"),
         (["--chunk", "0"], "chunk=0"),
@@ -125,6 +126,19 @@ def test_files_that_cannot_be_read_are_told(checkpoint: Path, capsys, tmp_path: 
     assert "latin.txt is not UTF-8: byte 3 " in capsys.readouterr().err
     assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
     assert "is not a checkpoint" in capsys.readouterr().err
+
+
+def test_full_attention_takes_a_limit(capsys, tmp_path: Path) -> None:
+    layers = (Attention(heads=2), SwiGLU(width=32))
+    model = samba_lm.create(ModelConfig(name="full", d_model=32, vocab_size=257, layers=layers))
+    samba_lm.save(model, tmp_path / "full", ByteTokenizer())
+    for command in (["generate", str(tmp_path / "full")], ["ask", str(tmp_path / "full"), "who?"]):
+        assert main([*command, "--max-tokens", "unlimited"]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "full has full attention" in err
+        assert main([*command, "--max-tokens", "3"]) == 0
+        capsys.readouterr()
 
 
 def test_a_checkpoint_without_a_tokenizer_is_told(capsys, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -23,7 +24,7 @@ class BenchServe:
     A text counts when it came whole; anything else is an error. An API key is taken from the variable
     SAMBA_LM_API_KEY."""
 
-    url: tyro.conf.Positional[str]
+    url: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="URL")]]
     """Where it listens, such as http://127.0.0.1:8000."""
     streams: int = 64
     """Streams at once; give the server as many --slots, or some of them wait."""

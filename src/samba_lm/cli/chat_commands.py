@@ -179,10 +179,12 @@ def _load(room: Room, argument: str) -> None:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: byte {error.start} cannot be read; convert the file first.") from None
     session = room.session.fork()
-    with room.reading() as on_progress:
+    context = room.current.context
+    with room.reading(0 if context is None else context.tokens) as on_progress:
         session.resume(text, on_progress)
-    where = room.enter(Conversation(session, room.current.context), path.stem)
-    room.view.note(f"read {session.token_ids.size:,} tokens of {path}{where}")
+    where = room.enter(Conversation(session, context), path.stem)
+    after = "" if context is None else f" after {context.tokens:,} tokens of {context.title!r}"
+    room.view.note(f"read {session.token_ids.size:,} tokens of {path}{after}{where}")
 
 
 def _context(room: Room, argument: str) -> None:

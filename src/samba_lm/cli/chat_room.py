@@ -133,10 +133,10 @@ class Room:
         return kept
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[OnProgress]:
-        """Show how far a file was read."""
+    def reading(self, before: int = 0) -> Iterator[OnProgress]:
+        """Show how far a file was read, that begins after ``before`` tokens of something else."""
         with self.prompt.silent():
-            yield lambda tokens: self.view.status(f"reading: {tokens:,} tokens")
+            yield lambda tokens: self.view.status(f"reading: {tokens - before:,} tokens")
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal, Protocol, TextIO
+from typing import TYPE_CHECKING, Annotated, BinaryIO, Protocol, TextIO
 
 import tyro
 from rich.console import Console
@@ -49,7 +49,8 @@ class SamplingOptions(SamplingParams):
     """How the text is continued, and when it ends."""
 
     max_tokens: TokenLimit = 256
-    """Tokens to make at most; `unlimited`: until the end-of-text token or Ctrl-C, in constant memory."""
+    """Tokens to make at most; `unlimited`: until the end-of-text token or Ctrl-C, in constant memory (not with full
+    attention, whose memory grows)."""
     stop: UseAppendAction[tuple[str, ...]] = ()
     """End the text before this string; may be given several times."""
 
@@ -63,7 +64,7 @@ class Generate:
 
     checkpoint: Positional[CheckpointName]
     """A checkpoint folder, or a training run's: its newest checkpoint."""
-    stdin: Positional[Annotated[Literal["-"] | None, tyro.conf.arg(metavar="[-]")]] = None
+    stdin: Positional[Annotated[str | None, tyro.conf.arg(metavar="[-]")]] = None
     """`-` reads the prompt from the standard input."""
     prompt: str | None = None
     """The text to continue."""
@@ -97,6 +98,11 @@ def main(argv: list[str]) -> None:
 
 def _open_prompt(command: Generate, stack: contextlib.ExitStack) -> BinaryIO | None:
     """Open what the prompt is read from; None when it is on the command line, or empty."""
+    if command.stdin not in (None, "-"):
+        raise UserError(
+            f"Unexpected argument {command.stdin[:60]!r}: a prompt is given as --prompt TEXT or --prompt-file FILE, and "
+            "`-` alone reads the standard input."
+        )
     given = [
         name
         for name, value in (("-", command.stdin), ("--prompt", command.prompt), ("--prompt-file", command.prompt_file))
@@ -142,6 +148,11 @@ def write_continuation(
     """Read a prompt and write what follows; ``file``: tells how far it was read; ``strip``: no space comes first."""
     from samba_lm.generation.api import stream
 
+    if sampling.max_tokens is None and not model.config.constant_state:
+        raise UserError(
+            f"{model.config.name} has full attention, whose memory grows with the text: unlimited generation needs a "
+            "model of constant state (`samba-lm models` tells which are); give --max-tokens a number."
+        )
     with Console(stderr=True).status("reading the prompt") as status:  # silent unless stderr is a terminal
         text = stream(
             model,
@@ -188,7 +199,7 @@ def _report(
     before = "" if context is None else f"went on after {context.tokens:,} tokens of {context.title!r}, "
     ending = "interrupted" if interrupted else timing.finish
     print(
-        f"{before}read {timing.prompt_tokens:,} tokens in {timing.read_seconds:.2f} s "
+        f"{before}read {timing.prompt_tokens:,} token{'s' * (timing.prompt_tokens != 1)} in {timing.read_seconds:.2f} s "
         f"({timing.read_tokens_per_second:,.0f} tokens/s), "
         f"made {timing.new_tokens:,} in {timing.decode_seconds:.2f} s "
         f"({timing.decode_tokens_per_second:,.1f} tokens/s), "

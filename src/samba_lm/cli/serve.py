@@ -16,7 +16,8 @@ from samba_lm.errors import UserError
 class Serve:
     """Serve a checkpoint over HTTP as OpenAI's API does: completions, chat, contexts, metrics.
 
-    Ctrl-C or SIGTERM ends it after what runs is done.
+    Its address, in a browser, is a page to talk to the model; clients of OpenAI's API take it with /v1 after it. Ctrl-C
+    or SIGTERM ends it when what runs is done, a second one at once.
     """
 
     checkpoint: Positional[CheckpointName]
@@ -51,9 +52,9 @@ class Serve:
     max_body: int = 32
     """MiB that one request's body may have."""
     head_seconds: float = 10.0
-    """A connection must have sent its request's head by then,"""
+    """Seconds that a connection may take to send a request's head."""
     body_seconds: float = 60.0
-    """and the body by then."""
+    """Seconds that a request's body may then take."""
     drain: float = 30.0
     """Seconds that running requests may go on after SIGTERM."""
     batch_invariant: bool = False
