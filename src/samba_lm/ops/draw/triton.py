@@ -15,7 +15,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from samba_lm.ops.backend import INTERPRETED
 from samba_lm.ops.draw.reference import GOLDEN, GREEDY_BELOW, HOTTEST, MIX, UNIT, signed
 from samba_lm.ops.shapes import last_dense
 from samba_lm.ops.triton_math import exp2
@@ -28,7 +30,8 @@ COUNT_SHIFTS, COUNT_BINS = (24, 16, 8, 0), 256
 SUM_SHIFTS, SUM_BINS = (28, 24, 20, 16, 12, 8, 4, 0), 16
 """The lowest of the bits that a launch finds, and how many values they have. A distance has 31 bits in all."""
 WARPS = 8
-LANES = tl.constexpr(32 * WARPS)
+EARLY = True
+"""On GPUs that can, a kernel's programs take their places before those of the one before it have all ended."""
 
 _COUNT_BITS, _SUM_BITS = tl.constexpr(8), tl.constexpr(4)
 _UNIT = tl.constexpr(UNIT)
@@ -37,6 +40,13 @@ _GOLDEN, _FACTOR_1, _FACTOR_2 = (tl.constexpr(signed(x)) for x in (GOLDEN, MIX[0
 _INFINITY, _RULED_OUT = tl.constexpr(float("inf")), tl.constexpr(float("-inf"))
 _ALL = tl.constexpr(2**31 - 1)
 _NOT_FINITE = tl.constexpr(-1)
+
+
+@triton.jit
+def _in_turn():
+    """Let the next kernel take its place, and wait for the one before this: it reads what that writes."""
+    gdc_launch_dependents()
+    gdc_wait()
 
 
 @triton.jit
@@ -74,9 +84,11 @@ def _counted(at, counts, found, parts, PARTS: tl.constexpr, BINS: tl.constexpr):
 @triton.jit(do_not_specialize=["shift", "parts"])
 def _count(
     logits, best_ptr, top_k, counts_before, found_before, counts, found, V, stride, shift, parts,
-    FIRST: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, BINS: tl.constexpr,
+    FIRST: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, BINS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """counts int32 [B, PARTS, BINS], found int32 [B, 2]. Grid: (parts, B)."""
+    if EARLY:
+        _in_turn()
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     best, k = tl.load(best_ptr + row), tl.load(top_k + row)
     if (tl.abs(best) < _INFINITY) & (k < V):
@@ -113,9 +125,12 @@ def _sum(
     logits, best_ptr, temperature, top_k, top_p, counts, found_by_count, limits,
     totals, sums_before, found_before, sums, found, V, stride, shift, parts,
     FIRST: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, BINS: tl.constexpr, COUNT_BINS: tl.constexpr,
+    LANES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """sums int64 [B, PARTS, BINS], of the masses up to BINS distances; found int32 [B]; limits int32 [B], the furthest
     distance by top-k. Grid: (parts, B)."""
+    if EARLY:
+        _in_turn()
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     best, p = tl.load(best_ptr + row), tl.load(top_p + row)
     if tl.abs(best) < _INFINITY:
@@ -158,9 +173,11 @@ def _candidates(logits, row, stride, column, V, best, temperature, min_p, furthe
 @triton.jit(do_not_specialize=["parts"])
 def _add_up(
     logits, best_ptr, temperature, top_p, min_p, limits, totals, sums, found, furthest_ptr, held, V, stride, parts,
-    CUT: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, BINS: tl.constexpr,
+    CUT: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, BINS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """held int64 [B, PARTS], the candidates' masses by chunks; furthest int32 [B]. Grid: (parts, B)."""
+    if EARLY:
+        _in_turn()
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     best = tl.load(best_ptr + row)
     if tl.abs(best) < _INFINITY:
@@ -187,9 +204,11 @@ def _mix(x):
 @triton.jit(do_not_specialize=["parts"])
 def _pick(
     logits, best_ptr, likeliest, temperature, min_p, furthest_ptr, held, seed, position, out, V, stride, parts,
-    CUT: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
+    CUT: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out int64 [B]. Grid: B."""
+    if EARLY:
+        _in_turn()
     row = tl.program_id(0).to(tl.int64)
     best = tl.load(best_ptr + row)
     token = tl.load(likeliest + row)
@@ -214,23 +233,26 @@ def _pick(
     tl.store(out + row, token)
 
 
-class _Row(NamedTuple):
-    """How rows are cut, and what the searches leave for the last two kernels."""
+class _Found(NamedTuple):
+    """How rows are cut, and what the searches leave for the last kernel."""
 
     chunk: int
     parts: int
+    early: bool
     held: torch.Tensor
     """int64 [B, PARTS], the candidates' masses by chunks."""
     furthest: torch.Tensor
-    """int32 [B], the bits of the furthest distances; of anything where nothing was cut."""
+    """int32 [B], the bits of the furthest distances; anything where nothing was cut."""
 
 
-def _search(logits, best, temperature, top_k, top_p, min_p, cut) -> _Row:
+def _search(logits, best, temperature, top_k, top_p, min_p, cut) -> _Found:
     (rows, V), stride = logits.shape, logits.stride(0)
     chunk = max(LEAST, triton.next_power_of_2(triton.cdiv(V, PARTS)))
     parts = triton.cdiv(V, chunk)
-    options = {"CHUNK": chunk, "PARTS": PARTS, "num_warps": WARPS}
-    grid = parts, rows
+    grid, early = (parts, rows), EARLY and _can_be_early(logits.device)
+    first = {"CHUNK": chunk, "PARTS": PARTS, "EARLY": early, "num_warps": WARPS}
+    # The first kernel reads what others, which know nothing of this, have made: it waits for their end.
+    next = first | {"launch_pdl": True} if early else first
 
     def empty(*sizes: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(sizes, dtype=dtype, device=logits.device)
@@ -243,7 +265,7 @@ def _search(logits, best, temperature, top_k, top_p, min_p, cut) -> _Row:
         for i, shift in enumerate(COUNT_SHIFTS):
             _count[grid](
                 logits, best, top_k, counts[i - 1], counted[i - 1], counts[i], counted[i], V, stride, shift, parts,
-                FIRST=i == 0, BINS=COUNT_BINS, **options, enable_fp_fusion=True,
+                FIRST=i == 0, BINS=COUNT_BINS, **(next if i else first), enable_fp_fusion=True,
             )  # fmt: skip
         sums = empty(len(SUM_SHIFTS), rows, PARTS, SUM_BINS, dtype=torch.int64)
         found = empty(len(SUM_SHIFTS), rows)
@@ -251,13 +273,17 @@ def _search(logits, best, temperature, top_k, top_p, min_p, cut) -> _Row:
             _sum[grid](
                 logits, best, temperature, top_k, top_p, counts[-1], counted[-1], limits,
                 sums[0], sums[i - 1], found[i - 1], sums[i], found[i], V, stride, shift, parts,
-                FIRST=i == 0, BINS=SUM_BINS, COUNT_BINS=COUNT_BINS, **options, enable_fp_fusion=True,
+                FIRST=i == 0, BINS=SUM_BINS, COUNT_BINS=COUNT_BINS, LANES=32 * WARPS, **next, enable_fp_fusion=True,
             )  # fmt: skip
     _add_up[grid](
         logits, best, temperature, top_p, min_p, limits, sums[0], sums[-1], found[-1], furthest, held, V, stride,
-        parts, CUT=cut, BINS=SUM_BINS, **options, enable_fp_fusion=True,
+        parts, CUT=cut, BINS=SUM_BINS, **(next if cut else first), enable_fp_fusion=True,
     )  # fmt: skip
-    return _Row(chunk, parts, held, furthest)
+    return _Found(chunk, parts, early, held, furthest)
+
+
+def _can_be_early(device: torch.device) -> bool:
+    return not INTERPRETED and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def furthest_triton(logits, best, temperature, top_k, top_p, min_p) -> torch.Tensor:
@@ -280,11 +306,11 @@ def draw_triton(
     )
     out = torch.empty_like(likeliest)
     with torch.cuda.device_of(logits):
-        row = _search(logits, best, temperature, top_k, top_p, min_p, cut)
+        found = _search(logits, best, temperature, top_k, top_p, min_p, cut)
         _pick[(len(logits),)](
-            logits, best, likeliest, temperature, min_p, row.furthest, row.held, seed, position, out,
-            logits.shape[1], logits.stride(0), row.parts, CUT=cut, CHUNK=row.chunk, PARTS=PARTS,
-            enable_fp_fusion=True, num_warps=WARPS,
+            logits, best, likeliest, temperature, min_p, found.furthest, found.held, seed, position, out,
+            logits.shape[1], logits.stride(0), found.parts, CUT=cut, CHUNK=found.chunk, PARTS=PARTS, EARLY=found.early,
+            enable_fp_fusion=True, num_warps=WARPS, **({"launch_pdl": True} if found.early else {}),
         )  # fmt: skip
     return out
 
