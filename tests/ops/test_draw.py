@@ -131,7 +131,7 @@ def test_kernels_find_what_a_sort_finds(V: int, kind: str) -> None:
     distance, weight = reference.weigh(logits, best, rules.temperature)
     furthest = furthest_triton(logits, best, *rules)
     kept = distance <= furthest[:, None]
-    expected = reference.furthest_reference(distance, reference.masses(weight), rules)
+    expected = reference.furthest_reference(distance, weight, rules)
     count, nearer = kept.sum(-1), (distance < furthest[:, None]).sum(-1)
     for row, rule in enumerate(RULES):
         if rule.get("top_p", 1.0) == 1.0:  # whole numbers only: equal

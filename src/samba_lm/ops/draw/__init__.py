@@ -71,11 +71,10 @@ def candidates(logits: Tensor, best: Tensor, rules: Rules, *, cut: bool = True, 
     """
     _check(logits, best, rules)
     distance, weight = weigh(logits, best, rules.temperature)
-    mass = masses(weight)
-    if not cut:
-        return mass
-    furthest = (furthest_reference if backend == "reference" else furthest_cpu)(distance, mass, rules)
-    return mass * ((distance <= furthest[:, None]) & (weight >= rules.min_p[:, None]))
+    if cut:
+        furthest = (furthest_reference if backend == "reference" else furthest_cpu)(distance, weight, rules)
+        weight = weight * ((distance <= furthest[:, None]) & (weight >= rules.min_p[:, None]))
+    return masses(weight)
 
 
 def _check(logits: Tensor, best: Tensor, rules: Rules) -> None:

@@ -60,26 +60,27 @@ def needed(top_p: Tensor, total: Tensor) -> Tensor:
     return torch.minimum((top_p.double() * total.double()).ceil().long().clamp(min=1), total)
 
 
-def furthest_reference(distance: Tensor, mass: Tensor, rules: Rules) -> Tensor:
-    """The distance fp32 [B] up to which top-k and top-p leave tokens, of distances and masses [B, V]: by sorting."""
+def furthest_reference(distance: Tensor, weight: Tensor, rules: Rules) -> Tensor:
+    """The distance fp32 [B] up to which top-k and top-p leave tokens, of distances and weights [B, V]: by sorting."""
     near, order = distance.sort(dim=-1)
-    return among(near, mass.gather(1, order), mass, rules)[0]
+    mass = masses(weight)
+    return among(near, mass.gather(1, order), mass.sum(dim=-1), rules, distance.shape[1])[0]
 
 
-def among(near: Tensor, held: Tensor, mass: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
-    """The same, given the n nearest tokens alone.
+def among(near: Tensor, held: Tensor, total: Tensor, rules: Rules, V: int) -> tuple[Tensor, Tensor]:
+    """The same, given the n nearest of V tokens alone.
 
     Args:
         near: fp32 [B, n], their distances in rising order. held: int64 [B, n], their masses.
-        mass: int64 [B, V], all masses.
+        total: int64 [B], the mass of all V; not looked at where a row asks for top-k or for no top-p.
 
     Returns the furthest distances, fp32 [B], and whether n tokens were enough to know it, bool [B].
     """
-    n, V = near.shape[1], mass.shape[1]
+    n = near.shape[1]
     limited = (rules.top_k < V)[:, None]
     by_k = torch.where(limited, near.gather(1, rules.top_k.clamp(max=n)[:, None] - 1), torch.inf)
     sums = (held * (near <= by_k)).cumsum(dim=-1)
-    need = needed(rules.top_p, torch.where(limited[:, 0], sums[:, -1], mass.sum(dim=-1)))[:, None]
+    need = needed(rules.top_p, torch.where(limited[:, 0], sums[:, -1], total))[:, None]
     inside = (sums < need).sum(dim=-1, keepdim=True)
     nucleus = rules.top_p[:, None] < 1
     by_p = torch.where(nucleus, near.gather(1, inside.clamp(max=n - 1)), torch.inf)
