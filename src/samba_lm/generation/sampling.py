@@ -41,8 +41,6 @@ class Options:
     seed: Tensor
     greedy: bool
     """All of them take the likeliest token."""
-    most: int | None
-    """The largest top-k, or None where somebody asks for all tokens."""
     cut: bool
     """Somebody asks for top-k, top-p or min-p."""
 
@@ -62,7 +60,6 @@ class Options:
             column([p.frequency_penalty for p in params]),
             torch.tensor([p.seed - (p.seed >> 63 << 64) for p in params]).to(device),
             greedy=all(p.temperature < GREEDY_BELOW for p in params),
-            most=max(top_k) if top_k and max(top_k) < vocab_size else None,
             cut=min(top_k, default=vocab_size) < vocab_size or any(p.top_p < 1 or p.min_p > 0 for p in params),
         )
 
