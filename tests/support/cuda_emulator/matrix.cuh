@@ -42,4 +42,8 @@ DEVICE void load_transposed(u32 (&to)[4], const Line* row) {
   }
   emulator::meet();
 }
+DEVICE Line whole_bf16(uint2 v) {
+  auto pair = [](u32 two) { return pack_bf16({(float)(signed char)two, (float)(signed char)(two >> 8)}); };
+  return {pair(v.x), pair(v.x >> 16), pair(v.y), pair(v.y >> 16)};
+}
 DEVICE float reciprocal_root(float x) { return 1.0f / sqrtf(x); }

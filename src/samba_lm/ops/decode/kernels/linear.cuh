@@ -1,15 +1,21 @@
 // y = x W^T for a few rows x, bound by reading W once. A tile is 16 rows of W, the first operand of the tensor cores: 8
 // pairs, of a first row and the one HALF after it (the gate and what it opens, the two numbers that a rotation mixes, or
 // simply neighbours). A block owns some pairs and a slice of the columns; its warps share the slice's columns, in turns of
-// 64, so that a warp keeps its part of x in registers and a block reads long pieces of rows at a time. A warp fetches W
-// for itself, DEPTH chunks of 16 rows x 64 columns ahead, the first of them before the kernels before this one have ended. The warps' sums are added up in shared memory, in order:
-// what a row of x gives depends neither on the other rows nor on how many there are, nor on the number of blocks.
+// 128 bytes, so that a warp keeps its part of x in registers and a block reads long pieces of rows at a time. A warp
+// fetches W for itself, DEPTH chunks of 16 rows x 128 bytes ahead, the first of them before the kernels before this one
+// have ended. The warps' sums are added up in shared memory, in order: what a row of x gives depends neither on the other
+// rows nor on how many there are, nor on the number of blocks.
 //
-// Macros: KC chunks of a warp, ROWS8 eights of rows of x, DEPTH, HALF, EPILOGUE, BLOCKS that fit a multiprocessor.
+// Numbers of W of one byte are whole ones: they are multiplied as bf16, which holds them, and the sums scaled in fp32.
+//
+// Macros: BYTES of a number of W, 2 (bf16) or 1, KC chunks of a warp, ROWS8 eights of rows of x, DEPTH, HALF, EPILOGUE,
+// BLOCKS that fit a multiprocessor.
 
 constexpr int WARPS = 8;
-constexpr int COLUMNS = 64;                     // of a chunk
-constexpr int LINES = COLUMNS / 8;              // of 16 bytes, in a row of a chunk
+constexpr int LINES = 8;                        // of 16 bytes, in a row of a chunk
+constexpr int PER_LINE = 16 / BYTES;            // columns
+constexpr int COLUMNS = LINES * PER_LINE;       // of a chunk
+constexpr int SEGMENTS = COLUMNS / 32;          // of 32 columns, in a row of a chunk; a lane takes eight of each
 constexpr int TURN = WARPS * COLUMNS;           // columns from a warp's chunk to its next
 constexpr int CHUNK = 16 * LINES;               // lines
 constexpr int PAIRS = 8;                        // of a tile
@@ -23,8 +29,20 @@ constexpr int ITEMS = PAIRS * 8 * ROWS8;        // results of a tile
 #define QKV 3      // rotated queries [row, H HALF 2]; keys and values into their rings
 #define CONV 4     // first half of N: a step of a convolution of 4 taps; second half: y2 as it is; both operands
 
+#if BYTES == 2
+typedef Line Eight;  // numbers of a row of W
+DEVICE Line as_bf16(Eight v) { return v; }
+#else
+typedef uint2 Eight;
+DEVICE Line as_bf16(Eight v) { return whole_bf16(v); }
+#endif
+
+// Where in its row of a chunk a line lies: eight lanes of as many rows as a bank conflict would join read at once.
+DEVICE int turned(int row, int line) { return line ^ row % SEGMENTS * (LINES / SEGMENTS); }
+
 struct Linear {
-  const u16 *w, *x;  // x: an operand, see numbers.cuh
+  const u8* w;
+  const u16* x;  // an operand, see numbers.cuh
   void* y;
   i64 rows, N, K, share;  // share: pairs of a block
   // QKV: angles fp32 [rows, HALF] or null, rings [rows, slots, groups, 2 HALF]
@@ -35,6 +53,7 @@ struct Linear {
   // CONV: weights [N / 2, 4], bias [N / 2], the last three inputs [rows, 3, N / 2]
   const u16 *taps, *bias;
   u16 *inputs, *y2;
+  const float* scale;  // [N], of W's rows where numbers have one byte
 };
 
 KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
@@ -49,23 +68,23 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
 
   // As copier: row ``row`` of four and every fourth on, line ``piece`` of it.
   const int row = lane / LINES, piece = lane % LINES;
-  const u16 *first_a = nullptr, *first_b = nullptr;
+  const u8 *first_a = nullptr, *first_b = nullptr;
   bool has_a = false, has_b = false;
-  const i64 to_second = (i64)HALF * K;
+  const i64 to_second = (i64)HALF * K * BYTES;
   auto row_of = [&](int pair) { return (i64)(pair / HALF * 2 * HALF + pair % HALF); };
   auto place = [&](int tile) {
     const int a = begin + tile * PAIRS + row, b = a + 4;
     has_a = a < end, has_b = b < end;
-    first_a = p.w + row_of(has_a ? a : begin) * K + k0 + piece * 8;
-    first_b = p.w + row_of(has_b ? b : begin) * K + k0 + piece * 8;
+    first_a = p.w + (row_of(has_a ? a : begin) * K + k0 + piece * PER_LINE) * BYTES;
+    first_b = p.w + (row_of(has_b ? b : begin) * K + k0 + piece * PER_LINE) * BYTES;
   };
   auto fetch = [&](int kc, int slot) {
-    const bool inside = k0 + kc * TURN + piece * 8 < K;
-    Line* to = ring + slot * CHUNK + row * LINES + (piece ^ (row & 1) * 4);
-    copy_line_once(to, first_a + kc * TURN, inside && has_a);
-    copy_line_once(to + 4 * LINES, first_b + kc * TURN, inside && has_b);
-    copy_line_once(to + 8 * LINES, first_a + to_second + kc * TURN, inside && has_a);
-    copy_line_once(to + 12 * LINES, first_b + to_second + kc * TURN, inside && has_b);
+    const bool inside = k0 + kc * TURN + piece * PER_LINE < K;
+    Line* to = ring + slot * CHUNK + row * LINES + turned(row, piece);
+    copy_line_once(to, first_a + kc * TURN * BYTES, inside && has_a);
+    copy_line_once(to + 4 * LINES, first_b + kc * TURN * BYTES, inside && has_b);
+    copy_line_once(to + 8 * LINES, first_a + to_second + kc * TURN * BYTES, inside && has_a);
+    copy_line_once(to + 12 * LINES, first_b + to_second + kc * TURN * BYTES, inside && has_b);
   };
 
 #pragma unroll
@@ -77,11 +96,11 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
   if (tiles * KC <= DEPTH) let_next_begin();
   wait_for_grids();
   const int g = lane / 4, t = lane % 4;
-  Line x[KC][2][ROWS8];
+  Line x[KC][SEGMENTS][ROWS8];
 #pragma unroll
   for (int kc = 0; kc < KC; ++kc)
 #pragma unroll
-    for (int j = 0; j < 2; ++j)
+    for (int j = 0; j < SEGMENTS; ++j)
 #pragma unroll
       for (int n = 0; n < ROWS8; ++n) {
         const int m = n * 8 + g, k = k0 + kc * TURN + j * 32 + t * 8;
@@ -104,11 +123,12 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
       wait_copies<DEPTH - 1>();
       sync_warp();
       const Line* from = ring + slot * CHUNK + g * LINES;
-      Line a[2][2];
+      Eight w[SEGMENTS][2];
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        a[j][0] = from[(4 * j + t) ^ (g & 1) * 4];
-        a[j][1] = from[8 * LINES + ((4 * j + t) ^ (g & 1) * 4)];
+      for (int j = 0; j < SEGMENTS; ++j) {
+        const int at = turned(g, j * (LINES / SEGMENTS));
+        w[j][0] = ((const Eight*)(from + at))[t];
+        w[j][1] = ((const Eight*)(from + 8 * LINES + at))[t];
       }
       sync_warp();
       const int later = tile + (kc + DEPTH) / KC;
@@ -119,15 +139,21 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
       slot = slot + 1 == DEPTH ? 0 : slot + 1;
       // Eight neighbours of a row are two pairs of columns of each of two products: a sum does not mind the order.
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
+      for (int j = 0; j < SEGMENTS; ++j) {
+        const Line a = as_bf16(w[j][0]), b = as_bf16(w[j][1]);
 #pragma unroll
         for (int n = 0; n < ROWS8; ++n) {
-          multiply(total[n], a[j][0].x, a[j][1].x, a[j][0].y, a[j][1].y, x[kc][j][n].x, x[kc][j][n].y);
-          multiply(total[n], a[j][0].z, a[j][1].z, a[j][0].w, a[j][1].w, x[kc][j][n].z, x[kc][j][n].w);
+          multiply(total[n], a.x, b.x, a.y, b.y, x[kc][j][n].x, x[kc][j][n].y);
+          multiply(total[n], a.z, b.z, a.w, b.w, x[kc][j][n].z, x[kc][j][n].w);
         }
+      }
     }
     const int pair = begin + tile * PAIRS + own;
     const bool makes = maker && pair < end;
+#if BYTES == 1
+    float first_scale = 0.0f, second_scale = 0.0f;  // while the sums of the warps come together
+    if (makes) first_scale = p.scale[row_of(pair)], second_scale = p.scale[row_of(pair) + HALF];
+#endif
 #if EPILOGUE == CONV
     const int inner = N / 2, channel = 2 * pair;
     u32* before = (u32*)(p.inputs + (i64)m * 3 * inner + channel);
@@ -155,6 +181,9 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
     float a = 0.0f, b = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) a += of_pair[w * SUMS], b += of_pair[w * SUMS + 8 * WIDTH];
+#if BYTES == 1
+    a *= first_scale, b *= second_scale;
+#endif
 #if EPILOGUE == PARTIAL
     *(float2*)((float*)p.y + ((i64)blockIdx.y * M + m) * N + 2 * pair) = make_float2(a, b);
 #elif EPILOGUE == PLAIN
