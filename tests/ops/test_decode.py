@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from cuda_emulator import needs_compiler, run
 from samba_lm.ops import nvrtc
 from samba_lm.ops.decode import plan
 from samba_lm.ops.decode.plan import Tuning
-from samba_lm.ops.quantized_linear import quantize
+from samba_lm.ops.quantized_linear import dequantize, quantize
 from samba_lm.ops.selective_scan.reference import scan_reference
 
 GPU = torch.cuda.is_available()
@@ -100,6 +101,28 @@ def test_products_with_whole_numbers(M: int, N: int, K: int, tuning: Tuning) -> 
     again = empty(parts, 1, N)
     other = tuning._replace(processors=4, depth=2, blocks=1)
     launch(plan.linear(last, w, again, 1, "PARTIAL", other, parts=parts, scale=scale), seed=1)
+    assert torch.equal(again[:, 0], y[:, -1])
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("M", "N", "K", "tuning"),
+    [
+        pytest.param(1, 2, 8, Tuning(processors=1), id="least"),
+        pytest.param(5, 40, 584, Tuning(processors=2), id="part of a chunk"),
+        pytest.param(16, 36, 4232, Tuning(processors=3), id="three slices"),
+        pytest.param(11, 70, 2440, Tuning(processors=1, depth=8), id="many tiles", marks=pytest.mark.slow),
+    ],
+)
+def test_products_with_4_bits(M: int, N: int, K: int, tuning: Tuning) -> None:
+    x, parts = random(M, K), plan.slices(K)
+    w, scale = quantize(random(N, K) * torch.rand(N, K, device=DEVICE), "int4")
+    y, given, last = empty(parts, M, N), operand(x), operand(x[-1:])
+    launch(plan.linear(given, w, y, M, "PARTIAL", tuning, parts=parts, scale=scale, columns=K))
+    assert error(y.sum(0), x.double() @ dequantize(w, scale, K, torch.float64).t()) < 2e-5
+    again = empty(parts, 1, N)
+    other = tuning._replace(processors=4, depth=2, blocks=1)
+    launch(plan.linear(last, w, again, 1, "PARTIAL", other, parts=parts, scale=scale, columns=K), seed=1)
     assert torch.equal(again[:, 0], y[:, -1])
 
 
@@ -288,14 +311,18 @@ def variants() -> Iterator[nvrtc.Launch]:
     for rows in (1, 16):
         x, keys = somewhere(rows, 2048), somewhere(rows, 2048, 4, 64)
         rings, conv = plan.Rings(some, some, keys, keys, some, 32), plan.Convolution(some, some, some, some)
-        for dtype, scale in ((BF16, None), (torch.int8, some)):
-            qkv, inputs, both, last = (
-                somewhere(N, K, dtype=dtype) for N, K in ((2560, 2048), (8192, 2048), (16384, 2816), (2048, 8192))
-            )
-            yield plan.linear(x, qkv, some, rows, "QKV", tuning, scale=scale, rings=rings)
-            yield plan.linear(x, inputs, some, rows, "CONV", tuning, scale=scale, convolution=conv)
-            yield plan.linear(x, both, some, rows, "SWIGLU", tuning, scale=scale)
-            yield plan.linear(x, last, some, rows, "PARTIAL", tuning, scale=scale, parts=plan.slices(8192))
+        for dtype in plan.BITS:
+
+            def product(N: int, K: int, epilogue: str, dtype: torch.dtype = dtype, **rest: Any) -> nvrtc.Launch:
+                four = dtype == torch.uint8
+                weight = somewhere(N, K // 2 if four else K, dtype=dtype)
+                rest |= {"scale": None if dtype == BF16 else some, "columns": K if four else None}
+                return plan.linear(x, weight, some, rows, epilogue, tuning, **rest)  # noqa: B023
+
+            yield product(2560, 2048, "QKV", rings=rings)
+            yield product(8192, 2048, "CONV", convolution=conv)
+            yield product(16384, 2816, "SWIGLU")
+            yield product(2048, 8192, "PARTIAL", parts=plan.slices(8192))
         sixteen = somewhere(4096, 16)
         yield plan.scan(some, somewhere(4096, 128), some, some, sixteen, some, some, some, some, rows, 4, tuning)
         caches = [plan.Cache(some, keys, keys), plan.Cache(some, keys, keys, 1024)]
@@ -314,4 +341,4 @@ def test_variants_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for each in variants():
         assert nvrtc.compiled(each.files, each.defines, "sm_90")[:4] == b"\x7fELF"
         assert each.shared <= 227 * 1024
-    assert len(list(tmp_path.rglob("*.cubin"))) == 23
+    assert len(list(tmp_path.rglob("*.cubin"))) == 31

@@ -1,6 +1,6 @@
 """A step of up to 16 sequences in kernels made for it, for the models that they know; ``model.step`` defines it.
 
-Weights are bf16, those of large products int8 with a scale for each output too (``samba_lm.quantize``).
+Weights are bf16, those of large products whole numbers of 8 or 4 bits too (``samba_lm.quantize``).
 Numbers are rounded where ``model.step`` rounds them: what a layer gives to bf16, the residual stream in fp32. A row's
 result does not depend on the other rows, nor on how many there are, to the last bit.
 
@@ -46,9 +46,9 @@ def why_not(model: SambaLM) -> str:
     """What about a model the kernels do not know; "" if they know all of it."""
     config = model.config
     products = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
-    if any(m.quantized.dtype != torch.int8 or m.scale.dtype != torch.float32 for m in products):
-        return f"{model.quantized} weights"
-    if any(m.quantized.shape[1] % plan.whole(torch.int8) for m in products):
+    if any(m.scale.dtype != torch.float32 for m in products):
+        return "scales that are not fp32"
+    if any(m.quantized.dtype == torch.int8 and m.width % 16 for m in products):
         return "int8 weights of this number of inputs"
     # Those of the recurrence stay in fp32 whatever the rest is.
     read = [p for m in model.modules() if not isinstance(m, Selection) for p in m.parameters(recurse=False)]
@@ -65,7 +65,7 @@ def why_not(model: SambaLM) -> str:
         if not isinstance(layer.norm, RMSNorm):
             return f"{type(mixer).__name__}, which normalises its input itself"
         if isinstance(mixer, SwiGLUMLP):
-            width = _weight(mixer.w3)[0].shape[1]
+            width = _inputs(mixer.w3)
             if width % 8:
                 return f"SwiGLU of width {width}"
         elif isinstance(mixer, MambaMixer):
@@ -149,10 +149,9 @@ class FastStep:
             else:
                 assert isinstance(layer.mixer, AttentionMixer)
                 x, last = self._attention(launches, layer.mixer, tensors, rows)
-            weight, scale = _weight(last)
-            parts = plan.slices(weight.shape[1])
-            branch = self._fp32("branch", parts, weight.shape[0])
-            launches.append(plan.linear(x, weight, branch, rows, "PARTIAL", self.tuning, parts=parts, scale=scale))
+            parts = plan.slices(_inputs(last))
+            branch = self._fp32("branch", parts, self.model.config.d_model)
+            launches.append(self._product(x, last, branch, rows, "PARTIAL", parts=parts))
             position = self.state.cursor.position if norm is self.model.norm else None
             stream = self._fp32("stream", 1, self.model.config.d_model)[0]
             launches.append(
@@ -163,9 +162,8 @@ class FastStep:
 
     def _swiglu(self, launches: list[nvrtc.Launch], mlp: SwiGLUMLP, rows: int) -> tuple[Tensor, nn.Module]:
         """What the last product of the layer reads, and that product."""
-        weight, scale = _weight(mlp.w12)
-        x = self._operand("mlp", weight.shape[0] // 2)
-        launches.append(plan.linear(self._normed, weight, x, rows, "SWIGLU", self.tuning, scale=scale))
+        x = self._operand("mlp", _inputs(mlp.w3))
+        launches.append(self._product(self._normed, mlp.w12, x, rows, "SWIGLU"))
         return x, mlp.w3
 
     def _mamba(
@@ -174,16 +172,13 @@ class FastStep:
         s6 = mamba.s6
         u, z, y = (self._operand(name, s6.inner) for name in ("u", "z", "y"))
         convolution = plan.Convolution(s6.conv.weight, s6.conv.bias, _checked(tensors["conv"], torch.bfloat16), z)
-        tuning, (inputs, scale) = self.tuning, _weight(mamba.in_proj)
-        launches.append(
-            plan.linear(self._normed, inputs, u, rows, "CONV", tuning, convolution=convolution, scale=scale)
-        )
+        launches.append(self._product(self._normed, mamba.in_proj, u, rows, "CONV", convolution=convolution))
         parts = plan.slices(s6.inner, 2)
         low = self._fp32("low", parts, s6.rank + 2 * s6.state)
-        launches.append(plan.linear(u, s6.x_proj.weight, low, rows, "PARTIAL", tuning, parts=parts))
+        launches.append(self._product(u, s6.x_proj, low, rows, "PARTIAL", parts=parts))
         ssm = _checked(tensors["ssm"], torch.float32)
         A, D, bias = s6.selection.for_step(torch.float32)
-        launches.append(plan.scan(low, s6.dt_proj.weight, u, z, A, D, bias, ssm, y, rows, parts, tuning))
+        launches.append(plan.scan(low, s6.dt_proj.weight, u, z, A, D, bias, ssm, y, rows, parts, self.tuning))
         return y, mamba.out_proj
 
     def _attention(
@@ -195,8 +190,7 @@ class FastStep:
         position = self.state.cursor.position
         rings = plan.Rings(cos, sin, keys, values, position, spec.heads)
         q, y = self._bf16("q", spec.heads * width), self._operand("attended", spec.heads * width)
-        weight, scale = _weight(attention.qkv)
-        launches.append(plan.linear(self._normed, weight, q, rows, "QKV", self.tuning, rings=rings, scale=scale))
+        launches.append(self._product(self._normed, attention.qkv, q, rows, "QKV", rings=rings))
         launches.append(self._attend([plan.Cache(q, keys, values)], y, rows))
         return y, attention.out_proj
 
@@ -211,8 +205,7 @@ class FastStep:
         k, v = (self._bf16(name, spec.groups * width).view(-1, 1, spec.groups, width) for name in ("k", "v"))
         position = self.state.cursor.position
         rings = plan.Rings(None, None, k, v, position, spec.heads)
-        weight, scale = _weight(attention.qkv)
-        launches.append(plan.linear(self._normed, weight, q, rows, "QKV", self.tuning, rings=rings, scale=scale))
+        launches.append(self._product(self._normed, attention.qkv, q, rows, "QKV", rings=rings))
         near = plan.Cache(near_q, near_k, near_v)
         far = plan.Cache(far_q, far_k, far_v, lag=spec.neighbor_window)
         frequency = self._frequency(width // 2, spec.rope_base)
@@ -221,6 +214,40 @@ class FastStep:
         launches.append(plan.turn(heads, k, v, position, frequency, near, far, spec.group, shift, rows, self.tuning))
         launches.append(self._attend([near, far], y, rows))
         return y, attention.out_proj
+
+    def _product(
+        self,
+        x: Tensor,
+        product: nn.Module,
+        y: Tensor,
+        rows: int,
+        epilogue: str,
+        *,
+        parts: int = 1,
+        rings: plan.Rings | None = None,
+        convolution: plan.Convolution | None = None,
+    ) -> nvrtc.Launch:
+        """``plan.linear`` of a Linear, quantised or not."""
+        scale = columns = None
+        if isinstance(product, QuantizedLinear):
+            weight, scale = product.quantized, product.scale
+            columns = product.width if weight.dtype == torch.uint8 else None
+        else:
+            assert isinstance(product, Linear)
+            weight = product.weight
+        return plan.linear(
+            x,
+            weight,
+            y,
+            rows,
+            epilogue,
+            self.tuning,
+            parts=parts,
+            scale=scale,
+            columns=columns,
+            rings=rings,
+            convolution=convolution,
+        )
 
     def _attend(self, caches: list[plan.Cache], y: Tensor, rows: int) -> nvrtc.Launch:
         groups, width = caches[0].keys.shape[2:]
@@ -286,12 +313,12 @@ def of(model: SambaLM, state: State) -> FastStep | None:
     return FastStep(model, state, Tuning(processors=count))
 
 
-def _weight(product: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """[N, K], and the scales [N] of whole numbers."""
+def _inputs(product: nn.Module) -> int:
+    """A Linear's, or those of what is in its place in a quantised model."""
     if isinstance(product, QuantizedLinear):
-        return product.quantized, product.scale
+        return product.width
     assert isinstance(product, Linear)
-    return product.weight, None
+    return product.weight.shape[1]
 
 
 def _checked(tensor: Tensor, dtype: torch.dtype) -> Tensor:

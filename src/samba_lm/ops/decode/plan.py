@@ -24,8 +24,10 @@ NEEDS = (9, 0)
 """Compute capability: kernels begin before the one before them has ended."""
 WARPS, PAIRS, CHUNK = 8, 8, 16 * 128
 """As in linear.cuh; bytes of a chunk."""
+BITS = {torch.bfloat16: 16, torch.int8: 8, torch.uint8: 4}
+"""Of a number of a weight, by what the weight is kept in."""
 COLUMNS = 64
-"""A warp's columns are counted in these: a chunk in bf16, half of one in int8."""
+"""A warp's columns are counted in these: a chunk in bf16, half of one in 8 bits, a quarter in 4."""
 CHUNKS, MOST_CHUNKS = 4, 6
 """Of a warp's columns, where they can be cut into slices, and where they cannot: its part of x lies in registers."""
 CHANNELS = 32
@@ -83,11 +85,6 @@ def operand_shape(columns: int) -> tuple[int, ...]:
     return (ceil_div(columns, 32), ROWS, 32)
 
 
-def whole(dtype: torch.dtype) -> int:
-    """What the number of columns of a weight is a multiple of: kernels read 16 bytes at once."""
-    return 16 // dtype.itemsize
-
-
 def slices(K: int, chunks: int = CHUNKS) -> int:
     """Into how many slices K columns are cut that are summed afterwards; depends on nothing else."""
     return ceil_div(ceil_div(K, COLUMNS), WARPS * chunks)
@@ -103,18 +100,22 @@ def linear(
     *,
     parts: int = 1,
     scale: Tensor | None = None,
+    columns: int | None = None,
     rings: Rings | None = None,
     convolution: Convolution | None = None,
 ) -> nvrtc.Launch:
     """x W^T: fp32 sums of ``parts`` slices of the columns, [parts, rows, N], or what ``epilogue`` makes of it.
 
-    x is an operand (:func:`operand_shape`) of K columns. W is bf16, or int8 with an fp32 ``scale`` [N]; N is even, K a
-    multiple of :func:`whole`; see linear.cuh for the epilogues and the shape of their ``y``.
+    x is an operand (:func:`operand_shape`) of K columns. W is bf16, or what ``quantize`` of ops/quantized_linear makes
+    of it, with its ``scale``; in 4 bits K is given as ``columns``. N is even, K a multiple of 8, in 8 bits of 16; see
+    linear.cuh for the epilogues and the shape of their ``y``.
     """
-    (N, K), size = weight.shape, weight.element_size()
-    assert (size == 1) == (scale is not None)
-    columns = 128 // size
-    chunks = ceil_div(ceil_div(K, columns), WARPS * parts)
+    N, bits = weight.shape[0], BITS[weight.dtype]
+    K = weight.shape[1] if columns is None else columns
+    assert (bits < 16) == (scale is not None)
+    assert (bits == 4) == (columns is not None)
+    wide = 128 * 8 // bits
+    chunks = ceil_div(ceil_div(K, wide), WARPS * parts)
     half = 1
     if epilogue == "SWIGLU":
         half = N // 2
@@ -126,15 +127,15 @@ def linear(
     eights = ceil_div(rows, 8)
     depth = min(tuning.depth + (eights == 1), ceil_div(share, PAIRS) * chunks)
     defines = {
-        "BYTES": size,
+        "BITS": bits,
         "KC": chunks,
         "ROWS8": eights,
         "DEPTH": depth,
         "HALF": half,
         "EPILOGUE": EPILOGUES[epilogue],
-        "BLOCKS": 2 if chunks * columns // COLUMNS * eights <= 8 else 1,
+        "BLOCKS": 2 if chunks * wide // COLUMNS * eights <= 8 else 1,
     }
-    shared = WARPS * depth * CHUNK + 2 * WARPS * 16 * (8 * eights + 1) * 4
+    shared = WARPS * depth * (CHUNK + (16 * 16 if bits == 4 else 0)) + 2 * WARPS * 16 * (8 * eights + 1) * 4
     qkv: tuple[int, ...] = (0,) * 8
     if rings is not None:
         cos, sin, keys, values, position, heads = rings

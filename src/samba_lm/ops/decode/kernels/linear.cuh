@@ -6,18 +6,21 @@
 // have ended. The warps' sums are added up in shared memory, in order: what a row of x gives depends neither on the other
 // rows nor on how many there are, nor on the number of blocks.
 //
-// Numbers of W of one byte are whole ones: they are multiplied as bf16, which holds them, and the sums scaled in fp32.
+// W of 8 or 4 bits a number are whole ones: they are multiplied as bf16, which holds them, and the sums scaled in fp32, in
+// 4 bits those of every 64 columns. Then columns come in 128s, of which byte j of 64 holds columns j (lower half) and j + 64.
 //
-// Macros: BYTES of a number of W, 2 (bf16) or 1, KC chunks of a warp, ROWS8 eights of rows of x, DEPTH, HALF, EPILOGUE,
+// Macros: BITS of a number of W, 16 (bf16), 8 or 4, KC chunks of a warp, ROWS8 eights of rows of x, DEPTH, HALF, EPILOGUE,
 // BLOCKS that fit a multiprocessor.
 
 constexpr int WARPS = 8;
 constexpr int LINES = 8;                        // of 16 bytes, in a row of a chunk
-constexpr int PER_LINE = 16 / BYTES;            // columns
-constexpr int COLUMNS = LINES * PER_LINE;       // of a chunk
+constexpr int ROW = 16 * LINES;                 // bytes
+constexpr int COLUMNS = ROW * 8 / BITS;         // of a chunk
 constexpr int SEGMENTS = COLUMNS / 32;          // of 32 columns, in a row of a chunk; a lane takes eight of each
+constexpr int PIECES = BITS == 16 ? 2 : 4;      // that four lanes read at once, in a row of a chunk
 constexpr int TURN = WARPS * COLUMNS;           // columns from a warp's chunk to its next
-constexpr int CHUNK = 16 * LINES;               // lines
+constexpr int GROUP = 64;                       // columns that share a scale, of 4 bits
+constexpr int CHUNK = 16 * (LINES + (BITS == 4));  // lines; at its end four scales of each row
 constexpr int PAIRS = 8;                        // of a tile
 constexpr int WIDTH = 8 * ROWS8 + 1;            // of a row of sums, odd for the banks
 constexpr int SUMS = 16 * WIDTH;                // of a warp
@@ -29,16 +32,16 @@ constexpr int ITEMS = PAIRS * 8 * ROWS8;        // results of a tile
 #define QKV 3      // rotated queries [row, H HALF 2]; keys and values into their rings
 #define CONV 4     // first half of N: a step of a convolution of 4 taps; second half: y2 as it is; both operands
 
-#if BYTES == 2
-typedef Line Eight;  // numbers of a row of W
-DEVICE Line as_bf16(Eight v) { return v; }
+#if BITS == 16
+typedef Line Piece;  // a lane's, of a row of W
+DEVICE Line as_bf16(Piece v) { return v; }
 #else
-typedef uint2 Eight;
-DEVICE Line as_bf16(Eight v) { return whole_bf16(v); }
+typedef uint2 Piece;
+DEVICE Line as_bf16(Piece v) { return whole_bf16(v); }
 #endif
 
 // Where in its row of a chunk a line lies: eight lanes of as many rows as a bank conflict would join read at once.
-DEVICE int turned(int row, int line) { return line ^ row % SEGMENTS * (LINES / SEGMENTS); }
+DEVICE int turned(int row, int line) { return line ^ row % PIECES * (LINES / PIECES); }
 
 struct Linear {
   const u8* w;
@@ -53,7 +56,7 @@ struct Linear {
   // CONV: weights [N / 2, 4], bias [N / 2], the last three inputs [rows, 3, N / 2]
   const u16 *taps, *bias;
   u16 *inputs, *y2;
-  const float* scale;  // [N], of W's rows where numbers have one byte
+  const float* scale;  // of whole numbers: [N], of 4 bits [N, groups]
 };
 
 KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
@@ -64,27 +67,43 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
   const int M = (int)p.rows, N = (int)p.N, K = (int)p.K;
   const int begin = (int)blockIdx.x * (int)p.share, end = min(begin + (int)p.share, N / 2);
   const int tiles = (end - begin + PAIRS - 1) / PAIRS;
-  const int slice = (int)blockIdx.y * KC * TURN, k0 = slice + warp * COLUMNS;
+  const int chunk0 = (int)blockIdx.y * KC * WARPS + warp, k0 = chunk0 * COLUMNS;
+  const int row_bytes = BITS == 4 ? (K + 127) / 128 * 64 : K * (BITS / 8);
 
   // As copier: row ``row`` of four and every fourth on, line ``piece`` of it.
   const int row = lane / LINES, piece = lane % LINES;
   const u8 *first_a = nullptr, *first_b = nullptr;
   bool has_a = false, has_b = false;
-  const i64 to_second = (i64)HALF * K * BYTES;
+  const i64 to_second = (i64)HALF * row_bytes;
   auto row_of = [&](int pair) { return (i64)(pair / HALF * 2 * HALF + pair % HALF); };
+#if BITS == 4
+  const float* scale = nullptr;  // two of row lane / 2
+  bool has_scale = false;
+  const int groups = row_bytes / (GROUP / 2);
+#endif
   auto place = [&](int tile) {
     const int a = begin + tile * PAIRS + row, b = a + 4;
     has_a = a < end, has_b = b < end;
-    first_a = p.w + (row_of(has_a ? a : begin) * K + k0 + piece * PER_LINE) * BYTES;
-    first_b = p.w + (row_of(has_b ? b : begin) * K + k0 + piece * PER_LINE) * BYTES;
+    first_a = p.w + row_of(has_a ? a : begin) * row_bytes + chunk0 * ROW + piece * 16;
+    first_b = p.w + row_of(has_b ? b : begin) * row_bytes + chunk0 * ROW + piece * 16;
+#if BITS == 4
+    const int pair = begin + tile * PAIRS + lane / 2 % PAIRS;
+    has_scale = pair < end;
+    scale = p.scale + (row_of(has_scale ? pair : begin) + lane / 16 * HALF) * groups + chunk0 * 4 + lane % 2 * 2;
+#endif
   };
   auto fetch = [&](int kc, int slot) {
-    const bool inside = k0 + kc * TURN + piece * PER_LINE < K;
+    const bool inside = (chunk0 + kc * WARPS) * ROW + piece * 16 < row_bytes;
+    const int later = kc * WARPS * ROW;
     Line* to = ring + slot * CHUNK + row * LINES + turned(row, piece);
-    copy_line_once(to, first_a + kc * TURN * BYTES, inside && has_a);
-    copy_line_once(to + 4 * LINES, first_b + kc * TURN * BYTES, inside && has_b);
-    copy_line_once(to + 8 * LINES, first_a + to_second + kc * TURN * BYTES, inside && has_a);
-    copy_line_once(to + 12 * LINES, first_b + to_second + kc * TURN * BYTES, inside && has_b);
+    copy_line_once(to, first_a + later, inside && has_a);
+    copy_line_once(to + 4 * LINES, first_b + later, inside && has_b);
+    copy_line_once(to + 8 * LINES, first_a + to_second + later, inside && has_a);
+    copy_line_once(to + 12 * LINES, first_b + to_second + later, inside && has_b);
+#if BITS == 4
+    const bool scaled = (chunk0 + kc * WARPS) * 4 + lane % 2 * 2 < groups;
+    copy_async((uint2*)(ring + slot * CHUNK + 16 * LINES) + lane, (const uint2*)(scale + kc * WARPS * 4), scaled && has_scale);
+#endif
   };
 
 #pragma unroll
@@ -123,13 +142,17 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
       wait_copies<DEPTH - 1>();
       sync_warp();
       const Line* from = ring + slot * CHUNK + g * LINES;
-      Eight w[SEGMENTS][2];
+      Piece w[PIECES][2];
 #pragma unroll
-      for (int j = 0; j < SEGMENTS; ++j) {
-        const int at = turned(g, j * (LINES / SEGMENTS));
-        w[j][0] = ((const Eight*)(from + at))[t];
-        w[j][1] = ((const Eight*)(from + 8 * LINES + at))[t];
+      for (int j = 0; j < PIECES; ++j) {
+        const int at = turned(g, j * (LINES / PIECES));
+        w[j][0] = ((const Piece*)(from + at))[t];
+        w[j][1] = ((const Piece*)(from + 8 * LINES + at))[t];
       }
+#if BITS == 4
+      const float4* scales = (const float4*)(ring + slot * CHUNK + 16 * LINES);
+      const float4 of_first = scales[g], of_second = scales[g + 8];
+#endif
       sync_warp();
       const int later = tile + (kc + DEPTH) / KC;
       if ((kc + DEPTH) % KC == 0) place(later);
@@ -138,6 +161,29 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
       if ((kc + DEPTH) % KC == KC - 1 && later == tiles - 1) let_next_begin();
       slot = slot + 1 == DEPTH ? 0 : slot + 1;
       // Eight neighbours of a row are two pairs of columns of each of two products: a sum does not mind the order.
+#if BITS == 4
+      const float first_scales[4] = {of_first.x, of_first.y, of_first.z, of_first.w};
+      const float second_scales[4] = {of_second.x, of_second.y, of_second.z, of_second.w};
+#pragma unroll
+      for (int i = 0; i < COLUMNS / GROUP; ++i) {
+        float sum[ROWS8][4] = {};
+#pragma unroll
+        for (int j = 2 * i; j < 2 * i + 2; ++j) {
+          const int of = i / 2 * 2 + j % 2;
+          const Line a = whole_bf16_of_4(w[of][0], i % 2), b = whole_bf16_of_4(w[of][1], i % 2);
+#pragma unroll
+          for (int n = 0; n < ROWS8; ++n) {
+            multiply(sum[n], a.x, b.x, a.y, b.y, x[kc][j][n].x, x[kc][j][n].y);
+            multiply(sum[n], a.z, b.z, a.w, b.w, x[kc][j][n].z, x[kc][j][n].w);
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < ROWS8; ++n)
+#pragma unroll
+          for (int k = 0; k < 4; ++k)
+            total[n][k] = fmaf(k < 2 ? first_scales[i] : second_scales[i], sum[n][k], total[n][k]);
+      }
+#else
 #pragma unroll
       for (int j = 0; j < SEGMENTS; ++j) {
         const Line a = as_bf16(w[j][0]), b = as_bf16(w[j][1]);
@@ -147,10 +193,11 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
           multiply(total[n], a.z, b.z, a.w, b.w, x[kc][j][n].z, x[kc][j][n].w);
         }
       }
+#endif
     }
     const int pair = begin + tile * PAIRS + own;
     const bool makes = maker && pair < end;
-#if BYTES == 1
+#if BITS == 8
     float first_scale = 0.0f, second_scale = 0.0f;  // while the sums of the warps come together
     if (makes) first_scale = p.scale[row_of(pair)], second_scale = p.scale[row_of(pair) + HALF];
 #endif
@@ -181,7 +228,7 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
     float a = 0.0f, b = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) a += of_pair[w * SUMS], b += of_pair[w * SUMS + 8 * WIDTH];
-#if BYTES == 1
+#if BITS == 8
     a *= first_scale, b *= second_scale;
 #endif
 #if EPILOGUE == PARTIAL
