@@ -6,8 +6,9 @@
 // have ended. The warps' sums are added up in shared memory, in order: what a row of x gives depends neither on the other
 // rows nor on how many there are, nor on the number of blocks.
 //
-// W of 8 or 4 bits a number are whole ones: they are multiplied as bf16, which holds them, and the sums scaled in fp32, in
-// 4 bits those of every 64 columns. Then columns come in 128s, of which byte j of 64 holds columns j (lower half) and j + 64.
+// Numbers of 8 or 4 bits are whole ones: they are multiplied as bf16, which holds them, and the sums scaled in fp32; in 4
+// bits those of every 64 columns. Columns then come in 128s, of which byte j of 64 holds the columns j (lower half) and
+// j + 64.
 //
 // Macros: BITS of a number of W, 16 (bf16), 8 or 4, KC chunks of a warp, ROWS8 eights of rows of x, DEPTH, HALF, EPILOGUE,
 // BLOCKS that fit a multiprocessor.
@@ -17,7 +18,7 @@ constexpr int LINES = 8;                        // of 16 bytes, in a row of a ch
 constexpr int ROW = 16 * LINES;                 // bytes
 constexpr int COLUMNS = ROW * 8 / BITS;         // of a chunk
 constexpr int SEGMENTS = COLUMNS / 32;          // of 32 columns, in a row of a chunk; a lane takes eight of each
-constexpr int PIECES = BITS == 16 ? 2 : 4;      // that four lanes read at once, in a row of a chunk
+constexpr int READS = BITS == 16 ? 2 : 4;       // by which four lanes read a row of a chunk
 constexpr int TURN = WARPS * COLUMNS;           // columns from a warp's chunk to its next
 constexpr int GROUP = 64;                       // columns that share a scale, of 4 bits
 constexpr int CHUNK = 16 * (LINES + (BITS == 4));  // lines; at its end four scales of each row
@@ -33,15 +34,15 @@ constexpr int ITEMS = PAIRS * 8 * ROWS8;        // results of a tile
 #define CONV 4     // first half of N: a step of a convolution of 4 taps; second half: y2 as it is; both operands
 
 #if BITS == 16
-typedef Line Piece;  // a lane's, of a row of W
-DEVICE Line as_bf16(Piece v) { return v; }
+typedef Line Packed;  // what a lane reads of a row of W at once
+DEVICE Line as_bf16(Packed v) { return v; }
 #else
-typedef uint2 Piece;
-DEVICE Line as_bf16(Piece v) { return whole_bf16(v); }
+typedef uint2 Packed;
+DEVICE Line as_bf16(Packed v) { return whole_bf16(v); }
 #endif
 
-// Where in its row of a chunk a line lies: eight lanes of as many rows as a bank conflict would join read at once.
-DEVICE int turned(int row, int line) { return line ^ row % PIECES * (LINES / PIECES); }
+// Where in its row of a chunk a line lies, so that the lanes of several rows, who read at once, meet no bank twice.
+DEVICE int swizzled(int row, int line) { return line ^ row % READS * (LINES / READS); }
 
 struct Linear {
   const u8* w;
@@ -95,7 +96,7 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
   auto fetch = [&](int kc, int slot) {
     const bool inside = (chunk0 + kc * WARPS) * ROW + piece * 16 < row_bytes;
     const int later = kc * WARPS * ROW;
-    Line* to = ring + slot * CHUNK + row * LINES + turned(row, piece);
+    Line* to = ring + slot * CHUNK + row * LINES + swizzled(row, piece);
     copy_line_once(to, first_a + later, inside && has_a);
     copy_line_once(to + 4 * LINES, first_b + later, inside && has_b);
     copy_line_once(to + 8 * LINES, first_a + to_second + later, inside && has_a);
@@ -135,6 +136,15 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
 #endif
 
   int slot = 0;
+  auto refill = [&](int tile, int kc) {
+    sync_warp();
+    const int later = tile + (kc + DEPTH) / KC;
+    if ((kc + DEPTH) % KC == 0) place(later);
+    if (later < tiles) fetch((kc + DEPTH) % KC, slot);
+    commit_copies();
+    if ((kc + DEPTH) % KC == KC - 1 && later == tiles - 1) let_next_begin();
+    slot = slot + 1 == DEPTH ? 0 : slot + 1;
+  };
   for (int tile = 0; tile < tiles; ++tile) {
     float total[ROWS8][4] = {};
 #pragma unroll
@@ -142,24 +152,18 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
       wait_copies<DEPTH - 1>();
       sync_warp();
       const Line* from = ring + slot * CHUNK + g * LINES;
-      Piece w[PIECES][2];
+      Packed w[READS][2];
 #pragma unroll
-      for (int j = 0; j < PIECES; ++j) {
-        const int at = turned(g, j * (LINES / PIECES));
-        w[j][0] = ((const Piece*)(from + at))[t];
-        w[j][1] = ((const Piece*)(from + 8 * LINES + at))[t];
+      for (int j = 0; j < READS; ++j) {
+        const int at = swizzled(g, j * (LINES / READS));
+        w[j][0] = ((const Packed*)(from + at))[t];
+        w[j][1] = ((const Packed*)(from + 8 * LINES + at))[t];
       }
 #if BITS == 4
       const float4* scales = (const float4*)(ring + slot * CHUNK + 16 * LINES);
       const float4 of_first = scales[g], of_second = scales[g + 8];
 #endif
-      sync_warp();
-      const int later = tile + (kc + DEPTH) / KC;
-      if ((kc + DEPTH) % KC == 0) place(later);
-      if (later < tiles) fetch((kc + DEPTH) % KC, slot);
-      commit_copies();
-      if ((kc + DEPTH) % KC == KC - 1 && later == tiles - 1) let_next_begin();
-      slot = slot + 1 == DEPTH ? 0 : slot + 1;
+      if (BITS > 4) refill(tile, kc);
       // Eight neighbours of a row are two pairs of columns of each of two products: a sum does not mind the order.
 #if BITS == 4
       const float first_scales[4] = {of_first.x, of_first.y, of_first.z, of_first.w};
@@ -194,6 +198,7 @@ KERNEL(32 * WARPS, BLOCKS) decode_linear(PARAMETERS(Linear) p) {
         }
       }
 #endif
+      if (BITS == 4) refill(tile, kc);  // not before: there are too few registers for all that lies in the chunk
     }
     const int pair = begin + tile * PAIRS + own;
     const bool makes = maker && pair < end;

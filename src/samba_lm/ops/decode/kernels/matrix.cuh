@@ -58,7 +58,7 @@ DEVICE Line whole_bf16(uint2 v) {
 DEVICE Line whole_bf16_of_4(uint2 v, int upper) {
   auto pair = [](u32 spread) {
     u32 y;
-    asm volatile("sub.rn.bf16x2 %0, %1, %2;" : "=r"(y) : "r"((spread & 0x000f000fu) | 0x43004300u), "r"(0x43084308u));
+    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(y) : "r"((spread & 0x000f000fu) | 0x43004300u), "r"(0x43084308u));
     return y;
   };
   const u32 a = v.x >> 4 * upper, b = v.y >> 4 * upper;
