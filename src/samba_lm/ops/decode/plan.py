@@ -122,10 +122,11 @@ def linear(
     elif rings is not None:
         half = rings.keys.shape[3] // 2
     pairs = N // 2
-    share = ceil_div(pairs, max(1, tuning.blocks * tuning.processors // parts))
+    share = PAIRS * ceil_div(pairs, PAIRS * max(1, tuning.blocks * tuning.processors // parts))  # whole tiles
     blocks = ceil_div(pairs, share)
     eights = ceil_div(rows, 8)
-    depth = min(tuning.depth + (eights == 1), ceil_div(share, PAIRS) * chunks)
+    # Fewer bytes come of narrow weights in the same time, and fewer need be on their way.
+    depth = min(tuning.depth + (eights == 1) - (bits < 16), share // PAIRS * chunks)
     defines = {
         "BITS": bits,
         "KC": chunks,
