@@ -4,8 +4,8 @@ Weights are bf16, those of large products whole numbers of 8 or 4 bits too (``sa
 Numbers are rounded where ``model.step`` rounds them: what a layer gives to bf16, the residual stream in fp32. A row's
 result does not depend on the other rows, nor on how many there are, to the last bit.
 
-A layer is three to five kernels, and a step of samba-1.7b 194. Each begins while the one before
-it still runs, and fetches its weights meanwhile, so that memory never waits for a kernel to begin.
+A layer is three to five kernels, and a step of samba-1.7b 182. Each begins while the one before it still runs, and
+fetches its first weights meanwhile.
 """
 
 from __future__ import annotations
