@@ -30,8 +30,15 @@ def test_a_hundred_megabytes_are_refused_at_once(plain: Server) -> None:
         connection.sendall(raw_post("/v1/completions", b'{"prompt": "aaaa', 100_000_000))
         assert b"HTTP/1.1 413" in connection.recv(1000)
         assert time.monotonic() - began < 1
-    status, _ = plain.ask("POST", "/v1/completions", b" " * 100_000_000, {"Content-Type": "application/json"})
+    status, told = plain.ask("POST", "/v1/completions", b" " * 100_000_000, {"Content-Type": "application/json"})
     assert status == 413
+    assert "MiB (--max-body)" in told["error"]["message"]
+
+
+def test_a_path_that_is_none_is_told_where_the_paths_are(plain: Server) -> None:
+    status, told = plain.ask("POST", "/v1/embeddings", {"input": "a"})
+    assert status == 404
+    assert told["error"]["message"] == "There is no /v1/embeddings here: /openapi.json lists what there is."
 
 
 def test_a_body_without_a_length_is_counted(plain: Server) -> None:

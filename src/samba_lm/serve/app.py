@@ -80,8 +80,11 @@ def _errors(app: FastAPI) -> None:
         return api_error(error).response()
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> Response:
-        return ApiError(error.status_code, f"{error.detail}.", headers=dict(error.headers or {})).response()
+    async def http(request: Request, error: HTTPException) -> Response:
+        told = f"{error.detail}."
+        if error.status_code == 404:  # every path of ours says what it does not know
+            told = f"There is no {request.url.path[:100]} here: /openapi.json lists what there is."
+        return ApiError(error.status_code, told, headers=dict(error.headers or {})).response()
 
     @app.exception_handler(RequestValidationError)
     async def query(_: Request, error: RequestValidationError) -> Response:

@@ -11,6 +11,7 @@ from samba_lm.engine.engine import QueueFullError
 from samba_lm.serve.auth import Client
 from samba_lm.serve.errors import ApiError, api_error, unavailable
 from samba_lm.serve.service import Service
+from samba_lm.serve.settings import MIB
 
 QUEUED = ("/v1/completions", "/v1/chat/completions", "/v1/contexts")
 """What a full queue refuses before it is read."""
@@ -131,4 +132,4 @@ def _check_size(length: str | None, most: int) -> None:
 
 def _too_large(most: int) -> ApiError:
     # The connection stays for a while, and what still comes is dropped: a client that is cut off reads no answer.
-    return ApiError(413, f"The body is larger than this server's limit of {most:,} bytes.")
+    return ApiError(413, f"The body is larger than this server's limit of {most / MIB:g} MiB (--max-body).")
