@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -78,7 +78,7 @@ def load(
 def _told(text: str) -> Iterator[None]:
     """Say on a terminal what is being done, for as long as it takes; elsewhere nothing."""
     if sys.stderr.isatty():
-        shown = text[: max(0, shutil.get_terminal_size().columns - 1)]
+        shown = text[: max(0, os.get_terminal_size(sys.stderr.fileno()).columns - 1)]  # of the window, not of $COLUMNS
         sys.stderr.write(f"{shown}\r")
         sys.stderr.flush()
         try:
