@@ -39,7 +39,7 @@ class PipeConsole(Console):
 class TrainCommand:
     """What follows the recipe's name."""
 
-    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+    recipe: Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands] = field(default_factory=Recipe)
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Start over: a run found in train.out is moved aside first."""
     json: JsonFile = None
