@@ -184,7 +184,7 @@ def _run(options: Passkey | Phonebook, plan: Plan, make_task: MakeTask) -> None:
     from samba_lm.eval.recall import measure
 
     output = options.output
-    _check_tokenizers(options.checkpoints)
+    _check_checkpoints(options.checkpoints)
     results: Results | None = None
     models: list[Model] = []
     console = Console()
@@ -219,12 +219,14 @@ def _run(options: Passkey | Phonebook, plan: Plan, make_task: MakeTask) -> None:
     _check_controls([cell for about in models for cell in results.of(about)])
 
 
-def _check_tokenizers(names: Sequence[str]) -> None:
-    """Raise UserError for a checkpoint that reads no text, before another is measured."""
-    from samba_lm import checkpoint
+def _check_checkpoints(names: Sequence[str]) -> None:
+    """Raise UserError for a checkpoint that is none or reads no text, before another is measured."""
+    from samba_lm import checkpoint, zoo
 
     for name in names:
         folder = checkpoint.latest_step(Path(name)) or Path(name)
+        if not folder.is_dir() and name not in zoo.names():
+            checkpoint.load(name)  # it says what is wrong
         if folder.is_dir() and checkpoint.read_config(folder)[1] is None:
             raise UserError(f"{name} has no tokenizer, so it can neither read nor write text: put its tokenizer there.")
 

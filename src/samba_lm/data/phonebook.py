@@ -29,7 +29,7 @@ NUMBERS = (6_000_000_000, 10_000_000_000)
 """Numbers have ten digits, the first from 6 to 9."""
 LEAST_PAIRS = 3
 """Two examples and the one that is asked for."""
-_DRAWS = 4000
+_DRAWS = 2000
 """Names drawn from faker's lists, which find almost all of the frequent ones."""
 
 

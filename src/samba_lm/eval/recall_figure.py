@@ -56,7 +56,7 @@ def _heat_map(axes: Any, plan: Plan, name: str, cells: Sequence[Cell]) -> Any:
             if cell.skipped:
                 axes.text(column, row, "x", ha="center", va="center", color="0.45", fontsize=7)
     axes.set_facecolor("0.88")
-    image = axes.imshow(grid, aspect="auto", vmin=0, vmax=1, cmap="RdYlGn")
+    image = axes.imshow(grid, aspect="auto", vmin=0, vmax=1, cmap="viridis")
     axes.set_xticks(range(len(plan.sizes)), [short(size) for size in plan.sizes], fontsize=8)
     axes.set_yticks(range(len(plan.depths)), [f"{depth:.0%}" for depth in plan.depths if depth is not None], fontsize=8)
     # A line between any two cells, so that a map of one colour can be read too.
