@@ -273,7 +273,8 @@ def _print(console: Console, name: str, task: Task, cells: Sequence[Cell], *, ke
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False)
 
-    say(f"{name}: {task.name}, {plan.trials} text{'s' * (plan.trials != 1)} in each of {len(plan.cells)} cells")
+    texts, many = f"{plan.trials} text{'s' * (plan.trials != 1)}", len(plan.cells)
+    say(f"{name}: {task.name}, {texts} in {'one cell' if many == 1 else f'each of {many} cells'}")
     if kept:
         say(f"{kept} of the cells were measured before.")
     wide = console.width >= 70

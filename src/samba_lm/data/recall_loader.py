@@ -110,14 +110,17 @@ class RecallLoader:
         if rows % world:
             raise UserError(f"A batch of {rows} rows does not divide among {world} processes: use a multiple of it.")
         share = rows // world
-        made = [self._row(step, row, length) for row in range(rank * share, (rank + 1) * share)]
+        random = np.random.RandomState(0)  # one for all rows: making one costs more than making a row
+        made = []
+        for row in range(rank * share, (rank + 1) * share):
+            random.seed([self.seed, step, row])
+            made.append(self._row(random, length))
         tokens, counts = (np.stack(parts) for parts in zip(*made, strict=True))
         targets = np.where(counts[:, 1:], tokens[:, 1:], IGNORE_INDEX)
         return Batch(torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(targets), None)
 
-    def _row(self, step: int, row: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def _row(self, random: np.random.RandomState, length: int) -> tuple[np.ndarray, np.ndarray]:
         """One row's tokens, int64 [length + 1], and which of them are targets, bool."""
-        random = np.random.RandomState([self.seed, step, row])
         example = self.maker.example(random, length)
         tokens = np.full(length + 1, self.tokenizer.eos_id, dtype=np.int64)
         tokens[: len(example)] = example.tokens
