@@ -12,7 +12,6 @@ from samba_lm.cli import main as cli
 from samba_lm.config import Attention, GatedLinearAttention, Mamba, MegaS6, ModelConfig, Retention, SwiGLU
 from samba_lm.contexts.reading import read
 from samba_lm.contexts.snapshot import load, save
-from samba_lm.engine import fast_step
 from samba_lm.engine.engine import Engine
 from samba_lm.errors import UserError
 from samba_lm.generation.params import SamplingParams
@@ -108,12 +107,6 @@ def test_a_quantised_model_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="save it before it is quantised"):
         samba_lm.save(model, tmp_path / "ckpt", TOKENIZER)
     assert not (tmp_path / "ckpt").exists()
-
-
-def test_the_kernels_of_whole_steps_leave_it_alone() -> None:
-    model = make(dtype=torch.bfloat16)
-    model.fix_parameters()
-    assert fast_step.why_not(quantize(model, "int8")) == "int8 weights"
 
 
 @pytest.mark.parametrize("kind", KINDS)

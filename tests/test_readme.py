@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -23,6 +25,17 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
     (example,) = blocks("python", "From Python")
     assert len([line for line in example.splitlines() if line and not line.startswith("import")]) <= 10
     done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+@pytest.mark.parametrize("page", ["engine.md", "contexts.md"])
+def test_the_python_of_other_pages_runs(page: str, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    example = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    prepare = "import samba_lm as s; s.save(s.create('samba-tiny'), 'runs/first', s.ByteTokenizer())\n"
+    command = [sys.executable, "-c", prepare + example]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout
 

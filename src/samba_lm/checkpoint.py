@@ -238,7 +238,7 @@ def _read_tokenizer(folder: Path, config: ModelConfig, expected: str | None) -> 
 
 def _from_name(name: str, device: str | torch.device, dtype: torch.dtype | None) -> tuple[SambaLM, Tokenizer | None]:
     if name not in zoo.ZOO:
-        near = "" if "/" in name or "." in name else did_you_mean(name, zoo.ZOO)
+        near = " Check the path." if "/" in name or "." in name else did_you_mean(name, zoo.ZOO)
         raise UserError(f"There is no folder {name!r}, and no model of that name in the zoo.{near}")
     model = create(name, device=device, dtype=dtype).eval()
     byte = ByteTokenizer()

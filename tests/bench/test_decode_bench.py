@@ -26,8 +26,9 @@ CPU = torch.device("cpu")
 CEILINGS = Ceilings(copy=1e10, matmul=1e11)
 
 
-def run(device: torch.device = CPU) -> list[Figure]:
-    return run_decode("samba-nano", CEILINGS, device, tokens=300, contexts=(256, 1024), steps=4)[0]
+def run(device: torch.device = CPU, quantized: str | None = None) -> list[Figure]:
+    given = {"tokens": 300, "contexts": (256, 1024), "steps": 4, "quantized": quantized}
+    return run_decode("samba-nano", CEILINGS, device, **given)[0]  # type: ignore[arg-type]
 
 
 def test_everything_is_measured() -> None:
@@ -99,6 +100,14 @@ def test_it_tells_which_steps_were_timed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(fast_step, "runs_on", lambda device: True)
     monkeypatch.setattr(fast_step, "why_not", lambda model: "")
     assert Steps(new_model(get("samba-nano"), CPU), 1).plain == ""
+
+
+def test_quantised_weights_are_measured_without_the_bars_of_bf16() -> None:
+    figures = run(quantized="int8")
+    assert not [f.note for f in figures if f.failed]
+    steps = [f for f in figures if "a step: " in f.name]
+    assert steps
+    assert all(f.name.startswith("samba-nano in int8, batch") and f.bar is None for f in steps)
 
 
 def test_the_least_that_a_step_moves() -> None:

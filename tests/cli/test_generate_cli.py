@@ -101,6 +101,10 @@ def test_sampling_options_reach_the_sampler(checkpoint: Path, capsys) -> None:
     [
         (["--top-p", "1.5"], "top_p=1.5 is out of range"),
         (["--max-tokens", "some"], "--max-tokens"),
+        (
+            ["--max-tokens", "-1"],
+            "max_tokens=-1 is out of range: it must be a whole number from 0 on, or None (in a comm",
+        ),
         (["--temprature", "1"], "--temperature"),
         (["--prompt", "a", "--prompt-file", "f"], "--prompt and --prompt-file were both given"),
         (["--prompt", "a", "-"], "- and --prompt were both given"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -181,6 +182,8 @@ from samba_lm.cli.parse import parse
 
 @dataclass
 class Options:
+    """What stands before the options is a longer text too, and is folded between its words, never within one."""
+
     a: int = 1
     """A sentence that is a good deal longer than any narrow terminal would show in one single line."""
 
@@ -211,4 +214,6 @@ def test_help_fits_the_terminal_without_colour(columns: int, tmp_path: Path) -> 
     assert "\x1b" not in told
     assert "sentence" in told
     assert max(map(len, told.splitlines())) <= columns
-    assert "\x1b" in _help_on_a_terminal(script, COLUMNS=str(columns)), "then NO_COLOR would prove nothing"
+    coloured = _help_on_a_terminal(script, COLUMNS=str(columns))
+    assert "\x1b" in coloured, "then NO_COLOR would prove nothing"
+    assert max(len(re.sub(r"\x1b\[[\d;]*m", "", line)) for line in coloured.splitlines()) <= columns

@@ -468,6 +468,14 @@ def test_nothing_read_is_nothing_to_keep(model: SambaLM) -> None:
         Snapshot.of(Reader.create(model, SamplingParams(), batch=1), TokenHash())
 
 
+def test_a_damaged_models_state_is_not_kept(make_model: Callable) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.embedding.fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite numbers"):
+        read(model, TOKENIZER, "abc")
+
+
 def test_a_dtype_that_no_file_holds(model: SambaLM, tmp_path: Path) -> None:
     snapshot = read(model, TOKENIZER, TEXT)
     snapshot = replace(snapshot, logits=snapshot.logits.to(torch.complex64))

@@ -14,6 +14,7 @@ import torch
 import samba_lm
 from samba_lm.config import Attention, Mamba, ModelConfig, SwiGLU
 from samba_lm.engine.engine import Engine, QueueFullError
+from samba_lm.engine.prefiller import Prefiller
 from samba_lm.engine.request import End, Event, Piece, Progress, Request
 from samba_lm.errors import UserError
 from samba_lm.generation.params import SamplingParams
@@ -67,6 +68,53 @@ def test_together_as_alone(window: int | None, settings: dict[str, int]) -> None
     assert [completion.text for completion in together] == alone
     assert [completion.end.new_tokens for completion in together] == [p.max_tokens for p in PARAMS] * 3
     assert [len(completion.tokens) for completion in together] == [p.max_tokens for p in PARAMS] * 3
+
+
+def test_what_was_cancelled_while_it_was_read_keeps_a_state_of_its_own(model: SambaLM) -> None:
+    """On a GPU prompts are read in memory that they share."""
+    cancels = []
+    events: list[End] = []
+    first = threading.Event()
+
+    def sink(event: Event) -> None:
+        if isinstance(event, Progress) and event.read == 20:
+            cancels[0]()
+        if isinstance(event, End):
+            events.append(event)
+            first.set()
+
+    with Engine(model, TOKENIZER, slots=2, chunk=10) as engine:
+        engine._prefiller = Prefiller(model, 10, graphs=True)
+        _, end = collect(engine, Request([np.full(20, 97)], SamplingParams(max_tokens=0), keep=True))
+        began = threading.Event()
+
+        def late() -> Iterator[np.ndarray]:
+            began.wait(30)
+            yield np.full(100, 97)
+
+        cancels.append(engine.submit(Request(late(), keep=True), sink))
+        began.set()
+        assert first.wait(30)
+        collect(engine, Request(ids("x" * 50), SamplingParams(max_tokens=1)))
+    kept = events[0].reader
+    assert kept is not None
+    assert end.reader is not None
+    assert (events[0].finish, kept.lengths) == ("cancelled", [20])
+    for mine, alone in zip(kept.state.tensors(), end.reader.state.tensors(), strict=True):
+        assert torch.equal(mine, alone)
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_a_damaged_model_finds_no_prompt_likely(invariant: bool) -> None:
+    broken = make()
+    with torch.no_grad():
+        broken.embedding[70] = float("nan")
+    with Engine(broken, TOKENIZER, slots=2, batch_invariant=invariant) as engine:
+        asked = Request(ids("aFb"), SamplingParams(max_tokens=0), logprobs=1, prompt_logprobs=True)
+        with pytest.raises(UserError, match="not finite"):
+            collect(engine, asked)
+        assert engine.failure is None
+        assert engine.counts() == {"waiting": 0, "reading": 0, "running": 0}
 
 
 def test_a_long_prompt_does_not_stop_others(model: SambaLM) -> None:

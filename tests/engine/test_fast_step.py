@@ -20,12 +20,15 @@ from samba_lm.generation.params import SamplingParams
 from samba_lm.model import SambaLM
 from samba_lm.ops import nvrtc
 from samba_lm.ops.decode.plan import Tuning
+from samba_lm.quantization import quantize
 from samba_lm.state import State
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 MLP = SwiGLU(width=72)
 SAMBA = (Mamba(), MLP, Attention(heads=2, kv_heads=1, window=150), MLP)
+WHOLE = (Mamba(), SwiGLU(width=336), Attention(heads=2, kv_heads=1, window=150), SwiGLU(width=80))
+"""Of widths that kernels for 8-bit weights know."""
 GROWING = (Attention(heads=2, kv_heads=1), MLP, SelfExtend(heads=2, kv_heads=1, neighbor_window=60), MLP)
 
 
@@ -66,20 +69,44 @@ def errors(fast: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> tupl
 @needs_compiler
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize(
-    ("layers", "d_model", "lengths"),
+    ("layers", "d_model", "lengths", "kind"),
     [
-        pytest.param(SAMBA, 128, [1, 160, 149], id="samba"),
-        pytest.param((Attention(heads=2, window=40, rope=False), Mamba(state=8)), 128, [3], id="one row"),
-        pytest.param((Attention(heads=2, kv_heads=1), MLP), 128, [1, 130, 20], id="full attention"),
-        pytest.param((SelfExtend(heads=4, kv_heads=2, neighbor_window=50), MLP), 256, [1, 49, 120], id="self-extend"),
+        pytest.param(SAMBA, 128, [1, 160, 149], None, id="samba"),
+        pytest.param(WHOLE, 128, [1, 160, 149], "int8", id="8-bit samba"),
+        pytest.param(WHOLE, 128, [1, 160, 149], "int4", id="4-bit samba"),
+        pytest.param((Attention(heads=2, window=40, rope=False), Mamba(state=8)), 128, [3], None, id="one row"),
+        pytest.param((Attention(heads=2, kv_heads=1), MLP), 128, [1, 130, 20], None, id="full attention"),
         pytest.param(
-            (Mamba(state=32, dt_rank=40), SwiGLU(width=40)), 72, [4] * 9, id="nine rows", marks=pytest.mark.slow
+            (SelfExtend(heads=4, kv_heads=2, neighbor_window=50), MLP), 256, [1, 49, 120], None, id="self-extend"
+        ),
+        pytest.param(
+            (Mamba(state=32, dt_rank=40), SwiGLU(width=40)), 72, [4] * 9, None, id="nine rows", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            (Mamba(state=32, dt_rank=40), SwiGLU(width=48)),
+            80,
+            [4] * 9,
+            "int8",
+            id="8-bit nine rows",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            (SelfExtend(heads=4, kv_heads=2, neighbor_window=50), SwiGLU(width=48)),
+            256,
+            [1, 49, 120],
+            "int8",
+            id="8-bit self-extend",
+            marks=pytest.mark.slow,
         ),
     ],
 )
 @torch.inference_mode()
-def test_as_near_to_fp64_as_the_plain_step(layers: tuple[LayerSpec, ...], d_model: int, lengths: list[int]) -> None:
+def test_as_near_to_fp64_as_the_plain_step(
+    layers: tuple[LayerSpec, ...], d_model: int, lengths: list[int], kind: str | None
+) -> None:
     model = make(layers, d_model)
+    if kind is not None:
+        quantize(model, kind)
     assert fast_step.why_not(model) == ""
     plain = states(model, lengths)
     fast = plain.fork()
@@ -102,10 +129,13 @@ def test_as_near_to_fp64_as_the_plain_step(layers: tuple[LayerSpec, ...], d_mode
 
 @needs_compiler
 @pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(
+    "kind", [None, pytest.param("int8", marks=pytest.mark.slow), pytest.param("int4", marks=pytest.mark.slow)]
+)
 @torch.inference_mode()
-def test_a_row_is_the_same_alone_and_among_others() -> None:
+def test_a_row_is_the_same_alone_and_among_others(kind: str | None) -> None:
     """To the last bit, however the work is cut: the kernels' sums have one order."""
-    model = make()
+    model = make() if kind is None else quantize(make(WHOLE), kind)
     together = states(model, [5, 140, 150, 2, 9, 33, 149, 1, 151])
     ids = torch.randint(0, 260, (9,), device=DEVICE)
     kept = together.fork()
@@ -211,4 +241,7 @@ def test_what_the_kernels_do_not_know() -> None:
     assert "rotation" in fast_step.why_not(
         make((Attention(heads=2, window=8), Attention(heads=2, window=8, rope_base=7.0)))
     )
+    assert fast_step.why_not(quantize(make(WHOLE), "int8")) == ""
+    assert fast_step.why_not(quantize(make(), "int4")) == ""
+    assert "inputs" in fast_step.why_not(quantize(make(), "int8"))
     assert fast_step.of(make(), states(make(), [1])) is None or GPU

@@ -12,7 +12,8 @@ import torch
 from samba_lm.errors import UserError
 from samba_lm.generation import sampling
 from samba_lm.generation.params import SamplingParams
-from samba_lm.generation.sampling import NOT_FINITE, History, Options, require_finite, thresholds
+from samba_lm.generation.sampling import NOT_FINITE, History, Options, require_finite
+from samba_lm.ops.draw import cpu
 
 
 def options_of(params: SamplingParams | list[SamplingParams], rows: int, vocab_size: int) -> Options:
@@ -28,10 +29,6 @@ def sample(
 ) -> torch.Tensor:
     options = options_of(params, len(logits), vocab_size or logits.shape[1])
     return sampling.sample(logits, options, torch.tensor(list(positions)), history, vocab_size)
-
-
-def uniform(seed: int, position: int) -> float:
-    return float(sampling.uniform(torch.tensor(seed), torch.tensor(position)))
 
 
 def brute_force(logits: list[float], params: SamplingParams) -> dict[int, float]:
@@ -64,19 +61,6 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_candidates_equal_brute_force(options: dict[str, float]) -> None:
-    params = SamplingParams(**options)  # type: ignore[arg-type]
-    logits = torch.randn(20, 11) * 2
-    probs = torch.softmax(logits / params.temperature, dim=-1)
-    probs = probs * (probs >= thresholds(probs, options_of(params, 20, 11))[:, None])
-    for row in range(len(logits)):
-        got = {i: p for i, p in enumerate((probs[row] / probs[row].sum()).tolist()) if p > 0}
-        want = brute_force(logits[row].tolist(), params)
-        assert got.keys() == want.keys()
-        assert got == pytest.approx(want, rel=1e-5)
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_draws_follow_the_distribution(options: dict[str, float]) -> None:
     params = SamplingParams(seed=3, **options)  # type: ignore[arg-type]
     logits, n = torch.tensor([1.0, 0.2, -0.5, 2.0, 0.0, -3.0, 1.5, 0.9]), 4000
@@ -86,15 +70,6 @@ def test_draws_follow_the_distribution(options: dict[str, float]) -> None:
     assert sum(counts[i] for i in want) == n  # nothing outside the candidates
     chi_square = sum((counts[i] - n * p) ** 2 / (n * p) for i, p in want.items())
     assert chi_square < 24.3  # 99.9% quantile at 7 degrees of freedom, fewer need less
-
-
-def test_top_p_sorts_the_whole_vocabulary_when_the_likeliest_hold_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    probs = torch.softmax(torch.randn(4, 50), dim=-1)
-    options = options_of(SamplingParams(top_p=0.9), 4, 50)
-    whole = thresholds(probs, options)
-    monkeypatch.setattr(sampling, "NUCLEUS_GUESS", 2)
-    assert torch.equal(thresholds(probs, options), whole)
-    assert (whole > 0).all()
 
 
 def test_every_row_has_options_of_its_own() -> None:
@@ -135,7 +110,7 @@ def test_a_tiny_temperature_is_greedy_without_overflow() -> None:
 
 
 @pytest.mark.parametrize("options", [{"temperature": 1e-50}, {"temperature": 1e-300}, {"top_p": 1e-50}])
-@pytest.mark.parametrize("vocab_size", [5, 2 * sampling.NUCLEUS_GUESS])
+@pytest.mark.parametrize("vocab_size", [5, 2 * cpu.FEW])
 def test_values_too_small_for_fp32_leave_the_likeliest(options: dict[str, float], vocab_size: int) -> None:
     logits = torch.linspace(0, 3, vocab_size)[None]
     assert sample(logits, SamplingParams(**options), [0]).tolist() == [vocab_size - 1]
@@ -160,28 +135,6 @@ def test_a_result_depends_on_seed_and_position_but_not_on_the_batch() -> None:
     assert torch.equal(together, alone)
     assert not torch.equal(together, sample(logits, params.replace(seed=12), range(64)))
     assert not torch.equal(together, sample(logits, params, range(64, 128)))
-
-
-def test_uniform_numbers_are_spread_evenly_over_seeds_and_positions() -> None:
-    far = [uniform(-i * 2**40, 2**40 + i) for i in range(4000)]
-    for numbers in ([uniform(0, i) for i in range(4000)], [uniform(i, 5) for i in range(4000)], far):
-        assert all(0 <= u < 1 for u in numbers)
-        assert len(set(numbers)) == 4000
-        tenths = torch.histc(torch.tensor(numbers), bins=10, min=0, max=1)
-        assert float(((tenths - 400) ** 2 / 400).sum()) < 27.9  # 99.9% at 9 degrees of freedom
-
-
-def test_the_generator_is_splitmix64() -> None:
-    state = torch.tensor(1234567)
-    for known in (6457827717110365317, 3203168211198807973, 9817491932198370423):  # of its authors' test vectors
-        state = state + sampling._signed(sampling.GOLDEN)
-        assert int(sampling._mix(state)) % 2**64 == known
-
-
-def test_the_last_candidate_is_drawn_at_the_top_of_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "uniform", lambda seed, position: torch.tensor([1 - 2**-53], dtype=torch.float64))
-    logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf, -torch.inf]])
-    assert sample(logits, SamplingParams(), [0]).tolist() == [2]
 
 
 def test_penalties_by_hand() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from cuda_emulator import needs_compiler, run
 from samba_lm.ops import nvrtc
 from samba_lm.ops.decode import plan
 from samba_lm.ops.decode.plan import Tuning
+from samba_lm.ops.quantized_linear import dequantize, quantize
 from samba_lm.ops.selective_scan.reference import scan_reference
 
 GPU = torch.cuda.is_available()
@@ -80,6 +82,61 @@ def test_products_of_few_rows(M: int, N: int, K: int, tuning: Tuning) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("M", "N", "K", "tuning"),
+    [
+        pytest.param(1, 2, 16, Tuning(processors=1), id="least"),
+        pytest.param(5, 40, 592, Tuning(processors=2), id="half a chunk"),
+        pytest.param(16, 36, 4112, Tuning(processors=3), id="three slices"),
+        pytest.param(11, 70, 1552, Tuning(processors=1, depth=8), id="many tiles", marks=pytest.mark.slow),
+    ],
+)
+def test_products_with_whole_numbers(M: int, N: int, K: int, tuning: Tuning) -> None:
+    x, w = random(M, K), torch.randint(-128, 128, (N, K), device=DEVICE, dtype=torch.int8)
+    scale = torch.rand(N, device=DEVICE) + 0.1
+    parts = plan.slices(K)
+    y, given, last = empty(parts, M, N), operand(x), operand(x[-1:])
+    launch(plan.linear(given, w, y, M, "PARTIAL", tuning, parts=parts, scale=scale))
+    assert error(y.sum(0), x.double() @ w.double().t() * scale.double()) < 2e-5
+    again = empty(parts, 1, N)
+    other = tuning._replace(processors=4, depth=2, blocks=1)
+    launch(plan.linear(last, w, again, 1, "PARTIAL", other, parts=parts, scale=scale), seed=1)
+    assert torch.equal(again[:, 0], y[:, -1])
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("M", "N", "K", "tuning"),
+    [
+        pytest.param(1, 2, 8, Tuning(processors=1), id="least"),
+        pytest.param(5, 40, 584, Tuning(processors=2), id="part of a chunk"),
+        pytest.param(16, 36, 4232, Tuning(processors=3), id="three slices"),
+        pytest.param(11, 70, 2440, Tuning(processors=1, depth=8), id="many tiles", marks=pytest.mark.slow),
+    ],
+)
+def test_products_with_4_bits(M: int, N: int, K: int, tuning: Tuning) -> None:
+    x, parts = random(M, K), plan.slices(K)
+    w, scale = quantize(random(N, K) * torch.rand(N, K, device=DEVICE), "int4")
+    y, given, last = empty(parts, M, N), operand(x), operand(x[-1:])
+    launch(plan.linear(given, w, y, M, "PARTIAL", tuning, parts=parts, scale=scale, columns=K))
+    assert error(y.sum(0), x.double() @ dequantize(w, scale, K, torch.float64).t()) < 2e-5
+    again = empty(parts, 1, N)
+    other = tuning._replace(processors=4, depth=2, blocks=1)
+    launch(plan.linear(last, w, again, 1, "PARTIAL", other, parts=parts, scale=scale, columns=K), seed=1)
+    assert torch.equal(again[:, 0], y[:, -1])
+
+
+@needs_compiler
+def test_every_whole_number_is_exact() -> None:
+    numbers = torch.arange(-128, 128, device=DEVICE, dtype=torch.int8)
+    w, found = numbers.view(16, 16), empty(1, 16, 16)
+    ones = torch.ones(16, device=DEVICE)
+    identity = operand(torch.eye(16, device=DEVICE, dtype=BF16))
+    launch(plan.linear(identity, w, found, 16, "PARTIAL", Tuning(processors=1), scale=ones))
+    assert torch.equal(found[0].t(), w.float())
+
+
+@needs_compiler
 @pytest.mark.parametrize("M", [3, 10])
 def test_what_follows_a_product(M: int) -> None:
     x, w, tuning = random(M, 200), random(52, 200) / 14, Tuning(processors=2)
@@ -87,6 +144,21 @@ def test_what_follows_a_product(M: int) -> None:
     plain, opened = empty(M, 52, dtype=BF16), empty(*plan.operand_shape(26), dtype=BF16)
     launch(plan.linear(given, w, plain, M, "PLAIN", tuning))
     launch(plan.linear(given, w, opened, M, "SWIGLU", tuning))
+    gate, up = exact.chunk(2, -1)
+    assert error(plain, exact) < 3e-3
+    assert error(unpacked(opened, M, 26), F.silu(gate) * up) < 6e-3
+
+
+@needs_compiler
+def test_what_follows_a_product_with_whole_numbers() -> None:
+    """Each row has its own scale, those of a pair's first and second too."""
+    M = 10
+    x, tuning = random(M, 208), Tuning(processors=2)
+    w, scale = quantize(random(52, 208) * torch.arange(1, 53, device=DEVICE)[:, None] / 260, "int8")
+    exact, given = x.double() @ (w.double() * scale.double()[:, None]).t(), operand(x)
+    plain, opened = empty(M, 52, dtype=BF16), empty(*plan.operand_shape(26), dtype=BF16)
+    launch(plan.linear(given, w, plain, M, "PLAIN", tuning, scale=scale))
+    launch(plan.linear(given, w, opened, M, "SWIGLU", tuning, scale=scale))
     gate, up = exact.chunk(2, -1)
     assert error(plain, exact) < 3e-3
     assert error(unpacked(opened, M, 26), F.silu(gate) * up) < 6e-3
@@ -230,8 +302,8 @@ class Somewhere(torch.Tensor):
         return 16
 
 
-def somewhere(*shape: int) -> torch.Tensor:
-    return torch.empty(*shape, device="meta").as_subclass(Somewhere)
+def somewhere(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(*shape, device="meta", dtype=dtype).as_subclass(Somewhere)
 
 
 def variants() -> Iterator[nvrtc.Launch]:
@@ -239,10 +311,18 @@ def variants() -> Iterator[nvrtc.Launch]:
     for rows in (1, 16):
         x, keys = somewhere(rows, 2048), somewhere(rows, 2048, 4, 64)
         rings, conv = plan.Rings(some, some, keys, keys, some, 32), plan.Convolution(some, some, some, some)
-        yield plan.linear(x, somewhere(2560, 2048), some, rows, "QKV", tuning, rings=rings)
-        yield plan.linear(x, somewhere(8192, 2048), some, rows, "CONV", tuning, convolution=conv)
-        yield plan.linear(x, somewhere(16384, 2816), some, rows, "SWIGLU", tuning)
-        yield plan.linear(x, somewhere(2048, 8192), some, rows, "PARTIAL", tuning, parts=plan.slices(8192))
+        for dtype in plan.BITS:
+
+            def product(N: int, K: int, epilogue: str, dtype: torch.dtype = dtype, **rest: Any) -> nvrtc.Launch:
+                four = dtype == torch.uint8
+                weight = somewhere(N, K // 2 if four else K, dtype=dtype)
+                rest |= {"scale": None if dtype == BF16 else some, "columns": K if four else None}
+                return plan.linear(x, weight, some, rows, epilogue, tuning, **rest)  # noqa: B023
+
+            yield product(2560, 2048, "QKV", rings=rings)
+            yield product(8192, 2048, "CONV", convolution=conv)
+            yield product(16384, 2816, "SWIGLU")
+            yield product(2048, 8192, "PARTIAL", parts=plan.slices(8192))
         sixteen = somewhere(4096, 16)
         yield plan.scan(some, somewhere(4096, 128), some, some, sixteen, some, some, some, some, rows, 4, tuning)
         caches = [plan.Cache(some, keys, keys), plan.Cache(some, keys, keys, 1024)]
@@ -261,4 +341,4 @@ def test_variants_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for each in variants():
         assert nvrtc.compiled(each.files, each.defines, "sm_90")[:4] == b"\x7fELF"
         assert each.shared <= 227 * 1024
-    assert len(list(tmp_path.rglob("*.cubin"))) == 15
+    assert len(list(tmp_path.rglob("*.cubin"))) == 31

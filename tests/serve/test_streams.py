@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import functools
+import socket
+from collections.abc import AsyncGenerator, Iterator
 
 import numpy as np
 import pytest
+import uvicorn
 from serving import make_model
+from starlette.types import Receive, Scope, Send
 
 from samba_lm.engine.engine import Engine, QueueFullError
 from samba_lm.engine.request import End, Piece, Request
@@ -17,6 +21,7 @@ from samba_lm.serve.auth import Keys
 from samba_lm.serve.completions import Completions, read_prompts
 from samba_lm.serve.jobs import Job
 from samba_lm.serve.models import CompletionRequest
+from samba_lm.serve.server import PatientProtocol, listen
 from samba_lm.serve.service import Service
 from samba_lm.serve.settings import Settings
 from samba_lm.serve.stores import MemoryStore
@@ -87,3 +92,38 @@ def test_a_job_that_was_closed_leaves_nothing_behind(service: Service) -> None:
         raise AssertionError("it still runs")
 
     asyncio.run(run())
+
+
+def test_who_does_not_read_is_left() -> None:
+    """Who reads slowly is not."""
+
+    async def endless() -> AsyncGenerator[bytes, None]:
+        while True:
+            await asyncio.sleep(0)
+            yield b"x" * 65536
+
+    async def run() -> None:
+        left = asyncio.Event()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await sse.EventStream(endless(), left.set)(scope, receive, send)
+
+        listener = listen("127.0.0.1", 0)
+        protocol = functools.partial(PatientProtocol, 10.0, 0.3)
+        server = uvicorn.Server(uvicorn.Config(app, http=protocol, lifespan="off", log_config=None))
+        running = asyncio.create_task(server.serve([listener]))
+        for slowly in (True, False):
+            left.clear()
+            with socket.create_connection(listener.getsockname()) as client:
+                client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                for _ in range(15 * slowly):
+                    await asyncio.sleep(0.05)
+                    await asyncio.to_thread(client.recv, 1 << 20)
+                assert not left.is_set()
+                if not slowly:
+                    await left.wait()
+            await left.wait()
+        server.should_exit = True
+        await running
+
+    asyncio.run(asyncio.wait_for(run(), 20))

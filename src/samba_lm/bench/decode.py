@@ -31,6 +31,7 @@ from samba_lm.errors import UserError
 from samba_lm.generation.params import SamplingParams
 from samba_lm.generation.prefill import Reader
 from samba_lm.model import SambaLM
+from samba_lm.quantization import quantize, weight_bytes
 
 BATCHES = (16, 8, 4, 2, 1)
 CONTEXTS = (4096, 16_384, 65_536, 262_144, 1_048_576)
@@ -50,6 +51,7 @@ def run_decode(
     tokens: int = PREFILL_TOKENS,
     contexts: Sequence[int] = CONTEXTS,
     steps: int = 40,
+    quantized: str | None = None,
     profile: bool = False,
     report: Callable[[str], None] = lambda what: None,
 ) -> tuple[list[Figure], list[dict[str, object]]]:
@@ -57,19 +59,21 @@ def run_decode(
 
     Args:
         tokens: of the long prompt. contexts: lengths of text, steps at which are compared. steps: timed of each kind.
-        profile: list the kernels of a step of 16 too. report: told what is measured next.
+        quantized: "int8" or "int4" weights. profile: list the kernels of a step of 16 too. report: told what is
+            measured next.
 
     Raises UserError for a model whose state grows with the text.
     """
     config = zoo.get(name)
     if not config.constant_state:
         raise UserError(f"{name} has full attention, whose steps cost more with every token: `samba-lm bench paper`.")
+    label = name if quantized is None else f"{name} in {quantized}"
     report(f"{name}: parity")
     try:
-        figures = attempt(lambda: check(config, device))
-        model = attempt(lambda: place(new_model(config, device), device, torch.bfloat16).eval())
+        figures = attempt(lambda: check(config, device, quantized))
+        model = attempt(lambda: _with(place(new_model(config, device), device, torch.bfloat16), quantized))
     except NotMeasured as failure:
-        return [Figure(f"{name}, a step", None, "ms", note=str(failure))], []
+        return [Figure(f"{label}, a step", None, "ms", note=str(failure))], []
     kernels: list[dict[str, object]] = []
 
     def part(what: str, unit: str, measure: Iterator[Figure]) -> None:
@@ -79,24 +83,29 @@ def run_decode(
             while (figure := attempt(lambda: next(measure, None))) is not None:
                 figures.append(figure)
         except NotMeasured as failure:
-            figures.append(Figure(f"{name}, {what}", None, unit, note=str(failure)))
+            figures.append(Figure(f"{label}, {what}", None, unit, note=str(failure)))
         release(device)
 
     part("prompts", "ms", run_prompts(model, tokens))
     part("streams", "ms", run_streams(model, max(BATCHES)))
     texts = Steps(model, max(BATCHES))  # after the engines, which let go of the parameters they had fixed
-    part("a step", "ms", _steps(texts, config, ceilings, max(contexts), steps))
-    part("steps at several contexts", "", _flat(texts, name, contexts, steps))
+    part("a step", "ms", _steps(texts, model, label, ceilings, max(contexts), steps))
+    part("steps at several contexts", "", _flat(texts, label, contexts, steps))
     part("a context's file", "ms", run_loading(model, texts, (contexts[0], tokens)))
     if profile:
         try:
             kernels = attempt(lambda: kernel_table(lambda: texts.queued(max(BATCHES), contexts[0], 1), device))
         except NotMeasured as failure:
-            figures.append(Figure(f"{name}, profile", None, "ms", note=str(failure)))
+            figures.append(Figure(f"{label}, profile", None, "ms", note=str(failure)))
     return figures, kernels
 
 
-def check(config: ModelConfig, device: torch.device) -> list[Figure]:
+def _with(model: SambaLM, quantized: str | None) -> SambaLM:
+    """With such weights, and for reading only."""
+    return model.eval() if quantized is None else quantize(model, quantized)
+
+
+def check(config: ModelConfig, device: torch.device, quantized: str | None = None) -> list[Figure]:
     """A narrow twin's steps against fp64, and against what bf16 costs the plain path on the CPU.
 
     Texts of several lengths are read in pieces, put into slots and stepped together, with given tokens first and their
@@ -107,10 +116,11 @@ def check(config: ModelConfig, device: torch.device) -> list[Figure]:
     draw = np.random.default_rng(0).integers
     prompts = [draw(0, small.vocab_size, length) for length in PARITY_PROMPTS]
     given = draw(0, small.vocab_size, (PARITY_GIVEN, len(prompts)))
-    rounded = [place(create(small), where, torch.bfloat16).eval() for where in (device, torch.device("cpu"))]
+    places = device, torch.device("cpu")
+    rounded = [_with(place(create(small), where, torch.bfloat16), quantized) for where in places]
     ours, fed = _engine(rounded[0], prompts, given)
     noise = _plain(rounded[1], prompts, fed)
-    exact = _plain(create(small).to(device).double().eval(), prompts, fed)
+    exact = _plain(_with(create(small).to(device), quantized).double(), prompts, fed)
     what = "logits of steps"
     own, plain = require_noise({what: ours}, {what: exact}, {what: noise})[what]
     return [
@@ -158,23 +168,26 @@ def _plain(model: SambaLM, prompts: list[np.ndarray], fed: np.ndarray) -> Tensor
     return torch.stack(rows, dim=1)
 
 
-def least_bytes(config: ModelConfig, batch: int, context: int) -> int:
-    """What a step in bf16 moves at least: weights and states read, recurrent states written."""
-    weights = config.parameters() - (0 if config.tie_embeddings else config.vocab_size * config.d_model)
+def least_bytes(config: ModelConfig, batch: int, context: int, weights: int | None = None) -> int:
+    """What a step in bf16 moves at least: weights and states read, recurrent states written. ``weights``: the bytes of
+    all of them where they are not bf16."""
+    unread = 0 if config.tie_embeddings else 2 * config.vocab_size * config.d_model
     written = sum(4 * spec.state_elements(config.d_model, context)[1] for spec in config.layers)
-    return 2 * weights + batch * (config.state_bytes(context) + written)
+    held = 2 * config.parameters() if weights is None else weights
+    return held - unread + batch * (config.state_bytes(context) + written)
 
 
-def _steps(texts: Steps, config: ModelConfig, ceilings: Ceilings, context: int, count: int) -> Iterator[Figure]:
+def _steps(texts: Steps, model: SambaLM, label: str, ceilings: Ceilings, context: int, count: int) -> Iterator[Figure]:
+    config, weights = model.config, weight_bytes(model) if model.quantized else None
     texts.fill(context)
     note = f"by model.step, not by the kernels for steps: {texts.plain}" if texts.plain else ""
     for params, how in ((GREEDY, "greedy"), (NUCLEUS, "top-p 0.9")):
         texts.sampled(params)
         for batch in BATCHES:
             queued, answered = texts.both(batch, context, count)
-            bar = DECODE.get((config.name, batch), NONE) if params is GREEDY else NONE
-            what = f"{config.name}, batch {batch}, {how}, a step"
-            moved = least_bytes(config, batch, context)
+            bar = DECODE.get((label, batch), NONE) if params is GREEDY else NONE
+            what = f"{label}, batch {batch}, {how}, a step"
+            moved = least_bytes(config, batch, context, weights)
             rates = ceilings.shares(queued.median, moved, batch * config.flops_per_token(context), matmul=False)
             facts = {**queued.facts(), **rates, "ms at the copy bandwidth": 1e3 * moved / ceilings.copy}
             yield Figure(f"{what}: GPU", queued.median, "ms", bar.bar, True, bar.stretch, note=note, facts=facts)

@@ -29,11 +29,11 @@ class Bench:
     """Measure on the CPU: the selective scan, a Mamba-130M-shape model against transformers and against the memory's
     bandwidth, and the peak memory of reading a million tokens. Run it on a machine that does nothing else.
 
-    On a CUDA GPU, each with options of its own (`samba-lm bench ops --help`): `ops`, every operation's kernels;
-    `train`, training steps; `prefill`, reading 131,072 tokens; `decode`, generating; `paper`, the paper's two figures
-    of speed; `curve`, a training run beside the CPU's.
+    On a CUDA GPU, each with options of its own (`samba-lm bench ops --help`): every operation's kernels (`ops`),
+    training steps (`train`), reading 131,072 tokens (`prefill`), generating (`decode`), the paper's two figures of
+    speed (`paper`), a training run beside the CPU's (`curve`).
 
-    `samba-lm bench serve URL` measures a running server."""
+    A running server is measured by `samba-lm bench serve URL`."""
 
     what: Annotated[tuple[What, ...], tyro.conf.Positional] = ()
     """Which ones; all of the CPU's (scan, model, memory) without it."""

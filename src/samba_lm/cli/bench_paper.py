@@ -12,6 +12,7 @@ import tyro
 
 from samba_lm.cli.bench_session import Session, within
 from samba_lm.cli.bench_table import compared_table, figures_table, grid_table, kernels_table
+from samba_lm.cli.model import Quantize
 from samba_lm.cli.output import JsonFile, output_file
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError
@@ -35,6 +36,8 @@ class Decode:
     """Lengths of text at which steps are compared, rising."""
     steps: int = 40
     """Timed steps of each kind, after some to warm up; the median counts."""
+    quantize: Quantize | None = None
+    """With such weights; the bars are those of bf16 and are left out."""
     profile: bool = False
     """Also profile one step of 16 texts: a table of its kernels, by time."""
     json: JsonFile = None
@@ -105,6 +108,7 @@ def _decode(argv: list[str]) -> None:
             tokens=args.tokens,
             contexts=args.contexts,
             steps=args.steps,
+            quantized=args.quantize,
             profile=args.profile,
             report=report,
         )

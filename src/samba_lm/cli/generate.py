@@ -100,8 +100,8 @@ def _open_prompt(command: Generate, stack: contextlib.ExitStack) -> BinaryIO | N
     """Open what the prompt is read from; None when it is on the command line, or empty."""
     if command.stdin not in (None, "-"):
         raise UserError(
-            f"Unexpected argument {command.stdin[:60]!r}: a prompt is given as --prompt TEXT or --prompt-file FILE, and "
-            "`-` alone reads the standard input."
+            f"Unexpected argument {command.stdin[:60]!r}: a prompt is given as --prompt TEXT or --prompt-file FILE; "
+            "`-` reads the standard input."
         )
     given = [
         name
@@ -196,10 +196,11 @@ def _report(
     context: Snapshot | None,
 ) -> None:
     memory = _peak_memory(device)
+    prompt = f"{timing.prompt_tokens:,} token{'s' * (timing.prompt_tokens != 1)}"
     before = "" if context is None else f"went on after {context.tokens:,} tokens of {context.title!r}, "
     ending = "interrupted" if interrupted else timing.finish
     print(
-        f"{before}read {timing.prompt_tokens:,} token{'s' * (timing.prompt_tokens != 1)} in {timing.read_seconds:.2f} s "
+        f"{before}read {prompt} in {timing.read_seconds:.2f} s "
         f"({timing.read_tokens_per_second:,.0f} tokens/s), "
         f"made {timing.new_tokens:,} in {timing.decode_seconds:.2f} s "
         f"({timing.decode_tokens_per_second:,.1f} tokens/s), "

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -49,23 +52,42 @@ def load(
 ) -> tuple[SambaLM, Tokenizer | None]:
     """Load a checkpoint (or a fresh model of the zoo) onto "auto", "cpu", "cuda" or "cuda:N".
 
-    A fresh model is announced on stderr. ``dtype``: of the parameters; None keeps the checkpoint's. ``quantize``: what
-    is then made of the large ones. Raises UserError when there is no such device or no whole checkpoint.
+    A fresh model is announced on stderr, and on a terminal that this takes its time. ``dtype``: of the parameters; None
+    keeps the checkpoint's. ``quantize``: what is then made of the large ones. Raises UserError when there is no such
+    device or no whole checkpoint.
     """
-    import torch  # only now: --help should not wait for it
+    with _told(f"loading {name}"):
+        import torch  # only now: --help should not wait for it
 
-    from samba_lm import checkpoint
-    from samba_lm.train.parallel import pick_device
+        from samba_lm import checkpoint
+        from samba_lm.train.parallel import pick_device
 
-    untrained = not Path(name).exists()  # then it is a name of the zoo, or an error
-    loaded = checkpoint.load(name, device=pick_device(device), dtype=None if dtype is None else getattr(torch, dtype))
+        untrained = not Path(name).exists()  # then it is a name of the zoo, or an error
+        wanted = None if dtype is None else getattr(torch, dtype)
+        loaded = checkpoint.load(name, device=pick_device(device), dtype=wanted)
+        if quantize is not None:
+            from samba_lm import quantization
+
+            quantization.quantize(loaded[0], quantize)
     if untrained:
         print(f"samba-lm: {name} is untrained: its weights are random. Give a checkpoint's folder.", file=sys.stderr)
-    if quantize is not None:
-        from samba_lm import quantization
-
-        quantization.quantize(loaded[0], quantize)
     return loaded
+
+
+@contextlib.contextmanager
+def _told(text: str) -> Iterator[None]:
+    """Say on a terminal what is being done, for as long as it takes; elsewhere nothing."""
+    if sys.stderr.isatty():
+        shown = text[: max(0, shutil.get_terminal_size().columns - 1)]
+        sys.stderr.write(f"{shown}\r")
+        sys.stderr.flush()
+        try:
+            yield
+        finally:
+            sys.stderr.write(f"{' ' * len(shown)}\r")
+            sys.stderr.flush()
+    else:
+        yield
 
 
 def load_with_tokenizer(

@@ -11,8 +11,11 @@ import io
 import itertools
 import os
 import re
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import tyro
 from pydantic import ValidationError
@@ -24,6 +27,8 @@ T = TypeVar("T")
 
 # A row of captured --help: two spaces, a short name perhaps, and the long names.
 _OPTIONS_ROW = re.compile(r"(?:^| ) (?:-\w, )?(--[a-zA-Z][\w.-]*(?:, --[a-zA-Z][\w.-]*)*)", re.MULTILINE)
+
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 # What tyro and Python's converters say, and how we say it.
 _WORDS = (
@@ -73,7 +78,7 @@ def parse(
             return run()
     except SystemExit as stop:
         if stop.code != 2:
-            with _without_colour() if os.environ.get("NO_COLOR") else contextlib.nullcontext():
+            with _without_colour() if os.environ.get("NO_COLOR") else contextlib.nullcontext(), _folded():
                 run()  # --help: once more, for this terminal's width
             raise
         raise _mistake(_from_exception(stop, panel) or _from_panel(panel, argv, cls, prog), prog) from stop
@@ -154,6 +159,34 @@ def _captured() -> Iterator[io.StringIO]:
     text = io.StringIO()
     with _environment("COLUMNS", "10000"), contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
         yield text
+
+
+class _Screen(io.StringIO):
+    """Gathers what is for another stream, and is of the same kind."""
+
+    def __init__(self, real: TextIO) -> None:
+        super().__init__()
+        self._real = real
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._real.encoding or "utf-8"
+
+    def isatty(self) -> bool:
+        return self._real.isatty()
+
+
+@contextlib.contextmanager
+def _folded() -> Iterator[None]:
+    """Fold what stands before the options to the terminal's width, as tyro folds the options themselves."""
+    screen, width = _Screen(sys.stdout), max(30, shutil.get_terminal_size().columns)
+    try:
+        with contextlib.redirect_stdout(screen):
+            yield
+    finally:
+        for line in screen.getvalue().splitlines():
+            plain = _COLOUR.sub("", line)
+            sys.stdout.write((textwrap.fill(plain, width) if len(plain) > width else line) + "\n")
 
 
 def _without_colour() -> contextlib.AbstractContextManager[None]:

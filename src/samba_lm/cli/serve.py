@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +106,11 @@ def main(argv: list[str]) -> None:
     )
     model, tokenizer = load_with_tokenizer(command.checkpoint, command.device, command.dtype, command.quantize)
     service = open_service(model, tokenizer, folder, settings, keys)
+    if command.host not in LOOPBACK and not keys.needed:
+        print(
+            f"samba-lm: whoever reaches {command.host} may use this server: --api-key-file limits it to who has a key.",
+            file=sys.stderr,
+        )
     try:
         serve(create_app(service), service)
     finally:

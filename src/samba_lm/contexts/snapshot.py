@@ -16,7 +16,7 @@ from samba_lm.contexts.info import Info, check_title, info_of, now
 from samba_lm.contexts.token_hash import TokenHash
 from samba_lm.errors import UserError
 from samba_lm.generation.prefill import Reader
-from samba_lm.generation.sampling import History
+from samba_lm.generation.sampling import DamagedModelError, History
 from samba_lm.generation.stream import advance
 from samba_lm.model import Layer, SambaLM
 from samba_lm.span import Cursor
@@ -64,10 +64,15 @@ class Snapshot:
 
         The reader's logits must be those after its last token; for what an engine gives back see :meth:`of_answer`.
 
-        Raises UserError when nothing was read yet.
+        Raises UserError when nothing was read yet, and when the model's outputs are no numbers.
         """
         if reader.logits is None:
             raise UserError("Nothing was read yet, so there is no context to keep: read at least one token.")
+        if not bool(reader.logits.max().isfinite()):
+            raise DamagedModelError(
+                "After this text the model's outputs are not finite numbers, so there is nothing to keep: its weights "
+                "are damaged or diverged in training."
+            )
         assert reader.lengths == [read.tokens], f"{reader.lengths} tokens were read, {read.tokens} hashed"
         seen = None if reader.history is None else reader.history.seen.clone()
         return cls(reader.state.fork(), reader.logits.clone(), read, title, seen=seen)

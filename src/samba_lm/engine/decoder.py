@@ -47,7 +47,7 @@ class Decoder:
         options = Options.of(params, self._vocab_size)
         for name, held in self._options.tensors().items():
             held[: len(params)].copy_(pinned(getattr(options, name), self._device), non_blocking=True)
-        self._options = replace(self._options, greedy=options.greedy, most=options.most, cut=options.cut)
+        self._options = replace(self._options, greedy=options.greedy, cut=options.cut)
         self._penalised = any(map(penalised, params))
 
     def set_bias(self, bias: Tensor | None) -> None:
@@ -135,9 +135,7 @@ class Decoder:
             moved = [*self._slots.rows(0, size).tensors(), self._rows]
             if self._penalised and self._history is not None:
                 moved += [self._history.seen, self._history.counts]
-            options, self._options = self._options, replace(self._options, most=None)  # one graph for every top-k
             self._graphs[key] = Graph.record(lambda: self._run(size), moved, self._pool)
-            self._options = options
         return self._graphs[key].replay()
 
 

@@ -256,7 +256,7 @@ class Engine:
                 waiting.end("cancelled")
         for reading in [r for r in self._reading if r.cancelled]:
             self._reading.remove(reading)
-            self._end(reading, "cancelled")
+            self._end_unread(reading, "cancelled")
         for row in reversed(range(len(self._batch.running))):
             if self._batch.running[row].cancelled:
                 self._finish(row, "cancelled")
@@ -302,11 +302,15 @@ class Engine:
                     assert running.reader is not None
                     if running.request.keep_prompt:
                         running.tell_ready(running.reader.fork())
-                    if running.request.keep:
-                        running.reader = running.reader.fork()  # the state was the prefiller's
-                    self._end(running, running.answer.finish)
+                    self._end_unread(running, running.answer.finish)
                 else:
                     self._start(running)
+
+    def _end_unread(self, running: Running, finish: Finish) -> None:
+        """End what never had a row: its state is the prefiller's memory, which others will read into."""
+        if running.request.keep and running.reader is not None:
+            running.reader = running.reader.fork()
+        self._end(running, finish)
 
     def _start(self, running: Running) -> None:
         """Give a sequence a row; what was read tells its first token."""
@@ -329,7 +333,10 @@ class Engine:
         for row in step.reading:
             one = step.running[row]
             if one.unread and one.request.prompt_logprobs:
-                one.note_prompt(step.logits[row : row + 1])
+                try:
+                    one.note_prompt(step.logits[row : row + 1])
+                except UserError as error:
+                    one.error = error
             elif not one.unread:
                 self._has_read(one, row, step.logits[row : row + 1])
         self._take(step)

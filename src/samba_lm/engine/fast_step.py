@@ -1,10 +1,11 @@
 """A step of up to 16 sequences in kernels made for it, for the models that they know; ``model.step`` defines it.
 
+Weights are bf16, those of large products whole numbers of 8 or 4 bits too (``samba_lm.quantize``).
 Numbers are rounded where ``model.step`` rounds them: what a layer gives to bf16, the residual stream in fp32. A row's
 result does not depend on the other rows, nor on how many there are, to the last bit.
 
-A layer is three to five kernels, and a step of samba-1.7b 194. Each begins while the one before
-it still runs, and fetches its weights meanwhile, so that memory never waits for a kernel to begin.
+A layer is three to five kernels, and a step of samba-1.7b 182. Each begins while the one before it still runs, and
+fetches its first weights meanwhile.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from samba_lm.mixers.attention import AttentionMixer
 from samba_lm.mixers.mamba import MambaMixer, Selection
 from samba_lm.mixers.mlp import SwiGLUMLP
 from samba_lm.mixers.self_extend import SelfExtendMixer
 from samba_lm.model import Layer, SambaLM
+from samba_lm.nn.linear import Linear
 from samba_lm.nn.norm import RMSNorm
+from samba_lm.nn.quantized import QuantizedLinear
 from samba_lm.ops import nvrtc
 from samba_lm.ops.backend import preferred
 from samba_lm.ops.decode import plan
@@ -42,8 +45,11 @@ def runs_on(device: torch.device) -> bool:
 def why_not(model: SambaLM) -> str:
     """What about a model the kernels do not know; "" if they know all of it."""
     config = model.config
-    if model.quantized is not None:
-        return f"{model.quantized} weights"
+    products = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    if any(m.scale.dtype != torch.float32 for m in products):
+        return "scales that are not fp32"
+    if any(m.quantized.dtype == torch.int8 and m.width % 16 for m in products):
+        return "int8 weights of this number of inputs"
     # Those of the recurrence stay in fp32 whatever the rest is.
     read = [p for m in model.modules() if not isinstance(m, Selection) for p in m.parameters(recurse=False)]
     if model.dtype != torch.bfloat16 or not all(p.dtype == torch.bfloat16 and p.is_contiguous() for p in read):
@@ -59,8 +65,9 @@ def why_not(model: SambaLM) -> str:
         if not isinstance(layer.norm, RMSNorm):
             return f"{type(mixer).__name__}, which normalises its input itself"
         if isinstance(mixer, SwiGLUMLP):
-            if mixer.w3.weight.shape[1] % 8:
-                return f"SwiGLU of width {mixer.w3.weight.shape[1]}"
+            width = _inputs(mixer.w3)
+            if width % 8:
+                return f"SwiGLU of width {width}"
         elif isinstance(mixer, MambaMixer):
             s6 = mixer.s6
             fits = s6.state in STATE_SIZES and s6.conv.weight.shape[1] == TAPS and s6.inner % 8 == 0
@@ -134,17 +141,17 @@ class FastStep:
             assert isinstance(norm, RMSNorm)
             tensors = self.state.layers[i]
             if isinstance(layer.mixer, SwiGLUMLP):
-                x, weight = self._swiglu(launches, layer.mixer, rows)
+                x, last = self._swiglu(launches, layer.mixer, rows)
             elif isinstance(layer.mixer, MambaMixer):
-                x, weight = self._mamba(launches, layer.mixer, tensors, rows)
+                x, last = self._mamba(launches, layer.mixer, tensors, rows)
             elif isinstance(layer.mixer, SelfExtendMixer):
-                x, weight = self._self_extend(launches, layer.mixer, tensors, rows)
+                x, last = self._self_extend(launches, layer.mixer, tensors, rows)
             else:
                 assert isinstance(layer.mixer, AttentionMixer)
-                x, weight = self._attention(launches, layer.mixer, tensors, rows)
-            parts = plan.slices(weight.shape[1])
-            branch = self._fp32("branch", parts, weight.shape[0])
-            launches.append(plan.linear(x, weight, branch, rows, "PARTIAL", self.tuning, parts=parts))
+                x, last = self._attention(launches, layer.mixer, tensors, rows)
+            parts = plan.slices(_inputs(last))
+            branch = self._fp32("branch", parts, self.model.config.d_model)
+            launches.append(self._product(x, last, branch, rows, "PARTIAL", parts=parts))
             position = self.state.cursor.position if norm is self.model.norm else None
             stream = self._fp32("stream", 1, self.model.config.d_model)[0]
             launches.append(
@@ -153,44 +160,43 @@ class FastStep:
         launches.append(plan.linear(self._normed, self.model.head_weight, self._logits, rows, "PLAIN", self.tuning))
         return launches
 
-    def _swiglu(self, launches: list[nvrtc.Launch], mlp: SwiGLUMLP, rows: int) -> tuple[Tensor, Tensor]:
-        """What the last product of the layer reads, and its weight."""
-        x = self._operand("mlp", mlp.w3.weight.shape[1])
-        launches.append(plan.linear(self._normed, mlp.w12.weight, x, rows, "SWIGLU", self.tuning))
-        return x, mlp.w3.weight
+    def _swiglu(self, launches: list[nvrtc.Launch], mlp: SwiGLUMLP, rows: int) -> tuple[Tensor, nn.Module]:
+        """What the last product of the layer reads, and that product."""
+        x = self._operand("mlp", _inputs(mlp.w3))
+        launches.append(self._product(self._normed, mlp.w12, x, rows, "SWIGLU"))
+        return x, mlp.w3
 
     def _mamba(
         self, launches: list[nvrtc.Launch], mamba: MambaMixer, tensors: dict[str, Tensor], rows: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, nn.Module]:
         s6 = mamba.s6
         u, z, y = (self._operand(name, s6.inner) for name in ("u", "z", "y"))
         convolution = plan.Convolution(s6.conv.weight, s6.conv.bias, _checked(tensors["conv"], torch.bfloat16), z)
-        tuning, inputs = self.tuning, mamba.in_proj.weight
-        launches.append(plan.linear(self._normed, inputs, u, rows, "CONV", tuning, convolution=convolution))
+        launches.append(self._product(self._normed, mamba.in_proj, u, rows, "CONV", convolution=convolution))
         parts = plan.slices(s6.inner, 2)
         low = self._fp32("low", parts, s6.rank + 2 * s6.state)
-        launches.append(plan.linear(u, s6.x_proj.weight, low, rows, "PARTIAL", tuning, parts=parts))
+        launches.append(self._product(u, s6.x_proj, low, rows, "PARTIAL", parts=parts))
         ssm = _checked(tensors["ssm"], torch.float32)
         A, D, bias = s6.selection.for_step(torch.float32)
-        launches.append(plan.scan(low, s6.dt_proj.weight, u, z, A, D, bias, ssm, y, rows, parts, tuning))
-        return y, mamba.out_proj.weight
+        launches.append(plan.scan(low, s6.dt_proj.weight, u, z, A, D, bias, ssm, y, rows, parts, self.tuning))
+        return y, mamba.out_proj
 
     def _attention(
         self, launches: list[nvrtc.Launch], attention: AttentionMixer, tensors: dict[str, Tensor], rows: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, nn.Module]:
         spec, width = attention.spec, attention.head_dim
         cos, sin = (None, None) if self._angles is None or not spec.rope else self._angles[1:]
         keys, values = (_checked(tensors[name], torch.bfloat16) for name in ("k", "v"))
         position = self.state.cursor.position
         rings = plan.Rings(cos, sin, keys, values, position, spec.heads)
         q, y = self._bf16("q", spec.heads * width), self._operand("attended", spec.heads * width)
-        launches.append(plan.linear(self._normed, attention.qkv.weight, q, rows, "QKV", self.tuning, rings=rings))
+        launches.append(self._product(self._normed, attention.qkv, q, rows, "QKV", rings=rings))
         launches.append(self._attend([plan.Cache(q, keys, values)], y, rows))
-        return y, attention.out_proj.weight
+        return y, attention.out_proj
 
     def _self_extend(
         self, launches: list[nvrtc.Launch], attention: SelfExtendMixer, tensors: dict[str, Tensor], rows: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, nn.Module]:
         spec, width = attention.spec, attention.head_dim
         names = ("near_k", "near_v", "k", "v")
         near_k, near_v, far_k, far_v = (_checked(tensors[name], torch.bfloat16) for name in names)
@@ -199,7 +205,7 @@ class FastStep:
         k, v = (self._bf16(name, spec.groups * width).view(-1, 1, spec.groups, width) for name in ("k", "v"))
         position = self.state.cursor.position
         rings = plan.Rings(None, None, k, v, position, spec.heads)
-        launches.append(plan.linear(self._normed, attention.qkv.weight, q, rows, "QKV", self.tuning, rings=rings))
+        launches.append(self._product(self._normed, attention.qkv, q, rows, "QKV", rings=rings))
         near = plan.Cache(near_q, near_k, near_v)
         far = plan.Cache(far_q, far_k, far_v, lag=spec.neighbor_window)
         frequency = self._frequency(width // 2, spec.rope_base)
@@ -207,7 +213,41 @@ class FastStep:
         heads = q.view(-1, spec.heads, width)
         launches.append(plan.turn(heads, k, v, position, frequency, near, far, spec.group, shift, rows, self.tuning))
         launches.append(self._attend([near, far], y, rows))
-        return y, attention.out_proj.weight
+        return y, attention.out_proj
+
+    def _product(
+        self,
+        x: Tensor,
+        product: nn.Module,
+        y: Tensor,
+        rows: int,
+        epilogue: str,
+        *,
+        parts: int = 1,
+        rings: plan.Rings | None = None,
+        convolution: plan.Convolution | None = None,
+    ) -> nvrtc.Launch:
+        """``plan.linear`` of a Linear, quantised or not."""
+        scale = columns = None
+        if isinstance(product, QuantizedLinear):
+            weight, scale = product.quantized, product.scale
+            columns = product.width if weight.dtype == torch.uint8 else None
+        else:
+            assert isinstance(product, Linear)
+            weight = product.weight
+        return plan.linear(
+            x,
+            weight,
+            y,
+            rows,
+            epilogue,
+            self.tuning,
+            parts=parts,
+            scale=scale,
+            columns=columns,
+            rings=rings,
+            convolution=convolution,
+        )
 
     def _attend(self, caches: list[plan.Cache], y: Tensor, rows: int) -> nvrtc.Launch:
         groups, width = caches[0].keys.shape[2:]
@@ -271,6 +311,14 @@ def of(model: SambaLM, state: State) -> FastStep | None:
         return None
     count = torch.cuda.get_device_properties(model.device).multi_processor_count if model.device.type == "cuda" else 4
     return FastStep(model, state, Tuning(processors=count))
+
+
+def _inputs(product: nn.Module) -> int:
+    """A Linear's, or those of what is in its place in a quantised model."""
+    if isinstance(product, QuantizedLinear):
+        return product.width
+    assert isinstance(product, Linear)
+    return product.weight.shape[1]
 
 
 def _checked(tensor: Tensor, dtype: torch.dtype) -> Tensor:

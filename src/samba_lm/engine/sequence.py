@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -168,9 +169,8 @@ class Sequence:
             self._sink(Piece(text, made))
 
     def note_prompt(self, logits: torch.Tensor) -> None:
-        """Note how likely the prompt token to be read next is, by logits [1, V]."""
-        next_id = torch.tensor([self.unread[0]], device=logits.device)
-        self._prompt += Report(logits, next_id, self.request.logprobs or 0, self._tokenizer.vocab_size).tokens()
+        """Note how likely the prompt token to be read next is, by logits [1, V]. Raises UserError for no numbers."""
+        self._note(logits, torch.tensor([self.unread[0]], device=logits.device))
 
     def tell_ready(self, reader: Reader) -> None:
         """Hand out where the sequence stands after its prompt, a copy, for others to begin from."""
@@ -214,8 +214,14 @@ class Sequence:
         known = torch.cat((before, logits[:-1]))  # what each token was to be told from; none for the very first
         skipped = len(ids) - len(known)
         self._prompt += [Token(int(token)) for token in chunk[:skipped]]
-        self._prompt += Report(known, ids[skipped:], self.request.logprobs or 0, self._tokenizer.vocab_size).tokens()
+        self._note(known, ids[skipped:])
         reader.logits = logits[-1:]
         reader.lengths[0] += len(ids)
         if reader.history is not None:
             reader.history.read(0, ids)
+
+    def _note(self, logits: torch.Tensor, ids: torch.Tensor) -> None:
+        tokens = Report(logits, ids, self.request.logprobs or 0, self._tokenizer.vocab_size).tokens()
+        if any(token.logprob is not None and math.isnan(token.logprob) for token in tokens):
+            require_finite([NOT_FINITE])
+        self._prompt += tokens

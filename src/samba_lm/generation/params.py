@@ -71,7 +71,8 @@ class SamplingParams:
         if self.top_k is not None:
             _check("top_k", self.top_k, int, lambda k: k >= 1, "a whole number of at least 1, or None (all)")
         if self.max_tokens is not None:
-            _check("max_tokens", self.max_tokens, int, lambda n: n >= 0, "a whole number, or None for no limit")
+            allowed = "a whole number from 0 on, or None (in a command: unlimited) for no limit"
+            _check("max_tokens", self.max_tokens, int, lambda n: n >= 0, allowed)
         if not all(isinstance(text, str) and text for text in stop):
             raise UserError(f"stop={self.stop!r} must hold non-empty strings: leave the empty one out.")
 

@@ -17,12 +17,10 @@ from torch import Tensor
 
 from samba_lm.errors import UserError
 from samba_lm.generation.params import SamplingParams
+from samba_lm.ops import draw as drawing
+from samba_lm.ops.draw import GREEDY_BELOW, Rules
 
-# How many of the likeliest tokens are sorted first for top-p; the whole vocabulary only if they hold too little mass.
-NUCLEUS_GUESS = 256
-# Below this temperature no two fp32 logits are close enough for the second to be drawn, and 1 / temperature overflows.
-GREEDY_BELOW = 1e-30
-NOT_FINITE = -1
+NOT_FINITE = drawing.NOT_FINITE
 """What :func:`sample` gives instead of a token where the logits are no numbers."""
 
 
@@ -43,8 +41,6 @@ class Options:
     seed: Tensor
     greedy: bool
     """All of them take the likeliest token."""
-    most: int | None
-    """The largest top-k, or None where somebody asks for all tokens."""
     cut: bool
     """Somebody asks for top-k, top-p or min-p."""
 
@@ -64,7 +60,6 @@ class Options:
             column([p.frequency_penalty for p in params]),
             torch.tensor([p.seed - (p.seed >> 63 << 64) for p in params]).to(device),
             greedy=all(p.temperature < GREEDY_BELOW for p in params),
-            most=max(top_k) if top_k and max(top_k) < vocab_size else None,
             cut=min(top_k, default=vocab_size) < vocab_size or any(p.top_p < 1 or p.min_p > 0 for p in params),
         )
 
@@ -158,21 +153,11 @@ def sample(
     if bias is not None:
         logits = logits + bias
     best, ids = logits.max(dim=-1)
-    # One comparison catches NaN and both infinities: such logits come from weights that diverged.
-    finite = torch.isfinite(best)
-    if not options.greedy:
-        # The likeliest logit becomes 0 first, so that a tiny temperature cannot overflow.
-        greedy = options.temperature < GREEDY_BELOW
-        scale = torch.where(greedy, 1.0, options.temperature)[:, None]
-        probs = torch.softmax((logits - best[:, None]) / scale, dim=-1)
-        probs = torch.where(probs >= thresholds(probs, options)[:, None], probs, 0.0)
-        # The inverse of the cumulative distribution, in fp64: 100,000 small terms would lose too much in fp32.
-        cdf = probs.double().cumsum(dim=-1)
-        total = cdf[:, -1:]
-        # Strictly below the total, or rounding could pick a token past the last candidate.
-        target = torch.minimum(uniform(options.seed, positions)[:, None] * total, torch.nextafter(total, total * 0))
-        ids = torch.where(greedy, ids, torch.searchsorted(cdf, target, right=True)[:, 0])
-    return torch.where(finite, ids, NOT_FINITE)
+    if options.greedy:
+        # One comparison catches NaN and both infinities: such logits come from weights that diverged.
+        return torch.where(torch.isfinite(best), ids, NOT_FINITE)
+    rules = Rules(options.temperature, options.top_k, options.top_p, options.min_p)
+    return drawing.draw(logits, best, ids, rules, options.seed, positions, cut=options.cut)
 
 
 class DamagedModelError(UserError):
@@ -193,65 +178,3 @@ def penalise(logits: Tensor, options: Options, history: History) -> Tensor:
     weaker = torch.where(logits > 0, logits / repetition, logits * repetition)
     logits = torch.where(history.seen, weaker, logits)
     return logits - presence * (history.counts > 0) - frequency * history.counts
-
-
-def thresholds(probs: Tensor, options: Options) -> Tensor:
-    """The least probability [B] of a token that top-k, top-p and min-p leave, of probabilities fp32 [B, V].
-
-    All tokens as likely as the last candidate stay candidates, so that no order among equals decides.
-    """
-    everything = torch.zeros_like(options.top_p)
-    if not options.cut:
-        return everything
-    ordered = _likeliest(probs, options)
-    limited = options.top_k < probs.shape[1]
-    held = (options.top_k.clamp(max=ordered.shape[1]) - 1)[:, None]
-    least = torch.where(limited, ordered.gather(1, held)[:, 0], everything)
-    kept = torch.where(ordered >= least[:, None], ordered, 0.0)
-    total = torch.where(limited, kept.sum(dim=-1), 1.0)
-    # A token stays while those before it hold less than top-p; the likeliest always: a tiny top-p is 0 in fp32.
-    before = (kept.cumsum(dim=-1) - kept) / total[:, None]
-    last = ((before < options.top_p[:, None]).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
-    nucleus = torch.where(options.top_p < 1, ordered.gather(1, last)[:, 0], everything)
-    return torch.maximum(torch.maximum(least, nucleus), options.min_p * ordered[:, 0])
-
-
-def _likeliest(probs: Tensor, options: Options) -> Tensor:
-    """Probabilities in falling order: as many as the options need to see."""
-    if options.most is not None:
-        return probs.topk(options.most, dim=-1).values
-    if probs.device.type == "cpu" and bool((options.top_k == probs.shape[1]).all()):
-        # Sorting a few of the likeliest is 40 times cheaper than sorting a vocabulary of 50,000; not on a GPU, where
-        # asking would mean waiting.
-        few = probs.topk(min(NUCLEUS_GUESS, probs.shape[1]), dim=-1).values
-        if bool(((few.sum(dim=-1) >= options.top_p) | (options.top_p >= 1)).all()):
-            return few
-    return probs.sort(dim=-1, descending=True).values
-
-
-GOLDEN = 0x9E3779B97F4A7C15
-MIX = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)
-
-
-def uniform(seed: Tensor, position: Tensor) -> Tensor:
-    """The numbers in [0, 1), fp64, that belong to these seeds and positions, int64 of any one shape.
-
-    Number ``position`` of the sequence SplitMix64 (Steele, Lea, Flood 2014) that begins at the mixed seed; a multiple
-    of 2^-53.
-    """
-    return _shift(_mix(_mix(seed + _signed(GOLDEN)) + (position + 1) * _signed(GOLDEN)), 11).double() * 2.0**-53
-
-
-def _mix(x: Tensor) -> Tensor:
-    for shift, factor in MIX:
-        x = (x ^ _shift(x, shift)) * _signed(factor)
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """To the right, zeros in front."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(x: int) -> int:
-    return x - (x >> 63 << 64)

@@ -27,6 +27,7 @@ class QuantizedLinear(nn.Module):
         """Of a linear map's weight as it is now; bf16 or fp32."""
         super().__init__()
         quantized, scale = quantize(linear.weight, kind)
+        self.width = linear.weight.shape[1]
         self.register_buffer("quantized", quantized)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())

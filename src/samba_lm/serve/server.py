@@ -6,6 +6,7 @@ import asyncio
 import functools
 import json
 import logging
+import math
 import socket
 import sys
 from types import FrameType
@@ -25,6 +26,8 @@ IDLE_SECONDS = 30
 """A connection without a request is closed after so long."""
 SWITCH_SECONDS = 0.001
 """How long a thread may keep the others waiting for Python: the engine's makes the tokens that the loop's sends."""
+READ_AT_LEAST = 8192
+"""Bytes of an answer that a client must read within ``Settings.reading_seconds`` where more wait for it."""
 LAST_SECONDS = 3
 """What is left after the drain has so long to tell its client."""
 
@@ -39,7 +42,7 @@ def serve(app: FastAPI, service: Service) -> None:
     listener = listen(settings.host, settings.port)
     config = uvicorn.Config(
         app,
-        http=functools.partial(PatientProtocol, settings.header_seconds),  # type: ignore[arg-type]
+        http=functools.partial(PatientProtocol, settings.header_seconds, settings.reading_seconds),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_config=None,
@@ -121,12 +124,14 @@ class _Server(uvicorn.Server):
 
 
 class PatientProtocol(H11Protocol):
-    """HTTP/1.1 that waits for a request's head, and for the rest of a refused body, only so long."""
+    """HTTP/1.1 that waits for a request's head, and for the rest of a refused body, only so long; and for a client
+    that does not read its answer, which would be held in memory for as long as it likes."""
 
-    def __init__(self, seconds: float, *args: Any, **options: Any) -> None:
+    def __init__(self, seconds: float, reading_seconds: float, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._seconds = seconds
+        self._seconds, self._reading_seconds = seconds, reading_seconds
         self._timer: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -145,8 +150,17 @@ class PatientProtocol(H11Protocol):
         if self.conn.their_state is h11.SEND_BODY:
             self._watch()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._unset_unread()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._unset()
+        self._unset_unread()
         super().connection_lost(exc)
 
     def _watch(self) -> None:
@@ -160,6 +174,19 @@ class PatientProtocol(H11Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _watch_reading(self, before: float = math.inf) -> None:
+        """Cut the client off unless it has read something since ``before`` waited for it; else look again later."""
+        waits = self.transport.get_write_buffer_size()
+        if waits <= before - READ_AT_LEAST:
+            self._unread = self.loop.call_later(self._reading_seconds, self._watch_reading, waits)
+        else:
+            self.transport.abort()
+
+    def _unset_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _too_slow(self) -> None:
         self._timer = None

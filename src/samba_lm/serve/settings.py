@@ -48,6 +48,8 @@ class Settings:
     """A connection must have sent its request's head by then,"""
     body_seconds: float = 60.0
     """and the body by then."""
+    reading_seconds: float = 60.0
+    """A client that reads next to nothing of its answer for so long is cut off."""
     drain_seconds: float = 30.0
     """What runs may go on so long after the server was told to stop."""
     store_seconds: float = 60.0

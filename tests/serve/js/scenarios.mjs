@@ -377,6 +377,19 @@ export const scenarios = {
       assert.ok(await isWithin(page));
       await button(page, "Close the settings").tap();
       assert.equal(await page.evaluate(() => document.activeElement.id), "toggle-settings");
+      // A document that was read or chosen uncovers the conversation: now one asks about it.
+      await button(page, "Conversations and documents").tap();
+      await panel.waitFor();
+      await upload(page, "phone.txt", "The sea is salt. ".repeat(20));
+      await panel.waitFor({ state: "hidden" });
+      assert.match(await page.locator("#chosen").innerText(), /After phone\.txt/);
+      await page.waitForFunction(() => document.activeElement.id === "input");
+      await button(page, "Conversations and documents").tap();
+      const one = documents(page).locator("#document-list button.entry").filter({ hasText: "phone.txt" }).first();
+      await one.tap(); // without it: the list stays
+      await page.waitForFunction(() => document.getElementById("chosen").hidden);
+      await one.tap();
+      await panel.waitFor({ state: "hidden" });
       const small = await page.evaluate(() => [...document.querySelectorAll("button")]
         .filter((one) => one.offsetParent && Math.min(one.offsetWidth, one.offsetHeight) < 24).map((one) => one.id));
       assert.deepEqual(small, []);

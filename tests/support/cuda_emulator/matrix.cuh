@@ -42,4 +42,14 @@ DEVICE void load_transposed(u32 (&to)[4], const Line* row) {
   }
   emulator::meet();
 }
+DEVICE Line whole_bf16(uint2 v) {
+  auto pair = [](u32 two) { return pack_bf16({(float)(signed char)two, (float)(signed char)(two >> 8)}); };
+  return {pair(v.x), pair(v.x >> 16), pair(v.y), pair(v.y >> 16)};
+}
+DEVICE Line whole_bf16_of_4(uint2 v, int upper) {
+  auto pair = [=](u32 two) {
+    return pack_bf16({(float)(two >> 4 * upper & 15) - 8, (float)(two >> (8 + 4 * upper) & 15) - 8});
+  };
+  return {pair(v.x), pair(v.x >> 16), pair(v.y), pair(v.y >> 16)};
+}
 DEVICE float reciprocal_root(float x) { return 1.0f / sqrtf(x); }

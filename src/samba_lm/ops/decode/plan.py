@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from samba_lm.ops import nvrtc
@@ -21,10 +22,14 @@ ROWS = 16
 """Sequences at most: two eights, the second operand of the tensor cores."""
 NEEDS = (9, 0)
 """Compute capability: kernels begin before the one before them has ended."""
-WARPS, COLUMNS, PAIRS = 8, 64, 8
-"""As in linear.cuh."""
+WARPS, PAIRS, CHUNK = 8, 8, 16 * 128
+"""As in linear.cuh; bytes of a chunk."""
+BITS = {torch.bfloat16: 16, torch.int8: 8, torch.uint8: 4}
+"""Of a number of a weight, by what the weight is kept in."""
+COLUMNS = 64
+"""A warp's columns are counted in these: a chunk in bf16, half of one in 8 bits, a quarter in 4."""
 CHUNKS, MOST_CHUNKS = 4, 6
-"""Of a warp, where the columns can be cut into slices, and where they cannot: its part of x lies in registers."""
+"""Of a warp's columns, where they can be cut into slices, and where they cannot: its part of x lies in registers."""
 CHANNELS = 32
 """As in scan.cuh."""
 RUN, MOST = 512, 16
@@ -40,7 +45,7 @@ class Tuning(NamedTuple):
     processors: int = 132
     """Multiprocessors."""
     depth: int = 3
-    """Chunks of 16 rows and 64 columns that a warp fetches ahead, one more for up to 8 rows. More of them would hold up
+    """Chunks of 16 rows and 128 bytes that a warp fetches ahead, one more for up to 8 rows. More of them would hold up
     what else a kernel reads."""
     blocks: int = 2
     """Of a product, that share a multiprocessor."""
@@ -94,35 +99,44 @@ def linear(
     tuning: Tuning,
     *,
     parts: int = 1,
+    scale: Tensor | None = None,
+    columns: int | None = None,
     rings: Rings | None = None,
     convolution: Convolution | None = None,
 ) -> nvrtc.Launch:
     """x W^T: fp32 sums of ``parts`` slices of the columns, [parts, rows, N], or what ``epilogue`` makes of it.
 
-    x is an operand (:func:`operand_shape`) of K columns. N is even, K a multiple of 8; see linear.cuh for the epilogues
-    and the shape of their ``y``.
+    x is an operand (:func:`operand_shape`) of K columns. W is bf16, or what ``quantize`` of ops/quantized_linear makes
+    of it, with its ``scale``; in 4 bits K is given as ``columns``. N is even, K a multiple of 8, in 8 bits of 16; see
+    linear.cuh for the epilogues and the shape of their ``y``.
     """
-    N, K = weight.shape
-    chunks = ceil_div(ceil_div(K, COLUMNS), WARPS * parts)
+    N, bits = weight.shape[0], BITS[weight.dtype]
+    K = weight.shape[1] if columns is None else columns
+    assert (bits < 16) == (scale is not None)
+    assert (bits == 4) == (columns is not None)
+    wide = 128 * 8 // bits
+    chunks = ceil_div(ceil_div(K, wide), WARPS * parts)
     half = 1
     if epilogue == "SWIGLU":
         half = N // 2
     elif rings is not None:
         half = rings.keys.shape[3] // 2
     pairs = N // 2
-    share = ceil_div(pairs, max(1, tuning.blocks * tuning.processors // parts))
+    share = PAIRS * ceil_div(pairs, PAIRS * max(1, tuning.blocks * tuning.processors // parts))  # whole tiles
     blocks = ceil_div(pairs, share)
     eights = ceil_div(rows, 8)
-    depth = min(tuning.depth + (eights == 1), ceil_div(share, PAIRS) * chunks)
+    # Fewer bytes come of narrow weights in the same time, and fewer need be on their way.
+    depth = min(tuning.depth + (eights == 1) - (bits < 16), share // PAIRS * chunks)
     defines = {
+        "BITS": bits,
         "KC": chunks,
         "ROWS8": eights,
         "DEPTH": depth,
         "HALF": half,
         "EPILOGUE": EPILOGUES[epilogue],
-        "BLOCKS": 2 if chunks * eights <= 8 else 1,
+        "BLOCKS": 2 if chunks * wide // COLUMNS * eights <= 8 else 1,
     }
-    shared = WARPS * depth * 16 * COLUMNS * 2 + 2 * WARPS * 16 * (8 * eights + 1) * 4
+    shared = WARPS * depth * (CHUNK + (16 * 16 if bits == 4 else 0)) + 2 * WARPS * 16 * (8 * eights + 1) * 4
     qkv: tuple[int, ...] = (0,) * 8
     if rings is not None:
         cos, sin, keys, values, position, heads = rings
@@ -130,7 +144,7 @@ def linear(
     conv: tuple[int, ...] = (0,) * 4
     if convolution is not None:
         conv = _addresses(convolution.weight, convolution.bias, convolution.inputs, convolution.gate)
-    numbers = (*_addresses(weight, x, y), rows, N, K, share, *qkv, *conv)
+    numbers = (*_addresses(weight, x, y), rows, N, K, share, *qkv, *conv, *_addresses(scale))
     return _launch("linear", defines, (blocks, parts), 32 * WARPS, shared, numbers, tuning)
 
 

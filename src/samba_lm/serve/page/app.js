@@ -144,7 +144,9 @@ function choose(context) {
   chats.save(chat, false);
   documents.draw();
   drawChosen();
-  if (context) announce(`The conversation goes on from ${context.title}`);
+  if (!context) return;
+  announce(`The conversation goes on from ${context.title}`);
+  if (panels.closeOverlay("side")) input.focus(); // what comes next is a question
 }
 
 function drawChosen() {

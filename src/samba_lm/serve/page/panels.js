@@ -32,11 +32,12 @@ export class Panels {
     this.#set(this.states.find((state) => state.id === id), true);
   }
 
-  /** Close what lies over the conversation; false where nothing does. */
-  closeOverlay() {
+  /** Close what lies over the conversation (with `id`: if it is that panel); false where nothing was closed. */
+  closeOverlay(id = null) {
     const over = this.#over();
-    if (over) this.#set(over, false);
-    return over !== undefined;
+    if (!over || (id && over.id !== id)) return false;
+    this.#set(over, false);
+    return true;
   }
 
   #over() {
