@@ -17,20 +17,20 @@ from samba_lm.train.run import train
 
 @pytest.mark.slow
 def test_samba_nano_learns_passkeys_and_the_control_does_not(tmp_path: Path) -> None:
-    """3,500 steps of 1,024 tokens; seen here: the loss falls from step 1,500 on."""
-    train_bpe([TASK + " ".join(FILLER) * 3 + "\n" + KEY_LINE + QUESTION + "\n"] * 4, 400).save(tmp_path)
+    """3,000 steps of 2,048 tokens, four minutes; the loss falls from step 1,000 on. Seen: 37 of 40 right."""
+    train_bpe([TASK + " ".join(FILLER) * 3 + "\n" + KEY_LINE.format(key="?") + QUESTION + "\n"] * 4, 400).save(tmp_path)
     recipe = {
         "model": {"name": "samba-nano"},
         "data": {
             "tokenizer": str(tmp_path),
-            "passkey": {"lengths": [128, 256], "shares": [0.7, 0.3], "lm_weight": 0.2},
+            "passkey": {"lengths": [128, 256], "shares": [0.5, 0.5], "lm_weight": 0.2},
         },
         "train": {
             "out": str(tmp_path / "run"),
-            "steps": 3500,
-            "batch_size": 4,
+            "steps": 3000,
+            "batch_size": 8,
             "length": 256,
-            "lr": 2e-3,
+            "lr": 3e-3,
             "warmup_fraction": 0.1,
             "save_every": 0,
             "device": "cpu",
