@@ -49,6 +49,7 @@ EXTRAS = {
     "prometheus_client": ("serve/*",),
     "llguidance": ("serve/*",),
     "ray": ("serve/ray.py",),
+    "faker": ("data/phonebook.py",),
 }
 # Rooms that are an extra as a whole: they import its packages anywhere, and only functions import them.
 WHOLE_EXTRAS = {"serve"}

@@ -41,6 +41,8 @@ COMMANDS = (
     Command("chat", "talk with a checkpoint, its state kept between turns", "samba_lm.cli.chat"),
     Command("serve", "answer OpenAI's clients over HTTP", "samba_lm.cli.serve"),
     Command("eval perplexity", "measure perplexity against context length", "samba_lm.cli.eval"),
+    Command("eval passkey", "measure what is found again in long texts: a key", "samba_lm.cli.eval_recall"),
+    Command("eval phonebook", "measure what is found again: a phonebook's numbers", "samba_lm.cli.eval_recall"),
     Command("convert from-official", "read a checkpoint of the paper's reference code", "samba_lm.cli.convert"),
     Command("convert from-transformers", "read a transformers Llama, Mistral or Mamba", "samba_lm.cli.convert"),
     Command("convert to-transformers", "write a transformers Llama, Mistral or Mamba", "samba_lm.cli.convert"),
@@ -128,7 +130,8 @@ def _dispatch(argv: list[str]) -> None:
         from samba_lm.plugins import load_plugins
 
         load_plugins()
-    importlib.import_module(rows[0].module).main(argv[1:])
+    row = rows[0] if parts == [""] else rows[parts.index(argv[1])]
+    importlib.import_module(row.module).main(argv[1:])
 
 
 def _help(rows: Sequence[Command], usage: str) -> str:

@@ -21,7 +21,8 @@ RECIPES = {path.stem: path for path in sorted(Path(__file__).with_name("recipes"
 """The recipes that come with samba-lm, by name."""
 
 DESCRIPTION = f"""Train as RECIPE says: a TOML file, or the name of one that comes with samba-lm ({", ".join(RECIPES)}).
-Options replace single values of it.
+Options replace single values of it. What it trains on instead of shards stands in it (data.passkey or data.phonebook,
+such as passkey = {{}} under [data]); then they have options too.
 
 A run that was stopped, however that was, continues with the same command, bit for bit."""
 
@@ -39,7 +40,7 @@ class PipeConsole(Console):
 class TrainCommand:
     """What follows the recipe's name."""
 
-    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+    recipe: Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands] = field(default_factory=Recipe)
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Start over: a run found in train.out is moved aside first."""
     json: JsonFile = None

@@ -8,9 +8,10 @@ the integer step, so a run resumes exactly by counting steps, on any number of r
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -39,8 +40,23 @@ class Batch:
     segments: Tensor | None
 
 
+class Batches(Protocol):
+    """Training batches, wherever they come from: batch n of a run is always the same one."""
+
+    batch_size: int
+    """Rows of ``length`` tokens in a global batch, over all ranks; a batch of shorter rows has as many tokens."""
+    length: int
+    """Tokens of the longest rows."""
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """The rows of ``rank`` in the global batch of ``step``, from 0."""
+
+    def fingerprint(self) -> str:
+        """sha256 of the data."""
+
+
 class Loader:
-    """Training batches.
+    """Training batches of prepared data.
 
     Args:
         dataset: where the tokens come from.
@@ -64,6 +80,10 @@ class Loader:
         self.seed = seed
         self.documents = documents
         self.windows = num_windows(dataset, length)
+
+    def fingerprint(self) -> str:
+        """sha256 of the data's description, which holds the sha256 of every shard."""
+        return hashlib.sha256(self.dataset.meta.model_dump_json().encode()).hexdigest()
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Return the rows of ``rank`` in the global batch of ``step`` (from 0), ``B = batch_size / world``.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from samba_lm.data.loader import Batch, Loader
+from samba_lm.data.loader import Batch, Batches
 from samba_lm.errors import UserError
 from samba_lm.loss import IGNORE_INDEX, valid_tokens
 from samba_lm.model import SambaLM
@@ -78,7 +78,7 @@ def make_optimizer(model: SambaLM, settings: TrainSection) -> torch.optim.AdamW:
 
 def fit(
     model: SambaLM,
-    loader: Loader,
+    loader: Batches,
     settings: TrainSection,
     *,
     val: Iterable[Batch] | None = None,
@@ -196,7 +196,9 @@ def train_step(
     total = torch.zeros((), dtype=torch.float32, device=parallel.device)
     optimizer.zero_grad(set_to_none=True)
     with cast_once():
-        for micro in micro_batches(batch, settings.micro_batch_size // parallel.world):
+        # The number of pieces is what is kept: of shorter rows a batch has more, and as many tokens.
+        pieces = settings.batch_size // settings.micro_batch_size
+        for micro in micro_batches(batch, -(-batch.input_ids.shape[0] // pieces)):
             loss_sum, _ = batch_loss(model, micro, parallel.device)
             torch.autograd.backward(loss_sum / valid)
             total += loss_sum.detach()

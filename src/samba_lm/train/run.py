@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,7 +11,7 @@ import torch
 
 from samba_lm import checkpoint
 from samba_lm.config import ModelConfig
-from samba_lm.data.loader import Loader
+from samba_lm.data.loader import Batches, Loader
 from samba_lm.data.shards import TokenDataset
 from samba_lm.errors import UserError
 from samba_lm.model import SambaLM
@@ -24,17 +23,21 @@ from samba_lm.train.loop import NonFiniteError, Progress, fit, make_optimizer, p
 from samba_lm.train.metrics import JsonlMetrics, TensorBoardMetrics
 from samba_lm.train.observer import Observer, Observers
 from samba_lm.train.parallel import Parallel, connect
+from samba_lm.train.recall import recall_loader
 from samba_lm.train.recipe import Recipe
 from samba_lm.train.validation import ValidationWindows
 
-FIXED = ("train.batch_size", "train.length", "train.seed", "data.documents")
+FIXED = (
+    *("train.batch_size", "train.length", "train.seed"),
+    *("data.documents", "data.passkey", "data.phonebook"),
+)
 """Fields that decide which tokens step n reads: a run continued with others would skip or repeat data."""
 
 FREE = (
     *("train.out", "train.tensorboard", "train.log_every", "train.save_every", "train.keep"),
-    *("data.train", "data.val"),
+    *("data.train", "data.val", "data.tokenizer"),
 )
-"""Fields that may change without a word: the numbers do not depend on them, or are checked otherwise (data.train)."""
+"""Fields that may change without a word: the numbers do not depend on them, or are checked otherwise (data)."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,11 @@ class TrainResult:
 class Data:
     """What a run reads."""
 
-    loader: Loader
+    loader: Batches
     tokenizer: Tokenizer
     val: ValidationWindows | None
     fingerprint: str
-    """sha256 of the training data's description, which holds the sha256 of every shard."""
+    """sha256 of the training data's description."""
 
 
 def train(
@@ -146,6 +149,9 @@ def train(
 def open_data(recipe: Recipe) -> Data:
     """Open and check the recipe's data. Raises UserError when it is missing, damaged, too short or mixed up."""
     settings, section = recipe.train, recipe.data
+    if section.recall is not None:
+        made = recall_loader(recipe)
+        return Data(made, made.tokenizer, None, made.fingerprint())
     dataset = TokenDataset.open(section.train)
     loader = Loader(dataset, settings.batch_size, settings.length, settings.seed, section.documents)
     val = None
@@ -158,8 +164,7 @@ def open_data(recipe: Recipe) -> Data:
             )
         sequences = settings.eval_batches * settings.batch_size
         val = ValidationWindows(held_out, sequences, settings.micro_batch_size, settings.length, section.documents)
-    fingerprint = hashlib.sha256(dataset.meta.model_dump_json().encode()).hexdigest()
-    return Data(loader, dataset.tokenizer, val, fingerprint)
+    return Data(loader, dataset.tokenizer, val, loader.fingerprint())
 
 
 def _new_model(recipe: Recipe, data: Data) -> SambaLM:
@@ -169,8 +174,8 @@ def _new_model(recipe: Recipe, data: Data) -> SambaLM:
     model, tokenizer = checkpoint.load(source, dtype=torch.float32)
     if tokenizer is not None and tokenizer.fingerprint() != data.tokenizer.fingerprint():
         raise UserError(
-            f"model.init_from = {source!r} has another tokenizer than data.train = {recipe.data.train!r}: "
-            f"prepare the data with --tokenizer {source}/tokenizer.json."
+            f"model.init_from = {source!r} has another tokenizer than {_data_name(recipe)}: take "
+            f"{source}/tokenizer.json (data prepare --tokenizer, or data.tokenizer)."
         )
     return model
 
@@ -191,19 +196,19 @@ def _saved_model(folder: Path, state: TrainerState, recipe: Recipe, data: Data, 
             raise UserError(f"{folder} holds another model: {_difference(saved.config, wanted)}; {remedy}.")
     if state.tokenizer != data.tokenizer.fingerprint():
         raise UserError(
-            f"{folder} was trained with tokenizer {state.tokenizer[:12]}, but data.train = {recipe.data.train!r} "
+            f"{folder} was trained with tokenizer {state.tokenizer[:12]}, but {_data_name(recipe)} "
             f"has {data.tokenizer.fingerprint()[:12]}; {remedy}."
-        )
-    if state.data != data.fingerprint:
-        raise UserError(
-            f"{folder} was trained on data {state.data[:12]} ({state.recipe['data'].get('train')!r}), but data.train = "
-            f"{recipe.data.train!r} is {data.fingerprint[:12]}; {remedy}, or fine-tune with model.init_from."
         )
     changes = recipe.differences(state.recipe)
     for field in FIXED:
         if field in changes:
             now, before = changes[field]
             raise UserError(f"{folder} was trained with {field} = {before}, not {now}; {remedy}.")
+    if state.data != data.fingerprint:
+        raise UserError(
+            f"{folder} was trained on data {state.data[:12]} ({state.recipe['data'].get('train')!r}), but "
+            f"{_data_name(recipe)} is {data.fingerprint[:12]}; {remedy}, or fine-tune with model.init_from."
+        )
     if model is None:
         return saved
     model.load_state_dict(saved.state_dict())
@@ -279,6 +284,13 @@ def _difference(saved: ModelConfig, wanted: ModelConfig) -> str:
             f"{saved.name} ({len(saved.layers)} layers), but the recipe asks for {wanted.name} ({len(wanted.layers)})"
         )
     return f"{saved.name} with {field} = {before[field]}, but the recipe asks for {wanted.name} with {now[field]}"
+
+
+def _data_name(recipe: Recipe) -> str:
+    section = recipe.data
+    if section.recall is None:
+        return f"data.train = {section.train!r}"
+    return "data.passkey" if section.passkey is not None else "data.phonebook"
 
 
 def _move_aside(out: Path, observer: Observer) -> None:

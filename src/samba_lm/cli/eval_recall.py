@@ -1,0 +1,327 @@
+"""``samba-lm eval passkey`` and ``eval phonebook``: what checkpoints find again in long texts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from tyro.conf import Positional
+from tyro.constructors import PrimitiveConstructorSpec
+
+from samba_lm.cli.eval import Lengths
+from samba_lm.cli.model import Runtime, RuntimeOptions
+from samba_lm.cli.output import JsonFile, output_file
+from samba_lm.cli.parse import parse
+from samba_lm.cli.recall_results import Model, Results, by_size
+from samba_lm.errors import UserError
+
+if TYPE_CHECKING:
+    from samba_lm.eval.recall import Cell, Plan, Task
+    from samba_lm.model import SambaLM
+    from samba_lm.tokenizer import Tokenizer
+
+MakeTask = Callable[["Tokenizer"], "Task"]
+
+
+def _depths(words: list[str]) -> tuple[float, ...]:
+    said = words[0]
+    if said.isascii() and said.isdecimal() and int(said) > 1:
+        return tuple(round(i / (int(said) - 1), 6) for i in range(int(said)))
+    try:
+        return tuple(float(part) for part in said.split(","))
+    except ValueError:
+        raise UserError(
+            f"--depths = {said}: expected how many, such as 11, or depths from 0 to 1 with commas between."
+        ) from None
+
+
+def _pairs(words: list[str]) -> tuple[int, ...]:
+    said = words[0]
+    span = re.fullmatch(r"([0-9]+)\.\.([0-9]+)(?::([0-9]+))?", said)
+    if span is not None:
+        first, last, step = int(span[1]), int(span[2]), int(span[3] or 20)
+        if step and first <= last:
+            return tuple(range(first, last + 1, step))
+    elif re.fullmatch(r"[0-9]+(,[0-9]+)*", said):
+        return tuple(dict.fromkeys(map(int, said.split(","))))
+    raise UserError(f"--pairs = {said}: expected FIRST..LAST, FIRST..LAST:STEP or numbers with commas between.")
+
+
+Depths = Annotated[
+    tuple[float, ...],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT|FLOAT,FLOAT,...",
+        instance_from_str=_depths,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(f"{depth:g}" for depth in value)],
+    ),
+]
+Pairs = Annotated[
+    tuple[int, ...],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT..INT|INT,INT,...",
+        instance_from_str=_pairs,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    ),
+]
+Checkpoints = Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="CKPT ...")]]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the results go."""
+
+    json: JsonFile = None
+    """Write every text's answer to this file. What an earlier run left there is kept, and not measured again."""
+    csv: Path | None = None
+    """Write a row for each cell to this file."""
+    figure: Path | None = None
+    """Draw the results: a PNG file."""
+
+    def check(self) -> None:
+        """Raise UserError where a file cannot be written."""
+        for path, option, example in ((self.csv, "--csv", "cells.csv"), (self.figure, "--figure", "cells.png")):
+            if path is not None:
+                output_file(path, option, example)
+
+
+OutputOptions = Annotated[Output, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True)
+class Passkey:
+    """Hide a five-digit key in much that does not matter, and ask for it at the end. An answer is right when its first
+    run of digits is the key. Texts have as many tokens as the length says, answer and all, within one sentence."""
+
+    checkpoints: Checkpoints
+    """Checkpoint folders, or training runs' (their newest steps)."""
+    lengths: Lengths = (4096, 8192, 16384)
+    """Tokens of the texts. (The paper's: 4096, 8192 and so on to 262144.)"""
+    depths: Depths = tuple(i / 10 for i in range(11))
+    """How much of the filler stands before the key: a number of depths from 0 to 1, or the depths themselves."""
+    keys: int = 5
+    """Texts at each length and depth, each with a key of its own."""
+    filler: Path | None = None
+    """Hide the key among this text file's sentences, which is harder; by default among the few of the usual form."""
+    control: bool = False
+    """Ask each question again with the state set to zero just before it: no answer may then be right."""
+    seed: int | None = None
+    """Draw the keys from this seed; by default from the operating system's randomness."""
+    runtime: RuntimeOptions = field(default_factory=Runtime)
+    output: OutputOptions = field(default_factory=Output)
+
+
+@dataclass(frozen=True)
+class Phonebook:
+    """Give a phonebook, two of its entries as examples, and a third's name: an answer is right when all of it, up to
+    the end of the line, is the number."""
+
+    checkpoints: Checkpoints
+    """Checkpoint folders, or training runs' (their newest steps)."""
+    pairs: Pairs = tuple(range(20, 481, 20))
+    """Entries of the books: 20..480 (every 20), 20..480:10 (every 10), or the numbers themselves."""
+    prompts: int = 128
+    """Books of each size."""
+    names: tuple[Path, ...] = ()
+    """A file with a name a line, or one of first and one of last names; by default the names are faker's."""
+    control: bool = False
+    """Ask each question again with the state set to zero just before it: no answer may then be right."""
+    seed: int | None = None
+    """Draw the books from this seed; by default from the operating system's randomness."""
+    runtime: RuntimeOptions = field(default_factory=Runtime)
+    output: OutputOptions = field(default_factory=Output)
+
+
+def main(argv: list[str]) -> None:
+    """Run ``samba-lm eval passkey`` or ``eval phonebook``, whichever is the first word."""
+    {"passkey": _passkey, "phonebook": _phonebook}[argv[0]](argv[1:])
+
+
+def _passkey(argv: list[str]) -> None:
+    options = parse(Passkey, argv, prog="samba-lm eval passkey")
+    depths = tuple(sorted(set(options.depths)))
+    plan = _plan(options, tuple(sorted(set(options.lengths))), depths, options.keys)
+    from samba_lm.data.recall import read_text
+    from samba_lm.eval.passkey import PasskeyTask
+
+    filler = None if options.filler is None else read_text(options.filler)
+    _run(options, plan, lambda tokenizer: PasskeyTask(plan, tokenizer, filler))
+
+
+def _phonebook(argv: list[str]) -> None:
+    options = parse(Phonebook, argv, prog="samba-lm eval phonebook")
+    plan = _plan(options, tuple(sorted(set(options.pairs))), (None,), options.prompts)
+    from samba_lm.data.phonebook import Names
+    from samba_lm.eval.phonebook import PhonebookTask
+
+    names = Names.from_files(options.names) if options.names else Names.from_faker()
+    _run(options, plan, lambda tokenizer: PhonebookTask(plan, tokenizer, names))
+
+
+def _plan(options: Passkey | Phonebook, sizes: tuple[int, ...], depths: Sequence[float | None], trials: int) -> Plan:
+    """What is asked. Mistakes in it and in the files' names are told before a model is loaded."""
+    if not options.checkpoints:
+        raise UserError("Which checkpoint? Give one or more folders first.")
+    options.output.check()
+    from samba_lm.eval.recall import Plan  # only now: --help should not wait for torch
+
+    return Plan(sizes, tuple(depths), trials, options.seed, options.control)
+
+
+def _run(options: Passkey | Phonebook, plan: Plan, make_task: MakeTask) -> None:
+    """Measure every checkpoint, tell and write what was found."""
+    from samba_lm.eval.recall import measure
+
+    output = options.output
+    _check_checkpoints(options.checkpoints)
+    results: Results | None = None
+    models: list[Model] = []
+    console = Console()
+    try:
+        for name in options.checkpoints:
+            model, tokenizer = options.runtime.load(name)
+            task = make_task(tokenizer)
+            if results is None:
+                results = Results(output.json, task)
+            about = _about(name, model, tokenizer)
+            done = frozenset(cell.key for cell in results.of(about))
+            with _progress(_label(name, options.checkpoints)) as tell:
+                for cell in measure(model, tokenizer, task, without=done, progress=tell):
+                    results.add(about, cell)
+            models.append(about)
+            _print(console, name, task, results.of(about), kept=len(done))
+    except KeyboardInterrupt:
+        if results is not None and output.json is not None:
+            console.print("Stopped early. The same command goes on.", markup=False, highlight=False)
+        raise
+    finally:
+        if results is not None:
+            results.save()
+    assert results is not None
+    if output.csv is not None:
+        results.write_csv(output.csv, models)
+    if output.figure is not None:
+        from samba_lm.eval.recall_figure import write_figure
+
+        found = {_label(str(about["name"]), options.checkpoints): results.of(about) for about in models}
+        write_figure(output.figure, plan, found)
+    _check_controls([cell for about in models for cell in results.of(about)])
+
+
+def _check_checkpoints(names: Sequence[str]) -> None:
+    """Raise UserError for a checkpoint that is none or reads no text, before another is measured."""
+    from samba_lm import checkpoint, zoo
+
+    for name in names:
+        folder = checkpoint.latest_step(Path(name)) or Path(name)
+        if not folder.is_dir() and name not in zoo.names():
+            checkpoint.load(name)  # it says what is wrong
+        if folder.is_dir() and checkpoint.read_config(folder)[1] is None:
+            raise UserError(f"{name} has no tokenizer, so it can neither read nor write text: put its tokenizer there.")
+
+
+def _check_controls(cells: Sequence[Cell]) -> None:
+    from samba_lm.eval.recall import Count
+
+    count = Count.of(cells)
+    if count.control_right:
+        raise UserError(
+            f"With the state set to zero, {count.control_right} of {count.total} answers are still right: something "
+            "but the state tells them, so these results say nothing."
+        )
+
+
+def _about(name: str, model: SambaLM, tokenizer: Tokenizer) -> Model:
+    from samba_lm import checkpoint
+    from samba_lm.data.shards import file_sha256
+
+    folder = checkpoint.latest_step(Path(name)) or Path(name)
+    weights = folder / checkpoint.WEIGHTS
+    return {
+        "name": name,
+        "checkpoint": str(folder),
+        "weights_sha256": file_sha256(weights) if weights.is_file() else None,
+        "config": model.config.fingerprint(),
+        "model": model.config.to_dict(),
+        "tokenizer": tokenizer.fingerprint(),
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantized": model.quantized,
+    }
+
+
+def _label(name: str, among: Sequence[str]) -> str:
+    """The shortest name that tells a checkpoint from the others."""
+    last = Path(name).name
+    return last if sum(Path(other).name == last for other in among) == 1 else name
+
+
+def _print(console: Console, name: str, task: Task, cells: Sequence[Cell], *, kept: int) -> None:
+    plan = task.plan
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
+    texts, many = f"{plan.trials} text{'s' * (plan.trials != 1)}", len(plan.cells)
+    say(f"{name}: {task.name}, {texts} in {'one cell' if many == 1 else f'each of {many} cells'}")
+    if kept:
+        say(f"{kept} of the cells were measured before.")
+    wide = console.width >= 70
+    table = Table(show_edge=False, pad_edge=False)
+    headings = [task.unit, "right", "share", "95%"]
+    if wide:
+        headings += ["exact", *(["control"] if plan.control else []), *(["by depth"] if len(plan.depths) > 1 else [])]
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in by_size([cell for cell in cells if cell.trials]):
+        low, high = (f"{100 * float(str(row[end])):.0f}" for end in ("low", "high"))
+        share = f"{100 * float(str(row['accuracy'])):.1f}%"
+        figures = [str(row["size"]), f"{row['right']}/{row['total']}", share, f"{low}-{high}"]
+        if wide:
+            figures.append(str(row["exact"]))
+            figures += [str(row["control_right"])] if plan.control else []
+            here = [cell for cell in cells if cell.size == row["size"]]
+            figures += [_by_depth(here)] if len(plan.depths) > 1 else []
+        table.add_row(*figures)
+    console.print(table)
+    for reason, sizes in _skipped(cells).items():
+        say(f"Skipped {', '.join(map(str, sizes))}: {reason}.")
+
+
+def _by_depth(cells: Sequence[Cell]) -> str:
+    """A sign for each depth: + all right, - none, else how many tenths."""
+    signs = ""
+    for cell in cells:
+        right, total = sum(trial.right for trial in cell.trials), len(cell.trials)
+        signs += " " if not total else "+" if right == total else "-" if not right else str(10 * right // total)
+    return signs
+
+
+def _skipped(cells: Sequence[Cell]) -> dict[str, list[int]]:
+    """The sizes that were left out, by the reason."""
+    found: dict[str, list[int]] = {}
+    for cell in cells:
+        if cell.skipped and cell.size not in found.setdefault(cell.skipped, []):
+            found[cell.skipped].append(cell.size)
+    return found
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Callable[[float], None]]:
+    """Yield a function to be told of the share that is done; draws a bar on stderr, if that is a terminal."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(name, total=1.0)
+        yield lambda done: progress.update(task, completed=done)

@@ -1,0 +1,136 @@
+"""Training on recall: rows that are made as they are needed, of which the answers count.
+
+As with :class:`samba_lm.data.loader.Loader`, a batch is a function of the seed and the step, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from samba_lm.data.loader import Batch
+from samba_lm.data.recall import Example, Maker
+from samba_lm.errors import UserError
+from samba_lm.loss import IGNORE_INDEX
+from samba_lm.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Lengths one after the other, each for a share of the steps.
+
+    Attributes:
+        lengths: tokens of a row.
+        shares: of the steps, one for each length; they count in proportion to their sum.
+        steps: of the whole run.
+
+    Raises UserError for lists that do not fit each other, or numbers that are not positive.
+    """
+
+    lengths: tuple[int, ...]
+    shares: tuple[float, ...]
+    steps: int
+
+    def __post_init__(self) -> None:
+        if len(self.lengths) != len(self.shares) or not self.lengths:
+            raise UserError(f"There are {len(self.lengths)} lengths but {len(self.shares)} shares: give one for each.")
+        if min(self.lengths) < 1 or min(self.shares) <= 0:
+            raise UserError(f"lengths {list(self.lengths)} and shares {list(self.shares)} must all be more than 0.")
+
+    def length(self, step: int) -> int:
+        """Tokens of a row in ``step``, from 0; after the last step, the last length."""
+        ends = np.cumsum(self.shares) / sum(self.shares) * self.steps
+        return self.lengths[min(int(np.searchsorted(ends, step, side="right")), len(self.lengths) - 1)]
+
+
+class RecallLoader:
+    """Batches of examples, one a row.
+
+    A row is filled up with separators. Targets are the answer and its end; besides, for each of these, ``lm_weight``
+    tokens of the document, drawn from all of its places. So the loss is, but for a factor, the mean of the answers plus
+    ``lm_weight`` times an estimate of the mean of the whole document.
+
+    Args:
+        maker: makes the examples.
+        tokenizer: its separator fills rows up.
+        batch_size: rows of a batch, over all ranks, at ``length``; where the curriculum is shorter there are as many
+            more rows as make the same number of tokens.
+        length: tokens of the longest rows.
+        seed: of everything that is drawn.
+        curriculum: None: ``length``, always.
+        lm_weight: see above.
+
+    Raises UserError for sizes that are not positive, a curriculum that does not divide ``length``, or lengths that no
+    example fits in.
+    """
+
+    def __init__(
+        self,
+        maker: Maker,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        length: int,
+        seed: int,
+        *,
+        curriculum: Curriculum | None = None,
+        lm_weight: float = 0.0,
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}: it must be at least 1.")
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seed is {seed}: it must be from 0 to {2**32 - 1}.")
+        if not 0 <= lm_weight <= 1:
+            raise UserError(f"lm_weight is {lm_weight}: it must be from 0 to 1.")
+        self.maker, self.tokenizer = maker, tokenizer
+        self.batch_size, self.length, self.seed = batch_size, length, seed
+        self.curriculum = curriculum or Curriculum((length,), (1.0,), 1)
+        self.lm_weight = lm_weight
+        for each in sorted(set(self.curriculum.lengths)):
+            if length % each:
+                raise UserError(f"A length of {each} does not divide the longest, {length}: all steps are of one size.")
+            maker.example(np.random.RandomState(0), each)
+
+    def fingerprint(self) -> str:
+        """sha256 of what decides the examples."""
+        facts = {**self.maker.facts(), "tokenizer": self.tokenizer.fingerprint()}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """The rows of ``rank`` in the global batch of ``step`` (from 0), which does not depend on ``world``.
+
+        Raises UserError when the batch does not divide among ``world`` processes.
+        """
+        length = self.curriculum.length(step)
+        rows = self.batch_size * self.length // length
+        if rows % world:
+            raise UserError(f"A batch of {rows} rows does not divide among {world} processes: use a multiple of it.")
+        share = rows // world
+        random = np.random.RandomState(0)  # one for all rows: making one costs more than making a row
+        made = []
+        for row in range(rank * share, (rank + 1) * share):
+            random.seed([self.seed, step, row])
+            made.append(self._row(random, length))
+        tokens, counts = (np.stack(parts) for parts in zip(*made, strict=True))
+        targets = np.where(counts[:, 1:], tokens[:, 1:], IGNORE_INDEX)
+        return Batch(torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(targets), None)
+
+    def _row(self, random: np.random.RandomState, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """One row's tokens, int64 [length + 1], and which of them are targets, bool."""
+        example = self.maker.example(random, length)
+        tokens = np.full(length + 1, self.tokenizer.eos_id, dtype=np.int64)
+        tokens[: len(example)] = example.tokens
+        counts = np.zeros(length + 1, dtype=bool)
+        counts[example.prompt_tokens : len(example)] = True
+        counts[self._others(example, random)] = True
+        return tokens, counts
+
+    def _others(self, example: Example, random: np.random.RandomState) -> Sequence[int]:
+        """Places of the document's tokens that count too. (Its first was told from nothing.)"""
+        wanted = self.lm_weight * (len(example) - example.prompt_tokens)
+        number = int(wanted + random.random_sample())
+        return random.randint(1, example.document.size, size=number).tolist()

@@ -1,0 +1,56 @@
+"""From a recipe to the rows of a passkey's or a phonebook's training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from samba_lm import checkpoint
+from samba_lm.data.passkey import Passkey
+from samba_lm.data.phonebook import Names, Phonebook
+from samba_lm.data.recall import Maker, read_text
+from samba_lm.data.recall_loader import Curriculum, RecallLoader
+from samba_lm.errors import UserError
+from samba_lm.tokenizer import BpeSpec, Tokenizer, load_tokenizer, parse_tokenizer
+from samba_lm.train.recipe import PasskeySection, Recipe
+
+
+def recall_loader(recipe: Recipe) -> RecallLoader:
+    """The batches of a recipe with data.passkey or data.phonebook.
+
+    Raises UserError for files that cannot be read, lengths that do not fit, or no tokenizer.
+    """
+    settings, section = recipe.train, recipe.data.recall
+    assert section is not None
+    tokenizer = _tokenizer(recipe)
+    maker: Maker
+    if isinstance(section, PasskeySection):
+        maker = Passkey(tokenizer, None if section.filler is None else read_text(Path(section.filler)))
+    elif section.names:
+        maker = Phonebook(tokenizer, Names.from_files([Path(name) for name in section.names]))
+    else:
+        maker = Phonebook(tokenizer, Names.from_faker())
+    lengths = section.lengths or (settings.length,)
+    return RecallLoader(
+        maker,
+        tokenizer,
+        settings.batch_size,
+        settings.length,
+        settings.seed,
+        curriculum=Curriculum(lengths, section.shares or (1.0,) * len(lengths), settings.total_steps),
+        lm_weight=section.lm_weight,
+    )
+
+
+def _tokenizer(recipe: Recipe) -> Tokenizer:
+    named, source = recipe.data.tokenizer, recipe.model.init_from
+    if named is None and source is None:
+        raise UserError(
+            'Rows are made for a tokenizer: give data.tokenizer = "byte" or its folder, or model.init_from.'
+        )
+    if named is None:
+        assert source is not None
+        return load_tokenizer(checkpoint.latest_step(Path(source)) or source)
+    tokenizer = parse_tokenizer(named)
+    if isinstance(tokenizer, BpeSpec):
+        raise UserError(f"data.tokenizer = {named!r} would be trained on text, and there is none: give a folder.")
+    return tokenizer

@@ -1,0 +1,188 @@
+"""Passkey and phonebook texts: their form, their length, and that pieces put together are the whole."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from samba_lm.data.passkey import FILLER, KEY_LINE, MAX_WORDS, QUESTION, TASK, Passkey, sentences
+from samba_lm.data.phonebook import Names, Phonebook
+from samba_lm.data.recall import read_text
+from samba_lm.errors import UserError
+from samba_lm.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, train_bpe
+
+BOOK = (
+    "It was the year 10001. The night was dark, and nobody spoke!  Was it so? " * 3
+    + "A long sentence " * 40
+    + "ends.\n\nThen 20002300 stars shone."
+)
+PEOPLE = Names((("Ann", "Bob", "Cy", "Dora"), ("Moe", "Lee", "Fox", "Ray", "Kit")), "a test")
+
+
+def random(seed: int = 0) -> np.random.RandomState:
+    return np.random.RandomState(seed)
+
+
+@functools.cache
+def tokenizer(kind: str) -> Tokenizer:
+    if kind == "byte":
+        return ByteTokenizer()
+    bpe = train_bpe([TASK + " ".join(FILLER) + "\n" + KEY_LINE + QUESTION + BOOK] * 2, 600)
+    if kind == "bpe":
+        return bpe
+    # A tokenizer that marks the beginning of a text: the same merges, a space put before.
+    before = '"add_prefix_space": false'
+    assert before in bpe.to_json()
+    return FileTokenizer(bpe.to_json().replace(before, '"add_prefix_space": true'), source="a marking one")
+
+
+def test_the_five_lines() -> None:
+    maker = Passkey(tokenizer("byte"))
+    example = maker.example(random(), 600, 0.5)
+    task, before, line, after, question, rest = tokenizer("byte").decode(example.tokens).split("\n")
+    assert f"{task}\n" == TASK
+    assert re.fullmatch(r"\d{5}", example.text)
+    assert f"{line}\n" == KEY_LINE.format(key=example.text)
+    assert (question, rest) == (f"{QUESTION} {example.text}", "")
+    assert tokenizer("byte").decode(example.question) == QUESTION
+    assert tokenizer("byte").decode(example.answer) == f" {example.text}"
+    whole = f"{before} {after}"
+    start = [whole.startswith(sentence) for sentence in FILLER].index(True)
+    read = [FILLER[(start + i) % 5] for i in range(len(re.findall(r"\.", whole)))]
+    assert whole == " ".join(read)  # it goes round and round, and on behind the key
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+@pytest.mark.parametrize("text", [None, BOOK])
+@pytest.mark.parametrize("depth", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_length_and_depth_are_right_within_a_sentence(kind: str, text: str | None, depth: float) -> None:
+    maker, tokens = Passkey(tokenizer(kind), text), tokenizer(kind)
+    longest = max(tokens.encode(f" {sentence}\n").size for sentence in maker.filler.sentences)
+    for seed, length in enumerate((500, 777, 2048)):
+        example = maker.example(random(seed), length, depth)
+        assert length - longest - 2 < len(example) <= length
+        told = tokens.decode(example.document)
+        key_line = KEY_LINE.format(key=example.text)
+        before, after = told.removeprefix(TASK).split(key_line)
+        assert told.count(example.text) == 2  # in its own line, and nowhere else
+        sizes = [tokens.encode(part).size for part in (before, after)]
+        assert sizes[0] == pytest.approx(depth * sum(sizes), abs=longest + 2)
+        assert (before == "", after == "") == (depth == 0, depth == 1)
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+def test_the_pieces_are_what_the_whole_text_is_encoded_to(kind: str) -> None:
+    tokens = tokenizer(kind)
+    for maker in (Passkey(tokens), Passkey(tokens, BOOK), Phonebook(tokens, PEOPLE)):
+        for seed in range(4):
+            example = maker.example(random(seed), 300 if kind == "byte" else 200)
+            assert np.array_equal(tokens.encode(tokens.decode(example.tokens)), example.tokens)
+
+
+def test_a_tokenizer_that_marks_where_a_text_begins_marks_no_piece() -> None:
+    tokens = tokenizer("marking")
+    assert tokens.decode(tokens.encode("The")) == " The"
+    example = Passkey(tokens).example(random(), 300)
+    text = tokens.decode(example.tokens)
+    assert text.startswith(TASK)
+    assert "\n " not in text
+
+
+def test_keys_phases_and_depths_are_drawn_from_the_seed() -> None:
+    maker = Passkey(tokenizer("byte"))
+    same = [maker.example(random(5), 512).tokens for _ in range(2)]
+    assert np.array_equal(*same)
+    many = [maker.example(random(seed), 512) for seed in range(40)]
+    assert len({example.text for example in many}) > 35
+    starts = {tokenizer("byte").decode(e.document).removeprefix(TASK)[:10] for e in many}
+    assert len(starts) >= 5
+    places = {tokenizer("byte").decode(e.document).index("The pass key is") for e in many}
+    assert len(places) > 20
+
+
+def test_a_number_of_the_filler_is_never_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("samba_lm.data.passkey.KEYS", (54_320, 54_324))
+    maker = Passkey(tokenizer("byte"), "In 54320 they saw 154322 stars. 5432 54323 fell.")
+    assert {maker.example(random(seed), 400).text for seed in range(20)} == {"54321"}
+
+
+def test_long_sentences_are_cut() -> None:
+    found = sentences(BOOK)
+    assert max(len(sentence.split()) for sentence in found) <= MAX_WORDS
+    assert " ".join(found) == " ".join(BOOK.split())
+    with pytest.raises(UserError, match="no words"):
+        sentences(" \n")
+
+
+def test_what_no_passkey_text_can_be() -> None:
+    maker = Passkey(tokenizer("byte"))
+    with pytest.raises(UserError, match=r"length 100 is too short: .* have 250 tokens"):
+        maker.example(random(), 100)
+    with pytest.raises(UserError, match=r"depth is 1\.5: it must be from 0"):
+        maker.example(random(), 400, 1.5)
+    assert len(maker.example(random(), 250)) == 250  # no filler at all
+
+
+def test_a_phonebook() -> None:
+    example = Phonebook(tokenizer("byte"), PEOPLE).of_pairs(random(3), 12)
+    text = tokenizer("byte").decode(example.tokens)
+    book, shown, asked = text.split("\n\n")
+    entries = dict(line.split(": ") for line in book.split("\n"))
+    assert len(entries) == len(set(entries.values())) == 12
+    assert all(re.fullmatch(r"[6-9]\d{9}", number) for number in entries.values())
+    examples = dict(line.split(": ") for line in shown.split("\n"))
+    assert len(examples) == 2
+    assert examples.items() <= entries.items()
+    name, number = asked.rstrip("\n").split(": ")
+    assert name not in examples
+    assert entries[name] == number == example.text
+    assert tokenizer("byte").decode(example.question) == f"{name}:"
+    assert text.count(number) == 2  # in the book, and as the answer
+
+
+def test_a_phonebook_fills_a_length() -> None:
+    maker = Phonebook(tokenizer("bpe"), Names.from_faker())
+    for seed in range(3):
+        assert 900 < len(maker.example(random(seed), 1024)) <= 1024
+    with pytest.raises(UserError, match="length 30 is too short"):
+        maker.example(random(), 30)
+    with pytest.raises(UserError, match="more entries than a test has names"):
+        Phonebook(tokenizer("byte"), PEOPLE).example(random(), 4000)
+    with pytest.raises(UserError, match="needs 3 entries"):
+        maker.of_pairs(random(), 2)
+    with pytest.raises(UserError, match=r"21 entries needs as many names, and a test has 20"):
+        Phonebook(tokenizer("byte"), PEOPLE).of_pairs(random(), 21)
+
+
+def test_all_names_can_be_drawn() -> None:
+    drawn = PEOPLE.draw(random(), 20)
+    assert len(set(drawn)) == 20
+    assert {name.split()[0] for name in drawn} == set(PEOPLE.lists[0])
+
+
+def test_names_from_faker_are_the_seeds() -> None:
+    names = Names.from_faker(1)
+    assert names == Names.from_faker(1)
+    assert names.count > 100_000
+    assert names.source.startswith("faker ")
+
+
+def test_names_from_files(tmp_path: Path) -> None:
+    first, last = tmp_path / "first", tmp_path / "last.txt"
+    first.write_text("MARY  2.6  2.6  1\nJo Ann\t7\n\nMARY 1\n")
+    last.write_text("Smith\nde Vries\n")
+    assert Names.from_files([first, last]).lists == (("Mary", "Jo Ann"), ("Smith", "de Vries"))
+    (tmp_path / "bad").write_text("A: b\n")
+    (tmp_path / "empty").write_text("1\n2\n")
+    for name, message in (("bad", "holds the name 'A: b'"), ("empty", "holds no names"), ("none", "There is no file")):
+        with pytest.raises(UserError, match=message):
+            Names.from_files([tmp_path / name])
+
+
+def test_a_text_is_read_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("One.\nTwo.")
+    assert read_text(tmp_path / "a.md") == "One.\nTwo.\n"

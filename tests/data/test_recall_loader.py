@@ -1,0 +1,93 @@
+"""Training batches of recall: what counts, which lengths, and that a batch is a function of the seed and the step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from samba_lm.data.passkey import Passkey
+from samba_lm.data.recall_loader import Curriculum, RecallLoader
+from samba_lm.errors import UserError
+from samba_lm.loss import IGNORE_INDEX
+from samba_lm.tokenizer import ByteTokenizer
+
+TOKENIZER = ByteTokenizer()
+MAKER = Passkey(TOKENIZER)
+
+
+def loader(**options: object) -> RecallLoader:
+    return RecallLoader(MAKER, TOKENIZER, **{"batch_size": 4, "length": 640, "seed": 7, **options})
+
+
+def test_only_the_answers_count() -> None:
+    batch = loader().batch(0)
+    assert batch.input_ids.shape == batch.targets.shape == (4, 640)
+    assert batch.segments is None
+    for ids, targets in zip(batch.input_ids.numpy(), batch.targets.numpy(), strict=True):
+        places = np.flatnonzero(targets != IGNORE_INDEX)
+        answer = TOKENIZER.decode(targets[places])
+        text = TOKENIZER.decode(ids)
+        assert answer[0] == " "
+        assert answer[-1] == "\n"
+        assert f"The pass key is{answer[:-1]}. Remember it." in text
+        assert text[: places[0] + 1].endswith("? The pass key is")
+        assert np.array_equal(targets[places[:-1]], ids[places[:-1] + 1])
+        assert set(ids[places[-1] + 2 :]) <= {TOKENIZER.eos_id}
+
+
+def test_other_tokens_count_as_often_as_asked() -> None:
+    plain, more = loader(batch_size=64).batch(0), loader(batch_size=64, lm_weight=0.5).batch(0)
+    assert torch.equal(plain.input_ids, more.input_ids)
+    answers, others = (plain.targets != IGNORE_INDEX), (more.targets != IGNORE_INDEX) & (plain.targets == IGNORE_INDEX)
+    assert int(answers.sum()) == 64 * 7
+    assert int(others.sum()) == pytest.approx(0.5 * 64 * 7, rel=0.1)
+    following = torch.cat((more.input_ids[:, 1:], more.targets[:, -1:]), dim=1)
+    assert torch.equal(more.targets[others], following[others])
+
+
+def test_batches_are_functions_of_seed_and_step_on_any_number_of_ranks() -> None:
+    whole = loader().batch(3)
+    again = loader().batch(3)
+    assert torch.equal(whole.input_ids, again.input_ids)
+    parts = [loader().batch(3, rank, 2) for rank in range(2)]
+    assert torch.equal(torch.cat([part.input_ids for part in parts]), whole.input_ids)
+    assert torch.equal(torch.cat([part.targets for part in parts]), whole.targets)
+    for other in (loader().batch(4), loader(seed=8).batch(3)):
+        assert not torch.equal(other.input_ids, whole.input_ids)
+    with pytest.raises(UserError, match="does not divide among 3"):
+        loader().batch(0, 0, 3)
+
+
+def test_a_curriculum_keeps_the_tokens_of_a_step() -> None:
+    each = loader(curriculum=Curriculum((320, 640), (1, 3), 8))
+    assert [each.curriculum.length(step) for step in range(10)] == [320] * 2 + [640] * 8
+    assert each.batch(1).input_ids.shape == (8, 320)
+    assert each.batch(2).input_ids.shape == (4, 640)
+
+
+def test_the_fingerprint_is_of_the_data() -> None:
+    other = RecallLoader(Passkey(TOKENIZER, "Some other text."), TOKENIZER, 4, 640, 7)
+    assert loader().fingerprint() == loader(seed=1).fingerprint() != other.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"lm_weight": 2.0}, "lm_weight is 2.0"),
+        ({"length": 128}, "length 128 is too short"),
+        ({"curriculum": Curriculum((300,), (1,), 5)}, "300 does not divide the longest, 640"),
+    ],
+)
+def test_mistakes(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        loader(**options)
+
+
+def test_curricula_that_are_none() -> None:
+    with pytest.raises(UserError, match="2 lengths but 1 shares"):
+        Curriculum((1, 2), (1,), 5)
+    with pytest.raises(UserError, match="must all be more than 0"):
+        Curriculum((1, 2), (1, 0), 5)

@@ -1,0 +1,100 @@
+"""Recipes whose rows are made: they train, continue bit for bit, and tell what does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from samba_lm import checkpoint
+from samba_lm.checkpoint import create, save
+from samba_lm.config import Attention, Mamba, ModelConfig
+from samba_lm.errors import UserError
+from samba_lm.tokenizer import ByteTokenizer, train_bpe
+from samba_lm.train.recipe import Recipe
+from samba_lm.train.run import train
+
+PASSKEY = {"lengths": [320, 640], "lm_weight": 0.5}
+SMALL = ModelConfig(name="tiny", d_model=16, vocab_size=257, layers=(Mamba(state=4), Attention(heads=2, window=16)))
+
+
+def recipe(out: Path, data: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **fields: Any) -> Recipe:
+    settings = {"steps": 4, "batch_size": 2, "length": 640, "device": "cpu", "save_every": 1, "keep": 9, **fields}
+    data = {"tokenizer": "byte", "passkey": PASSKEY} if data is None else data
+    model = model or {"name": "samba-nano", "overrides": {"d_model": 16}}
+    return Recipe.from_dict({"model": model, "data": data, "train": {"out": str(out), **settings}})
+
+
+@pytest.mark.parametrize("micro", [None, 1])
+def test_a_run_continues_bit_for_bit_over_a_change_of_length(tmp_path: Path, micro: int | None) -> None:
+    whole = train(recipe(tmp_path / "whole", micro_batch=micro))
+    for steps in (1, 2, 3):
+        told = [True] + [False] * (steps - 1)
+        first = train(recipe(tmp_path / f"{steps}", micro_batch=micro), stop=told.pop)
+        assert first.steps == steps
+        part = train(recipe(tmp_path / f"{steps}", micro_batch=micro))
+        assert part.steps == whole.steps == 4
+        assert part.tokens == whole.tokens == 4 * 2 * 640
+        before, after = (load_file(run.folder / "model.safetensors") for run in (whole, part))
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    model, tokenizer = checkpoint.load(whole.folder)
+    assert isinstance(tokenizer, ByteTokenizer)
+    assert model.config.vocab_size == 320
+
+
+def test_other_rows_are_refused_and_more_steps_are_not(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(recipe(run, steps=1))
+    for change in ({"lengths": [640]}, {"lm_weight": 0.4}, None):
+        data = {"tokenizer": "byte", "passkey": PASSKEY | change} if change else {"tokenizer": "byte", "phonebook": {}}
+        with pytest.raises(UserError, match=r"was trained with data\.passkey = "):
+            train(recipe(run, data))
+    assert train(recipe(run, steps=2)).steps == 2
+
+
+def test_a_changed_filler_is_other_data(tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("The sea is salt. The tears are too.")
+    data = {"tokenizer": "byte", "passkey": {"filler": str(book)}}
+    train(recipe(tmp_path / "run", data, steps=1))
+    book.write_text("The sea is sweet.")
+    with pytest.raises(UserError, match=r"was trained on data .* but data\.passkey is"):
+        train(recipe(tmp_path / "run", data, steps=2))
+
+
+def test_a_phonebook_fine_tunes_a_checkpoint_with_its_tokenizer(tmp_path: Path) -> None:
+    tokenizer = train_bpe(["Ann Lee: 6123456789\n" * 9], 300)
+    save(create(SMALL.with_overrides(vocab_size=320)), tmp_path / "base", tokenizer)
+    (tmp_path / "first").write_text("Ann\nBob\nCy\nDora\nEve\n" * 2)
+    (tmp_path / "last").write_text("".join(f"Name{chr(65 + i)}\n" for i in range(26)))
+    data: dict[str, Any] = {"phonebook": {"names": [str(tmp_path / "first"), str(tmp_path / "last")]}}
+    result = train(recipe(tmp_path / "run", data, {"init_from": str(tmp_path / "base")}, steps=1))
+    _, kept = checkpoint.load(result.folder)
+    assert kept is not None
+    assert kept.fingerprint() == tokenizer.fingerprint()
+    data["tokenizer"] = "byte"
+    with pytest.raises(UserError, match=r"has another tokenizer than data\.phonebook: take"):
+        train(recipe(tmp_path / "again", data, {"init_from": str(tmp_path / "base")}, steps=1))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"passkey": {}}, "give data.tokenizer"),
+        ({"passkey": {}, "tokenizer": "bpe:300"}, "would be trained on text, and there is none"),
+        ({"passkey": {}, "tokenizer": "byte", "val": "x"}, "made rows have no validation"),
+        ({"passkey": {}, "tokenizer": "byte", "phonebook": {}}, "passkey and phonebook are both given"),
+        ({"passkey": {"lengths": [300]}, "tokenizer": "byte"}, "300 does not divide the longest, 640"),
+        ({"passkey": {"lengths": [64]}, "tokenizer": "byte"}, "length 64 is too short"),
+        ({"passkey": {"shares": [1]}, "tokenizer": "byte"}, "0 lengths but 1 shares"),
+        ({"passkey": {"length": [1]}, "tokenizer": "byte"}, "Did you mean 'lengths'"),
+        ({"passkey": {"filler": "none.txt"}, "tokenizer": "byte"}, "There is no file none.txt"),
+        ({"phonebook": {"names": ["none.txt"]}, "tokenizer": "byte"}, "There is no file none.txt"),
+    ],
+)
+def test_mistakes(tmp_path: Path, data: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        train(recipe(tmp_path / "run", data))
