@@ -17,11 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from tyro.conf import Positional, UseAppendAction
-from tyro.constructors import PrimitiveConstructorSpec
 
 from samba_lm.cli.model import CheckpointName, Dtype, Quantize, load
 from samba_lm.cli.output import JsonFile, write_json
-from samba_lm.cli.parse import parse
+from samba_lm.cli.parse import parse, several
 from samba_lm.data.shards import META_FILE, TokenDataset, file_sha256, is_dataset, open_splits, token_dtype
 from samba_lm.data.sources import OnError, ReadOptions, find_files, read_file
 from samba_lm.errors import UserError
@@ -44,16 +43,7 @@ def _lengths(words: list[str]) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-Lengths = Annotated[
-    tuple[int, ...],
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="INT,INT,...",
-        instance_from_str=_lengths,
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [",".join(map(str, value))],
-    ),
-]
+Lengths = Annotated[tuple[int, ...], several("INT,INT,...", _lengths)]
 
 
 @dataclass(frozen=True)

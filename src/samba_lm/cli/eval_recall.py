@@ -14,12 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from tyro.conf import Positional
-from tyro.constructors import PrimitiveConstructorSpec
 
 from samba_lm.cli.eval import Lengths
 from samba_lm.cli.model import Runtime, RuntimeOptions
 from samba_lm.cli.output import JsonFile, output_file
-from samba_lm.cli.parse import parse
+from samba_lm.cli.parse import parse, several
 from samba_lm.cli.recall_results import Model, Results, by_size
 from samba_lm.errors import UserError
 
@@ -55,26 +54,8 @@ def _pairs(words: list[str]) -> tuple[int, ...]:
     raise UserError(f"--pairs = {said}: expected FIRST..LAST, FIRST..LAST:STEP or numbers with commas between.")
 
 
-Depths = Annotated[
-    tuple[float, ...],
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="INT|FLOAT,FLOAT,...",
-        instance_from_str=_depths,
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [",".join(f"{depth:g}" for depth in value)],
-    ),
-]
-Pairs = Annotated[
-    tuple[int, ...],
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="INT..INT|INT,INT,...",
-        instance_from_str=_pairs,
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [",".join(map(str, value))],
-    ),
-]
+Depths = Annotated[tuple[float, ...], several("INT|FLOAT,FLOAT,...", _depths, "{:g}".format)]
+Pairs = Annotated[tuple[int, ...], several("INT..INT|INT,INT,...", _pairs)]
 Checkpoints = Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="CKPT ...")]]
 
 

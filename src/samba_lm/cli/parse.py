@@ -14,16 +14,29 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
-from typing import TextIO, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TextIO, TypeVar
 
 import tyro
 from pydantic import ValidationError
+from tyro.constructors import PrimitiveConstructorSpec
 
 from samba_lm.errors import UserError, did_you_mean, one_line
 from samba_lm.validation import explain
 
 T = TypeVar("T")
+
+
+def several(metavar: str, read: Callable[[list[str]], tuple[T, ...]], show: Callable[[T], str] = str) -> Any:
+    """For ``Annotated[tuple[T, ...], several(...)]``: an option whose one word holds several values, commas between."""
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(show, value))],
+    )
+
 
 # A row of captured --help: two spaces, a short name perhaps, and the long names.
 _OPTIONS_ROW = re.compile(r"(?:^| ) (?:-\w, )?(--[a-zA-Z][\w.-]*(?:, --[a-zA-Z][\w.-]*)*)", re.MULTILINE)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tyro.conf import Positional, UseAppendAction
 
-from samba_lm.cli.model import CheckpointName, Dtype, Quantize, load_with_tokenizer
+from samba_lm.cli.model import CheckpointName, Runtime, RuntimeOptions
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError
 
@@ -61,12 +61,7 @@ class Serve:
     batch_invariant: bool = False
     """Greedy answers do not depend on what else runs, to the last bit; prompts are read as slowly as answers are
     written."""
-    device: str = "auto"
-    """Where to run: auto (the GPU if there is one), cpu, cuda or cuda:N."""
-    dtype: Dtype | None = None
-    """Turn the weights into this type; by default they stay as the checkpoint has them."""
-    quantize: Quantize | None = None
-    """Keep the large weights in 8 or 4 bits a number: less memory and faster answers, at a small cost in quality."""
+    runtime: RuntimeOptions = field(default_factory=Runtime)
 
 
 def main(argv: list[str]) -> None:
@@ -104,7 +99,7 @@ def main(argv: list[str]) -> None:
         body_seconds=command.body_seconds,
         drain_seconds=command.drain,
     )
-    model, tokenizer = load_with_tokenizer(command.checkpoint, command.device, command.dtype, command.quantize)
+    model, tokenizer = command.runtime.load(command.checkpoint)
     service = open_service(model, tokenizer, folder, settings, keys)
     if command.host not in LOOPBACK and not keys.needed:
         print(

@@ -173,6 +173,16 @@ class Engine:
         if len(each) != len(prompts):
             raise UserError(f"There are {len(prompts)} prompts but {len(each)} params: give one for each, or one.")
         requests = [Request(prompt_chunks(p, self.tokenizer), one) for p, one in zip(prompts, each, strict=True)]
+        return self.complete(requests)
+
+    def complete(
+        self, requests: Sequence[Request], note: Callable[[int, Event], None] | None = None
+    ) -> list[Completion]:
+        """The answers to all requests, as many at once as there are slots, in the order of the requests.
+
+        ``note``: told each request's number and event as it comes. Raises the first error that ends one, and cancels
+        the others.
+        """
         events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
         cancels, texts, tokens = [], [""] * len(requests), [[] for _ in requests]  # type: ignore[var-annotated]
         ends: dict[int, End] = {}
@@ -184,6 +194,8 @@ class Engine:
                     cancels.append(self.submit(requests[began], lambda event, i=began: events.put((i, event))))  # type: ignore[misc]
                     began += 1
                 i, event = events.get()
+                if note is not None:
+                    note(i, event)
                 if isinstance(event, Piece):
                     texts[i] += event.text
                     tokens[i] += event.tokens

@@ -120,9 +120,9 @@ class FastStep:
         first = self.model.layers[0].norm
         assert isinstance(first, RMSNorm)
         return plan.begin(
-            self._fp32("stream", 1, self.model.config.d_model)[0],
+            self._stream,
             first.weight,
-            self._operand("normed", self.model.config.d_model),
+            self._normed,
             rows,
             first.eps,
             self.state.cursor.position,
@@ -153,10 +153,8 @@ class FastStep:
             branch = self._fp32("branch", parts, self.model.config.d_model)
             launches.append(self._product(x, last, branch, rows, "PARTIAL", parts=parts))
             position = self.state.cursor.position if norm is self.model.norm else None
-            stream = self._fp32("stream", 1, self.model.config.d_model)[0]
-            launches.append(
-                plan.norm(stream, branch, norm.weight, self._normed, rows, norm.eps, parts, self.tuning, position)
-            )
+            where = self._stream, branch, norm.weight, self._normed
+            launches.append(plan.norm(*where, rows, norm.eps, parts, self.tuning, position))
         launches.append(plan.linear(self._normed, self.model.head_weight, self._logits, rows, "PLAIN", self.tuning))
         return launches
 
@@ -282,6 +280,10 @@ class FastStep:
             steps = torch.arange(0, 2 * half, 2, dtype=torch.float64, device=self._device)
             self._room[name] = base ** (steps / -(2 * half))
         return self._room[name]
+
+    @property
+    def _stream(self) -> Tensor:
+        return self._fp32("stream", 1, self.model.config.d_model)[0]
 
     @property
     def _normed(self) -> Tensor:

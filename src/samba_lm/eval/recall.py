@@ -9,7 +9,6 @@ from __future__ import annotations
 import abc
 import hashlib
 import json
-import queue
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ import torch
 
 from samba_lm.data.recall import Example
 from samba_lm.engine.engine import Engine
-from samba_lm.engine.request import Completion, End, Event, Piece, Progress, Request
+from samba_lm.engine.request import Completion, Event, Progress, Request
 from samba_lm.errors import UserError
 from samba_lm.eval.intervals import wilson
 from samba_lm.generation.params import DEFAULT_CHUNK, SamplingParams
@@ -238,14 +237,21 @@ def _cell(engine: Engine, task: Task, cell: Key, tell: OnProgress) -> Cell:
 def _ask(engine: Engine, task: Task, examples: Sequence[Example], read: OnProgress) -> list[Trial]:
     """Read the documents, then ask each its question, and the control's."""
     nothing = SamplingParams(max_tokens=0, temperature=0.0)
-    ends = complete(engine, [Request([e.document], nothing, keep=True) for e in examples], read)
+    seen = [0] * len(examples)
+
+    def note(i: int, event: Event) -> None:
+        if isinstance(event, Progress):
+            seen[i] = event.read
+            read(sum(seen) / sum(e.document.size for e in examples))
+
+    ends = engine.complete([Request([e.document], nothing, keep=True) for e in examples], note)
     readers = [end.end.reader for end in ends]
-    answers = complete(engine, [_question(e, r) for e, r in zip(examples, readers, strict=True)])
+    answers = engine.complete([_question(e, r) for e, r in zip(examples, readers, strict=True)])
     trials = [_trial(task, e, answer) for e, answer in zip(examples, answers, strict=True)]
     if not task.plan.control:
         return trials
     emptied = [_emptied(reader) for reader in readers]
-    controls = complete(engine, [_question(e, r) for e, r in zip(examples, emptied, strict=True)])
+    controls = engine.complete([_question(e, r) for e, r in zip(examples, emptied, strict=True)])
     written = [control.text for control in controls]
     return [
         replace(trial, control=text, control_right=task.read_off(text) == trial.answer)
@@ -277,35 +283,3 @@ def _trial(task: Task, example: Example, answer: Completion) -> Trial:
         exact=tokens == example.answer.tolist(),
         tokens=example.prompt_tokens,
     )
-
-
-def complete(engine: Engine, requests: Sequence[Request], read: OnProgress | None = None) -> list[Completion]:
-    """Answers to all requests, in their order; ``read`` is told how much of the prompts has been read.
-
-    Raises the first error that ends one.
-    """
-    events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
-    cancels = []
-    for i, request in enumerate(requests):
-        cancels.append(engine.submit(request, lambda event, i=i: events.put((i, event))))  # type: ignore[misc]
-    sizes = [sum(ids.size for ids in request.tokens) for request in requests]
-    texts, tokens, ends = [""] * len(requests), [[] for _ in requests], {}  # type: ignore[var-annotated]
-    seen = [0] * len(requests)
-    try:
-        while len(ends) < len(requests):
-            i, event = events.get()
-            match event:
-                case Piece():
-                    texts[i] += event.text
-                    tokens[i] += event.tokens
-                case Progress() if read is not None:
-                    seen[i] = event.read
-                    read(sum(seen) / sum(sizes))
-                case End():
-                    if event.error is not None:
-                        raise event.error
-                    ends[i] = event
-    finally:
-        for cancel in cancels:
-            cancel()
-    return [Completion(texts[i], tuple(tokens[i]), ends[i]) for i in range(len(requests))]

@@ -113,16 +113,9 @@ def attend_one(
     serves decoding and has no gradient: "auto" takes it only where none is asked for.
     """
     scale = _checked_one(q, k, v, filled, scale)
-    chosen = choose(backend, ("cpu", "triton"), "attend_one", q)
-    if chosen == "triton" and not (backend == "auto" and differentiable(q, k, v)):
-        from samba_lm.ops.sliding_attention.triton import unsupported
-        from samba_lm.ops.sliding_attention.triton_step import attend_one_triton
-
-        reason = unsupported(q, k, v, scale)
-        if reason is None:
-            return attend_one_triton(q, k, v, filled, scale)[0]
-        if backend == "triton":
-            raise UserError(f"attend_one: the triton backend cannot take these tensors: {reason}")
+    found = _one_by_triton("attend_one", q, k, v, filled, scale, backend)
+    if found is not None:
+        return found[0]
     grouped = q.unflatten(1, (k.shape[2], -1))  # [B, G, H/G, K]
     mask = None if filled is None else filled[:, None, None, :]
     out = F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
@@ -140,17 +133,34 @@ def attend_one_lse(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`attend_one`, and the log-sum-exp of the scores [B, H], fp32 at least."""
     scale = _checked_one(q, k, v, filled, scale)
-    chosen = choose(backend, ("cpu", "triton"), "attend_one_lse", q)
-    if chosen == "triton" and not (backend == "auto" and differentiable(q, k, v)):
-        from samba_lm.ops.sliding_attention.triton import unsupported
-        from samba_lm.ops.sliding_attention.triton_step import attend_one_triton
-
-        reason = unsupported(q, k, v, scale)
-        if reason is None:
-            return attend_one_triton(q, k, v, filled, scale)
-        if backend == "triton":
-            raise UserError(f"attend_one_lse: the triton backend cannot take these tensors: {reason}")
+    found = _one_by_triton("attend_one_lse", q, k, v, filled, scale, backend)
+    if found is not None:
+        return found
     return attend_one_lse_cpu(q, k, v, filled, scale)
+
+
+def _one_by_triton(
+    name: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    filled: torch.Tensor | None,
+    scale: float,
+    backend: Backend,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What :func:`attend_one_lse` returns; None where PyTorch is to compute it. Raises UserError as ``name``."""
+    chosen = choose(backend, ("cpu", "triton"), name, q)
+    if chosen != "triton" or (backend == "auto" and differentiable(q, k, v)):
+        return None
+    from samba_lm.ops.sliding_attention.triton import unsupported
+    from samba_lm.ops.sliding_attention.triton_step import attend_one_triton
+
+    reason = unsupported(q, k, v, scale)
+    if reason is None:
+        return attend_one_triton(q, k, v, filled, scale)
+    if backend == "triton":
+        raise UserError(f"{name}: the triton backend cannot take these tensors: {reason}")
+    return None
 
 
 def _checked(
