@@ -19,7 +19,7 @@ from samba_lm.tokenizer import ByteTokenizer, train_bpe
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    save(create("samba-nano", seed=1), tmp_path / "m", ByteTokenizer())
+    save(create("samba-micro", seed=1), tmp_path / "m", ByteTokenizer())
     return tmp_path / "m"
 
 
@@ -27,13 +27,13 @@ def test_round_trip_is_exact(saved: Path) -> None:
     model, tokenizer = load(saved)
     assert tokenizer is not None
     assert tokenizer.fingerprint() == ByteTokenizer().fingerprint()
-    for (name, p), q in zip(create("samba-nano", seed=1).named_parameters(), model.parameters(), strict=True):
+    for (name, p), q in zip(create("samba-micro", seed=1).named_parameters(), model.parameters(), strict=True):
         assert torch.equal(p, q), name
     assert not model.training
 
 
 def test_the_same_model_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
-    save(create("samba-nano", seed=1), tmp_path / "again", ByteTokenizer())
+    save(create("samba-micro", seed=1), tmp_path / "again", ByteTokenizer())
     for file in saved.iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
 
@@ -48,41 +48,41 @@ def test_bf16_keeps_the_recurrence_in_fp32(saved: Path) -> None:
 
 
 def test_a_name_gives_fresh_weights() -> None:
-    model, tokenizer = samba_lm.load("samba-nano")
-    assert model.config == zoo.get("samba-nano")
+    model, tokenizer = samba_lm.load("samba-micro")
+    assert model.config == zoo.get("samba-micro")
     assert isinstance(tokenizer, ByteTokenizer)
 
 
 def test_the_newest_step_of_a_run(tmp_path: Path) -> None:
     for step in (9, 100, 20):
-        save(create("samba-nano", seed=step), tmp_path / "run" / f"step-{step:08d}")
+        save(create("samba-micro", seed=step), tmp_path / "run" / f"step-{step:08d}")
     (tmp_path / "run" / "step-00000200.tmp-x").mkdir()
     model, tokenizer = load(tmp_path / "run")
-    assert torch.equal(model.embedding, create("samba-nano", seed=100).embedding)
+    assert torch.equal(model.embedding, create("samba-micro", seed=100).embedding)
     assert tokenizer is None
 
 
 def test_saving_replaces_a_checkpoint_and_nothing_else(saved: Path, tmp_path: Path) -> None:
-    save(create("mamba-nano"), saved)
-    assert load(saved)[0].config.name == "mamba-nano"
+    save(create("mamba-micro"), saved)
+    assert load(saved)[0].config.name == "mamba-micro"
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="is not a samba-lm checkpoint"):
-        save(create("samba-nano"), tmp_path / "work")
+        save(create("samba-micro"), tmp_path / "work")
     assert (tmp_path / "work" / "config.json").exists()
 
 
 def test_saving_onto_a_link_replaces_what_it_points_to(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(saved)
-    save(create("mamba-nano"), tmp_path / "link")
+    save(create("mamba-micro"), tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
-    assert load(saved)[0].config.name == "mamba-nano"
+    assert load(saved)[0].config.name == "mamba-micro"
 
 
 def test_notes_beside_a_checkpoint_are_not_lost(saved: Path) -> None:
     (saved / "notes.txt").write_text("precious")
     with pytest.raises(UserError, match=r"also holds 'notes\.txt'"):
-        save(create("mamba-nano"), saved)
+        save(create("mamba-micro"), saved)
     assert (saved / "notes.txt").read_text() == "precious"
 
 
@@ -95,11 +95,11 @@ def test_a_crash_while_replacing_loses_nothing(saved: Path, crash: str) -> None:
     old = saved.with_name("m.tmp-old")
     if crash == "between the renames":
         saved.rename(old)
-        assert load(saved)[0].config.name == "samba-nano"
+        assert load(saved)[0].config.name == "samba-micro"
     else:
         shutil.copytree(saved, old)
-    save(create("mamba-nano"), saved)
-    assert load(saved)[0].config.name == "mamba-nano"
+    save(create("mamba-micro"), saved)
+    assert load(saved)[0].config.name == "mamba-micro"
     assert not old.exists()
 
 
@@ -109,7 +109,7 @@ def truncated(folder: Path) -> None:
 
 
 def foreign_weights(folder: Path) -> None:
-    save(create("mamba-nano"), folder.with_name("other"))
+    save(create("mamba-micro"), folder.with_name("other"))
     shutil.copy(folder.with_name("other") / "model.safetensors", folder)
 
 
@@ -182,7 +182,7 @@ def test_what_is_not_there_is_named() -> None:
 
 
 def test_a_tokenizer_too_large_is_refused(tmp_path: Path) -> None:
-    config = zoo.get("samba-nano").with_overrides(vocab_size=100)
-    with pytest.raises(UserError, match="tokenizer has 257 ids but model 'samba-nano' has a vocabulary of 100"):
+    config = zoo.get("samba-micro").with_overrides(vocab_size=100)
+    with pytest.raises(UserError, match="tokenizer has 257 ids but model 'samba-micro' has a vocabulary of 100"):
         save(create(config), tmp_path / "m", ByteTokenizer())
     assert not (tmp_path / "m").exists()

@@ -85,15 +85,15 @@ def test_the_commands_run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         ("my_mixer.py", "give the names of modules, such as my_mixer for ./my_mixer.py"),
         ("./my_mixer", "give the names of modules"),
         ("my_mixer, nowhere.at_all", "'nowhere.at_all': there is no such module"),
-        ("clash", "The name 'samba-nano' is already in the zoo"),
+        ("clash", "The name 'samba-micro' is already in the zoo"),
     ],
 )
 def test_bad_plugins(
     value: str, told: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (folder / "clash.py").write_text("import samba_lm\nsamba_lm.register_architecture('samba-nano', None)\n")
+    (folder / "clash.py").write_text("import samba_lm\nsamba_lm.register_architecture('samba-micro', None)\n")
     monkeypatch.setenv("SAMBA_LM_PLUGINS", value)
-    assert main(["models", "samba-nano"]) == 2
+    assert main(["models", "samba-micro"]) == 2
     error = capsys.readouterr().err
     assert told in error
     assert error.count("\n") == 1
@@ -105,7 +105,7 @@ def test_a_plugin_s_own_mistake_shows_where_it_is(folder: Path, monkeypatch: pyt
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_installed"):
         main(["models"])
     monkeypatch.delenv("SAMBA_LM_PLUGINS")
-    assert main(["models", "samba-nano"]) == 0
+    assert main(["models", "samba-micro"]) == 0
 
 
 def _make(my_mixer: ModuleType, dtype: torch.dtype) -> Mixer:

@@ -241,7 +241,7 @@ def test_config_survives_json() -> None:
 
 
 def test_public_names() -> None:
-    model = samba_lm.create("samba-nano", seed=3)
+    model = samba_lm.create("samba-micro", seed=3)
     logits, state = model(torch.tensor([[1, 2, 3]]))
     assert logits.shape == (1, 3, 320)
     assert state.batch == 1

@@ -105,7 +105,24 @@ def test_sizes_the_reference_code_does_not_list(name: str, expected: int, layers
     assert len(config.layers) == layers
 
 
-@pytest.mark.parametrize("size", ["nano", "tiny"])
+@pytest.mark.parametrize(
+    ("name", "within"),
+    [
+        *((entry.name, 0.02) for entry in zoo.ZOO.values() if entry.paper in ("Table 3, small", "Table 5, small")),
+        *((entry.name, 0.025) for entry in zoo.ZOO.values() if entry.paper in ("Table 6, small", "Table 10, small")),
+    ],
+)
+def test_the_small_study_compares_equal_sizes(name: str, within: float) -> None:
+    target = zoo.get("samba-27m").parameters()
+    assert abs(zoo.get(name).parameters() / target - 1) < within
+
+
+@pytest.mark.parametrize("name", ["swa-7m", "mamba-7m"])
+def test_the_7m_twins_are_the_same_size(name: str) -> None:
+    assert abs(zoo.get(name).parameters() / zoo.get("samba-7m").parameters() - 1) < 0.02
+
+
+@pytest.mark.parametrize("size", ["micro", "tiny"])
 def test_twins_are_the_same_size(size: str) -> None:
     """Within 2% of samba's parameters, so that the comparison is of architectures."""
     target = zoo.get(f"samba-{size}").parameters()
@@ -121,7 +138,7 @@ def test_state_bytes_of_the_paper_sizes(name: str, megabytes: float) -> None:
     assert zoo.get(name).state_bytes() / 1e6 == pytest.approx(megabytes, rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["samba-tiny", "mamba-tiny", "swa-tiny", "samba-nano"])
+@pytest.mark.parametrize("name", ["samba-tiny", "mamba-tiny", "swa-tiny", "samba-micro"])
 def test_state_bytes_are_what_a_state_holds(name: str) -> None:
     config = zoo.get(name)
     model = SambaLM(config)
@@ -241,7 +258,7 @@ def test_initial_embeddings_equal_the_reference(name: str) -> None:
 
 
 def test_same_seed_same_weights() -> None:
-    config = zoo.get("samba-nano")
+    config = zoo.get("samba-micro")
     a, b = SambaLM(config), SambaLM(config)
     seed = random.randrange(1000)
     a.reset_parameters(seed)

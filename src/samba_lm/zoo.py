@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from samba_lm.config import (
@@ -22,8 +22,6 @@ from samba_lm.config import (
     SwiGLU,
 )
 from samba_lm.errors import UserError, did_you_mean
-
-WINDOW = 2048  # of every sliding-window layer in the paper, half of the training length
 
 
 @dataclass(frozen=True)
@@ -47,9 +45,16 @@ class Scale:
     vocab: int
     blocks: int
     """Blocks (a mixer and its MLP) of the two-layer-a-block models."""
+    window: int = 2048
+    """Of every sliding-window layer: half of the training length."""
 
-    def attention(self, window: int | None = WINDOW, rope: bool = True, short_conv: int | None = None) -> Attention:
-        return Attention(heads=self.heads, kv_heads=self.kv_heads, window=window, rope=rope, short_conv=short_conv)
+    def attention(self, rope: bool = True) -> Attention:
+        return Attention(heads=self.heads, kv_heads=self.kv_heads, window=self.window, rope=rope)
+
+    @property
+    def full(self) -> Attention:
+        """Attention over everything."""
+        return Attention(heads=self.heads, kv_heads=self.kv_heads)
 
     @property
     def swiglu(self) -> SwiGLU:
@@ -62,14 +67,15 @@ S13 = Scale(d_model=2304, mlp=6144, heads=18, kv_heads=18, vocab=32_000, blocks=
 S17 = Scale(d_model=2048, mlp=8192, heads=32, kv_heads=4, vocab=50_304, blocks=24)
 S38 = Scale(d_model=2816, mlp=9984, heads=11, kv_heads=1, vocab=32_064, blocks=32)
 # Table 6: fewer query and KV heads, the MLP widened to 4608.
-FEWER_HEADS = [
-    Scale(S421.d_model, 4608, heads, kv_heads, S421.vocab, S421.blocks)
-    for heads, kv_heads in ((12, 2), (6, 1), (12, 1), (12, 4))
-]
+HEADS = ((12, 2), (6, 1), (12, 1), (12, 4))
+FEWER_HEADS = [replace(S421, mlp=4608, heads=heads, kv_heads=kv_heads) for heads, kv_heads in HEADS]
+# The 421M class at a quarter of its width, window and training length (1,024), as deep: minutes on one GPU.
+S27 = Scale(d_model=384, mlp=1024, heads=12, kv_heads=12, vocab=8192, blocks=12, window=512)
+# What a laptop reads a long document with; the window is small, so that far things have to be held in Mamba's state.
+S7 = Scale(d_model=256, mlp=576, heads=4, kv_heads=2, vocab=4096, blocks=8, window=256)
 # Byte vocabulary (256 + end of document), rounded up to 64; window = half of the 256 tokens the demo trains on.
-NANO = Scale(d_model=64, mlp=216, heads=2, kv_heads=2, vocab=320, blocks=2)
-TINY = Scale(d_model=128, mlp=368, heads=4, kv_heads=4, vocab=320, blocks=2)
-SMALL_WINDOW = 128
+MICRO = Scale(d_model=64, mlp=216, heads=2, kv_heads=2, vocab=320, blocks=2, window=128)
+TINY = Scale(d_model=128, mlp=368, heads=4, kv_heads=4, vocab=320, blocks=2, window=128)
 
 
 def _model(
@@ -114,8 +120,7 @@ def mamba_swa_mlp(name: str, scale: Scale, repeat: int) -> ModelConfig:
 
 def mamba_mlp(name: str, scale: Scale, full_at: tuple[int, ...] = ()) -> ModelConfig:
     """[Mamba, MLP] repeated, with full attention in Mamba's place at the given blocks (Table 5)."""
-    full = scale.attention(window=None)
-    blocks = [(full if i in full_at else Mamba(), scale.swiglu) for i in range(scale.blocks)]
+    blocks = [(scale.full if i in full_at else Mamba(), scale.swiglu) for i in range(scale.blocks)]
     return _model(name, scale, [layer for block in blocks for layer in block], 1)
 
 
@@ -124,11 +129,11 @@ def mamba(name: str, d_model: int, layers: int, vocab: int = 32_000) -> ModelCon
 
 
 def mega_s6(name: str, scale: Scale) -> ModelConfig:
-    return _model(name, scale, [MegaS6(), scale.swiglu], scale.blocks)
+    return _model(name, scale, [MegaS6(chunk=scale.window), scale.swiglu], scale.blocks)
 
 
 def _gla(scale: Scale) -> GatedLinearAttention:
-    return GatedLinearAttention(heads=scale.d_model // 384)
+    return GatedLinearAttention(heads=max(4, scale.d_model // 384))
 
 
 def _retention(scale: Scale) -> Retention:
@@ -143,22 +148,20 @@ def _with_short_conv(name: str, config: ModelConfig) -> ModelConfig:
 
 def _small(size: str, scale: Scale) -> list[Entry]:
     """A laptop size and its twins: the same width, parameters within 2%, made from the same parts."""
-    window = scale.attention(SMALL_WINDOW)
-    wide = Scale(scale.d_model, TWIN_MLP[size], scale.heads, scale.kv_heads, scale.vocab, scale.blocks)
-    layers = TWIN_MAMBA_LAYERS[size]
+    wide, layers = replace(scale, mlp=TWIN_MLP[size]), TWIN_MAMBA_LAYERS[size]
     return [
-        Entry(f"samba-{size}", "laptop", lambda: samba(f"samba-{size}", scale, window)),
+        Entry(f"samba-{size}", "laptop", lambda: samba(f"samba-{size}", scale)),
         Entry(f"llama-{size}", "laptop twin",
-              lambda: transformer(f"llama-{size}", wide, scale.blocks, wide.attention(None))),
+              lambda: transformer(f"llama-{size}", wide, scale.blocks, wide.full)),
         Entry(f"swa-{size}", "laptop twin",
-              lambda: transformer(f"swa-{size}", wide, scale.blocks, wide.attention(SMALL_WINDOW))),
+              lambda: transformer(f"swa-{size}", wide, scale.blocks, wide.attention())),
         Entry(f"mamba-{size}", "laptop twin", lambda: mamba(f"mamba-{size}", scale.d_model, layers, scale.vocab)),
     ]  # fmt: skip
 
 
-# What makes the twins as large as samba-nano and samba-tiny.
-TWIN_MLP = {"nano": 256, "tiny": 432}
-TWIN_MAMBA_LAYERS = {"nano": 4, "tiny": 4}
+# What makes the twins as large as samba-micro and samba-tiny.
+TWIN_MLP = {"micro": 256, "tiny": 432}
+TWIN_MAMBA_LAYERS = {"micro": 4, "tiny": 4}
 
 _ROWS: list[tuple[str, str, Callable[[str], ModelConfig]]] = [
     ("samba-421m", "Tables 3, 12", lambda n: samba(n, S421)),
@@ -174,11 +177,11 @@ _ROWS: list[tuple[str, str, Callable[[str], ModelConfig]]] = [
     ("mamba-1.3b", "Table 3", lambda n: mamba(n, 2048, 48)),
     ("mamba-1.8b", "Tables 2, 11", lambda n: mamba(n, 2048, 64, S17.vocab)),
     ("mamba-130m", "mamba-130m's shape", lambda n: mamba(n, 768, 24, 50_280)),
-    ("llama2-438m", "Table 3", lambda n: transformer(n, S421, 12, S421.attention(None), tie=False)),
-    ("llama2-1.3b", "Table 3", lambda n: transformer(n, S13, 20, S13.attention(None))),
+    ("llama2-438m", "Table 3", lambda n: transformer(n, S421, 12, S421.full, tie=False)),
+    ("llama2-1.3b", "Table 3", lambda n: transformer(n, S13, 20, S13.full)),
     ("llama2-swa-438m", "Table 3", lambda n: transformer(n, S421, 12, S421.attention(), tie=False)),
     ("llama2-swa-1.3b", "Table 3", lambda n: transformer(n, S13, 20, S13.attention())),
-    ("llama3-1.6b", "Tables 2, 11", lambda n: transformer(n, S17, 24, S17.attention(None))),
+    ("llama3-1.6b", "Tables 2, 11", lambda n: transformer(n, S17, 24, S17.full)),
     ("mistral-1.6b", "Tables 2, 11", lambda n: transformer(n, S17, 24, S17.attention())),
     ("self-extend-llama3-1.6b", "Figures 2, 4",
      lambda n: transformer(n, S17, 24, SelfExtend(heads=S17.heads, kv_heads=S17.kv_heads))),
@@ -196,8 +199,8 @@ _ROWS: list[tuple[str, str, Callable[[str], ModelConfig]]] = [
     ("mamba-mlp-449m-full-5", "Table 5", lambda n: mamba_mlp(n, S421, (5,))),
     ("mamba-mlp-449m-full-0", "Table 5", lambda n: mamba_mlp(n, S421, (0,))),
     ("mamba-mlp-443m-full-1-5", "Table 5", lambda n: mamba_mlp(n, S421, (1, 5))),
-    ("samba-421m-window-512", "window ablation", lambda n: samba(n, S421, S421.attention(512))),
-    ("samba-421m-window-1024", "window ablation", lambda n: samba(n, S421, S421.attention(1024))),
+    ("samba-421m-window-512", "window ablation", lambda n: samba(n, replace(S421, window=512))),
+    ("samba-421m-window-1024", "window ablation", lambda n: samba(n, replace(S421, window=1024))),
     *(
         (f"samba-421m-heads-{s.heads}-{s.kv_heads}", "Table 6", lambda n, s=s: samba(n, s))
         for s in FEWER_HEADS
@@ -213,12 +216,53 @@ _ROWS: list[tuple[str, str, Callable[[str], ModelConfig]]] = [
     ("samba-421m-sc", "Table 10", lambda n: _with_short_conv(n, get("samba-421m"))),
 ]  # fmt: skip
 
+# Table 3 and what belongs to it, small: S27 with the MLP width that gives each model Samba's 26.6M parameters (those of
+# Tables 6 and 10 differ by up to 2.3%).
+_SMALL_ROWS: list[tuple[str, str, Callable[[str], ModelConfig]]] = [
+    ("samba-7m", "laptop", lambda n: samba(n, S7)),
+    ("swa-7m", "laptop twin", lambda n: transformer(n, replace(S7, mlp=736), S7.blocks, S7.attention())),
+    ("mamba-7m", "laptop twin", lambda n: mamba(n, S7.d_model, 14, S7.vocab)),
+    ("samba-27m", "Table 3, small", lambda n: samba(n, S27)),
+    ("samba-nope-27m", "Table 3, small", lambda n: samba(n, S27, S27.attention(rope=False))),
+    ("llama2-27m", "Table 3, small", lambda n: transformer(n, replace(S27, mlp=1184), 12, S27.full)),
+    ("llama2-swa-27m", "Table 3, small", lambda n: transformer(n, replace(S27, mlp=1184), 12, S27.attention())),
+    ("mamba-27m", "Table 3, small", lambda n: mamba(n, S27.d_model, 24, S27.vocab)),
+    ("sliding-gla-27m", "Table 3, small", lambda n: in_place_of_mamba(n, replace(S27, mlp=1184), _gla(S27))),
+    ("sliding-retnet-27m", "Table 3, small", lambda n: in_place_of_mamba(n, replace(S27, mlp=928), _retention(S27))),
+    ("mega-s6-27m", "Table 3, small", lambda n: mega_s6(n, replace(S27, mlp=992))),
+    ("mamba-swa-mlp-27m", "Table 3, small", lambda n: mamba_swa_mlp(n, replace(S27, mlp=1200), 8)),
+    ("mlp2-swa-mlp-27m", "Table 3, small",
+     lambda n: in_place_of_mamba(n, replace(S27, mlp=1056), SwiGLU(width=2 * S27.d_model))),
+    ("mamba-mlp-27m", "Table 2, small", lambda n: mamba_mlp(n, replace(S27, mlp=864))),
+    ("mamba-mlp-27m-full-11", "Table 5, small", lambda n: mamba_mlp(n, replace(S27, mlp=880), (11,))),
+    ("mamba-mlp-27m-full-5", "Table 5, small", lambda n: mamba_mlp(n, replace(S27, mlp=880), (5,))),
+    ("mamba-mlp-27m-full-0", "Table 5, small", lambda n: mamba_mlp(n, replace(S27, mlp=880), (0,))),
+    ("mamba-mlp-27m-full-1-5", "Table 5, small", lambda n: mamba_mlp(n, replace(S27, mlp=912), (1, 5))),
+    ("samba-27m-window-128", "window ablation, small", lambda n: samba(n, replace(S27, window=128))),
+    ("samba-27m-window-256", "window ablation, small", lambda n: samba(n, replace(S27, window=256))),
+    *(
+        (f"samba-27m-heads-{h}-{g}", "Table 6, small",
+         lambda n, h=h, g=g: samba(n, replace(S27, mlp=1152, heads=h, kv_heads=g)))
+        for h, g in HEADS
+    ),
+    *(
+        (f"llama2-swa-27m-heads-{h}-{g}", "Table 6, small",
+         lambda n, s=s: transformer(n, s, 12, s.attention()))
+        for h, g in HEADS
+        for s in (replace(S27, mlp=1376, heads=h, kv_heads=g),)
+    ),
+    *(
+        (f"{name}-sc", "Table 10, small", lambda n, name=name: _with_short_conv(n, get(name)))
+        for name in ("samba-27m", "llama2-swa-27m", "sliding-gla-27m", "sliding-retnet-27m")
+    ),
+]  # fmt: skip
+
 ZOO: dict[str, Entry] = {
     entry.name: entry
     for entry in (
-        *_small("nano", NANO),
+        *_small("micro", MICRO),
         *_small("tiny", TINY),
-        *(Entry(name, paper, functools.partial(build, name)) for name, paper, build in _ROWS),
+        *(Entry(name, paper, functools.partial(build, name)) for name, paper, build in (*_ROWS, *_SMALL_ROWS)),
     )
 }
 

@@ -43,14 +43,14 @@ def test_nan_is_no_parity() -> None:
 
 def test_language_model_against_transformers() -> None:
     pytest.importorskip("transformers")
-    figures = {f.name: f for f in language_model.run_language_model(prompt=70, decode=4, name="mamba-nano")}
+    figures = {f.name: f for f in language_model.run_language_model(prompt=70, decode=4, name="mamba-micro")}
     assert figures["parity: worst relative difference from transformers"].met
     assert all(f.value > 0 for f in figures.values())
 
 
 def test_memory_is_measured_in_processes_of_their_own() -> None:
     ballast = torch.ones(200_000_000 // 4)  # what this process holds must not count there
-    figures = memory.run_memory("samba-nano", 1_000, 9_000)
+    figures = memory.run_memory("samba-micro", 1_000, 9_000)
     parity, low, high, growth, speed = (f.value for f in figures)
     assert figures[0].met
     assert parity > 0  # chunks round otherwise; equal numbers would mean that nothing was compared
@@ -70,7 +70,7 @@ def test_no_memory_figure_without_parity(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(memory, "last_logits", forgetful)
     with pytest.raises(ParityError, match="read in chunks: off by"):
-        memory.run_memory("samba-nano", 100, 200)
+        memory.run_memory("samba-micro", 100, 200)
 
 
 def test_timing_parts() -> None:

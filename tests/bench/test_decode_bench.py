@@ -28,7 +28,7 @@ CEILINGS = Ceilings(copy=1e10, matmul=1e11)
 
 def run(device: torch.device = CPU, quantized: str | None = None) -> list[Figure]:
     given = {"tokens": 300, "contexts": (256, 1024), "steps": 4, "quantized": quantized}
-    return run_decode("samba-nano", CEILINGS, device, **given)[0]  # type: ignore[arg-type]
+    return run_decode("samba-micro", CEILINGS, device, **given)[0]  # type: ignore[arg-type]
 
 
 def test_everything_is_measured() -> None:
@@ -75,12 +75,12 @@ def test_what_fails_leaves_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(decode, "run_loading", broken)
     figures = run()
-    assert [(f.name, f.note) for f in figures if f.failed] == [("samba-nano, a context's file", "out of memory")]
+    assert [(f.name, f.note) for f in figures if f.failed] == [("samba-micro, a context's file", "out of memory")]
     assert len(figures) > 20
 
 
 def test_texts_stand_where_they_are_said_to() -> None:
-    texts = Steps(new_model(get("llama-nano"), CPU).eval(), 3)
+    texts = Steps(new_model(get("llama-micro"), CPU).eval(), 3)
     texts.fill(700)
     assert texts.slots.reserved == 700
     texts.both(2, 700, 5)
@@ -99,7 +99,7 @@ def test_it_tells_which_steps_were_timed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert notes == {"by model.step, not by the kernels for steps: no GPU that they run on"}
     monkeypatch.setattr(fast_step, "runs_on", lambda device: True)
     monkeypatch.setattr(fast_step, "why_not", lambda model: "")
-    assert Steps(new_model(get("samba-nano"), CPU), 1).plain == ""
+    assert Steps(new_model(get("samba-micro"), CPU), 1).plain == ""
 
 
 def test_quantised_weights_are_measured_without_the_bars_of_bf16() -> None:
@@ -107,7 +107,7 @@ def test_quantised_weights_are_measured_without_the_bars_of_bf16() -> None:
     assert not [f.note for f in figures if f.failed]
     steps = [f for f in figures if "a step: " in f.name]
     assert steps
-    assert all(f.name.startswith("samba-nano in int8, batch") and f.bar is None for f in steps)
+    assert all(f.name.startswith("samba-micro in int8, batch") and f.bar is None for f in steps)
 
 
 def test_the_least_that_a_step_moves() -> None:
@@ -117,8 +117,8 @@ def test_the_least_that_a_step_moves() -> None:
 
 
 def test_models_with_full_attention_are_refused() -> None:
-    with pytest.raises(UserError, match="llama-nano has full attention"):
-        run_decode("llama-nano", CEILINGS, CPU)
+    with pytest.raises(UserError, match="llama-micro has full attention"):
+        run_decode("llama-micro", CEILINGS, CPU)
 
 
 def test_bars_belong_to_what_is_measured() -> None:
@@ -130,11 +130,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(gpu, "require_gpu", lambda command: CPU)
     monkeypatch.setattr(ceilings, "measure_ceilings", lambda clock: CEILINGS)
     file = tmp_path / "d.json"
-    args = ["samba-nano", "--tokens", "100", "--contexts", "64", "256", "--steps", "2", "--profile"]
+    args = ["samba-micro", "--tokens", "100", "--contexts", "64", "256", "--steps", "2", "--profile"]
     assert main(["bench", "decode", *args, "--json", str(file)]) == 0
     record = json.loads(file.read_text())
     assert len(record["figures"]["decode"]) > 20
-    assert record["kernels"]["samba-nano"]
+    assert record["kernels"]["samba-micro"]
     assert "batch 16, greedy, a step: GPU" in capsys.readouterr().out
 
 

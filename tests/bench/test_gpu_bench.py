@@ -226,7 +226,7 @@ def test_the_narrow_twin_keeps_what_kernels_see(name: str) -> None:
 
 def test_training_steps_are_measured() -> None:
     figures, kernels = run_train(
-        "samba-nano", CEILINGS, CPU, batch=4, length=32, micro_batches=(2, 4), steps=2, profile=True
+        "samba-micro", CEILINGS, CPU, batch=4, length=32, micro_batches=(2, 4), steps=2, profile=True
     )
     speeds = [figure for figure in figures if figure.unit == "thousand tokens/s"]
     assert [figure.facts["micro_batch"] for figure in speeds] == [2, 4]
@@ -248,16 +248,16 @@ def test_no_training_speed_without_parity(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(training, "train_step", wrong)
     monkeypatch.setattr(training, "require_noise", lambda ours, exact, noise: require_noise(ours, exact, exact))
-    (figure,), _ = run_train("samba-nano", CEILINGS, CPU, batch=2, length=16, steps=2)
+    (figure,), _ = run_train("samba-micro", CEILINGS, CPU, batch=2, length=16, steps=2)
     assert figure.failed
     assert figure.note.startswith("parity: embedding: relative error 5.")
 
 
 def test_prefill_is_measured() -> None:
-    figures = run_prefill("samba-nano", CEILINGS, CPU, tokens=300, chunks=(300, 50), repeats=1)
+    figures = run_prefill("samba-micro", CEILINGS, CPU, tokens=300, chunks=(300, 50), repeats=1)
     assert not any(figure.failed for figure in figures)
     titles = [figure.name for figure in figures if figure.unit == "ms"]
-    assert titles == ["samba-nano, 300 tokens, all at once", "samba-nano, 300 tokens, 50 at once"]
+    assert titles == ["samba-micro, 300 tokens, all at once", "samba-micro, 300 tokens, 50 at once"]
     (agreement,) = [figure for figure in figures if figure.check]
     assert agreement.met  # exactly equal at times: bf16 logits of a small model
 
@@ -343,10 +343,10 @@ def test_the_command_writes_its_figures(
     assert record["ceilings"] == {"copy_bytes_per_s": 1e10, "matmul_flops_per_s": 1e11}
     assert record["figures"]["ops"][-1]["facts"]["repeats"] == 20
     assert "conv (1, 20, 8) k 4 backward" in capsys.readouterr().out
-    args = ["bench", "train", "samba-nano", "--batch", "2", "--length", "16", "--profile", "--json", str(file)]
+    args = ["bench", "train", "samba-micro", "--batch", "2", "--length", "16", "--profile", "--json", str(file)]
     assert main(args) == 0
     record = json.loads(file.read_text())
-    assert len(record["kernels"]["samba-nano"]) > 5
+    assert len(record["kernels"]["samba-micro"]) > 5
     wrong = replace(tiny("conv"), reference=lambda inputs: {"y": inputs["x"]})
     monkeypatch.setattr(ops, "OPERATIONS", {"conv": lambda: wrong})
     with pytest.raises(SystemExit) as stop:

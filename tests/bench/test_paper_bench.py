@@ -51,7 +51,7 @@ def named(figures: list[Figure], words: str) -> Figure:
 
 
 def test_every_way_to_cut_prompts_gives_the_same_logits() -> None:
-    model = samba_lm.create("samba-nano").eval()
+    model = samba_lm.create("samba-micro").eval()
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (3, 160))
     with torch.inference_mode():
         expected = model(torch.from_numpy(ids))[0][:, -1]
@@ -59,7 +59,7 @@ def test_every_way_to_cut_prompts_gives_the_same_logits() -> None:
         torch.testing.assert_close(read(model, ids, at_once), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["samba-nano", "llama-nano"])
+@pytest.mark.parametrize("name", ["samba-micro", "llama-micro"])
 def test_a_model_is_measured_whole(name: str) -> None:
     curves = measure(name, SMALL, CPU, FOREVER)
     assert curves.whole, curves.notes
@@ -82,7 +82,7 @@ def test_parity_of_self_extend_sees_far_keys() -> None:
 
 
 def test_what_runs_out_of_time_or_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    late = measure("samba-nano", SMALL, CPU, 0.0)
+    late = measure("samba-micro", SMALL, CPU, 0.0)
     assert set(late.notes) == {"prompts 1024", "prompts 2048", "steps 1024", "steps 2048"}
     assert set(late.notes.values()) == {paper.UP}
     figures = figures_of([late], SMALL, COPY)
@@ -92,7 +92,7 @@ def test_what_runs_out_of_time_or_fails_is_told(monkeypatch: pytest.MonkeyPatch)
         raise LookupError("no such\nkernel")
 
     monkeypatch.setattr(paper.decode, "check", broken)
-    wrong = measure("samba-nano", SMALL, CPU, FOREVER)
+    wrong = measure("samba-micro", SMALL, CPU, FOREVER)
     assert wrong.notes == {"all": "LookupError: no such kernel"}
     assert [figure.note for figure in figures_of([wrong], SMALL, COPY)] == ["LookupError: no such kernel"]
 
@@ -107,7 +107,7 @@ def test_prompts_that_memory_does_not_allow_are_cut(monkeypatch: pytest.MonkeyPa
         return torch.zeros(1)
 
     monkeypatch.setattr(paper, "read", scarce)
-    model = samba_lm.create("samba-nano")
+    model = samba_lm.create("samba-micro")
     times, taken = time_prompts(model, Plan(repeats=2), 131_072)
     assert (len(times), taken, tried) == (2, 16_384, [131_072, 65_536, 32_768, 16_384, 16_384])
     monkeypatch.setattr(paper, "LEAST_AT_ONCE", 65_536)
@@ -117,7 +117,7 @@ def test_prompts_that_memory_does_not_allow_are_cut(monkeypatch: pytest.MonkeyPa
 
 def test_one_run_is_as_long_as_its_steps() -> None:
     plan = Plan(1024, 1024, batch=2, steps=2)
-    run = generate("samba-nano", plan, CPU)
+    run = generate("samba-micro", plan, CPU)
     assert list(run) == [1024]
     ms = {1024: 1e3 * run[1024] / 1024}
     curves = Curves(SAMBA, steps=ms, gpu_steps=ms, notes={"prompts 1024": "-"})
@@ -183,28 +183,28 @@ def test_the_figure_is_drawn(tmp_path: Path) -> None:
     file = tmp_path / "speed.png"
     write_figure(file, [made_up(name) for name in MODELS], Plan(), "a test")
     assert file.read_bytes().startswith(b"\x89PNG")
-    write_figure(file, [Curves("samba-nano", notes={"all": "failed"})], Plan(), "a test")
+    write_figure(file, [Curves("samba-micro", notes={"all": "failed"})], Plan(), "a test")
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(gpu, "require_gpu", lambda command: CPU)
     monkeypatch.setattr(ceilings, "measure_ceilings", lambda clock: Ceilings(copy=1e10, matmul=1e11))
-    monkeypatch.setattr(paper, "SAMBA", "samba-nano")
+    monkeypatch.setattr(paper, "SAMBA", "samba-micro")
     file, figure = tmp_path / "p.json", tmp_path / "p.png"
     small = ["--tokens", "1024", "--generated", "1024", "--repeats", "1", "--steps", "2", "--json", str(file)]
-    args = ["bench", "paper", "--models", "samba-nano", "mamba-nano", *small]
+    args = ["bench", "paper", "--models", "samba-micro", "mamba-micro", *small]
     assert main([*args, "--figure", str(figure), "--full-run"]) == 0
     assert figure.read_bytes().startswith(b"\x89PNG")
     first = json.loads(file.read_text())
-    assert first["models"].keys() == {"samba-nano", "mamba-nano"}
+    assert first["models"].keys() == {"samba-micro", "mamba-micro"}
     assert first["plan"]["generated"] == 1024
     assert any("in one run" in row["name"] for row in first["figures"]["paper"])
     told = capsys.readouterr().out
     assert "Reading prompts, thousand tokens/s" in told
-    assert "mamba-nano: steps by model.step, not by the kernels for steps: no GPU that they run on" in told
-    assert any(line.startswith("mamba-nano ") for line in told.splitlines())
-    assert main(["bench", "paper", "--models", "samba-nano", *small, "--resume"]) == 0
+    assert "mamba-micro: steps by model.step, not by the kernels for steps: no GPU that they run on" in told
+    assert any(line.startswith("mamba-micro ") for line in told.splitlines())
+    assert main(["bench", "paper", "--models", "samba-micro", *small, "--resume"]) == 0
     assert json.loads(file.read_text())["models"] == first["models"]
     assert main([*args, "--resume", "--steps", "3"]) == 0
     assert "differs in plan" in capsys.readouterr().out
@@ -242,7 +242,7 @@ def test_the_defaults_are_the_bars() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["samba-nano", "llama-nano"])
+@pytest.mark.parametrize("name", ["samba-micro", "llama-micro"])
 def test_on_the_gpu(name: str) -> None:
     curves = measure(name, SMALL, torch.device("cuda"), FOREVER)
     assert curves.whole, curves.notes

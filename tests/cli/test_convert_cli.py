@@ -107,7 +107,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "exists and is not a samba-lm checkpoint" in told(out=tmp_path / "cut.safetensors")
 
 
-@pytest.mark.parametrize("name", ["llama-nano", "swa-nano", "mamba-nano"])
+@pytest.mark.parametrize("name", ["llama-micro", "swa-micro", "mamba-micro"])
 @torch.no_grad()
 def test_to_transformers_and_back(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, there, back = samba_lm.create(name, seed=3), tmp_path / "there", tmp_path / "back"
@@ -126,8 +126,8 @@ def test_to_transformers_and_back(name: str, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_from_transformers_replaces_checkpoints_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    to_transformers(samba_lm.create("mamba-nano"), tmp_path / "there")
-    samba_lm.save(samba_lm.create("samba-nano"), tmp_path / "out")
+    to_transformers(samba_lm.create("mamba-micro"), tmp_path / "there")
+    samba_lm.save(samba_lm.create("samba-micro"), tmp_path / "out")
     told = _told(capsys, "from-transformers", tmp_path / "there", "--out", tmp_path / "there")
     assert "exists and is not a samba-lm checkpoint" in told
     assert (tmp_path / "there" / "config.json").is_file()
@@ -136,10 +136,10 @@ def test_from_transformers_replaces_checkpoints_only(tmp_path: Path, capsys: pyt
 
 
 def test_to_transformers_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = _told(capsys, "to-transformers", "samba-nano", "--out", tmp_path / "out")
-    assert "'samba-nano' has no counterpart in transformers" in told
+    told = _told(capsys, "to-transformers", "samba-micro", "--out", tmp_path / "out")
+    assert "'samba-micro' has no counterpart in transformers" in told
     assert "There is no folder" in _told(capsys, "to-transformers", tmp_path / "x", "--out", tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").touch()
-    assert "choose another folder" in _told(capsys, "to-transformers", "swa-nano", "--out", tmp_path / "full")
+    assert "choose another folder" in _told(capsys, "to-transformers", "swa-micro", "--out", tmp_path / "full")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "full"]

@@ -210,8 +210,8 @@ def test_chat_answers_and_obeys_its_commands(checkpoint: Path, capsys, stdin, tm
 
 
 def test_an_untrained_model_is_announced(checkpoint: Path, capsys) -> None:
-    assert main(["generate", "samba-nano", "--max-tokens", "1"]) == 0
-    assert "samba-nano is untrained: its weights are random" in capsys.readouterr().err
+    assert main(["generate", "samba-micro", "--max-tokens", "1"]) == 0
+    assert "samba-micro is untrained: its weights are random" in capsys.readouterr().err
     assert main(["generate", str(checkpoint), "--max-tokens", "1"]) == 0
     assert "untrained" not in capsys.readouterr().err
 

@@ -196,9 +196,9 @@ def test_a_closed_pipe_is_quiet_where_rich_writes() -> None:
     [
         ("--help >&-", 0),
         ("tran 2>&-", 2),
-        ("models samba-nano >/dev/full", 2),
-        ("generate samba-nano - <&-", 2),
-        ("chat samba-nano <&-", 2),
+        ("models samba-micro >/dev/full", 2),
+        ("generate samba-micro - <&-", 2),
+        ("chat samba-micro <&-", 2),
     ],
 )
 def test_closed_and_full_streams(shell_line: str, code: int) -> None:
@@ -211,7 +211,7 @@ def test_closed_and_full_streams(shell_line: str, code: int) -> None:
 
 def test_a_narrow_encoding_shows_what_it_can() -> None:
     ran = subprocess.run(
-        [sys.executable, "-m", "samba_lm", "models", "samba-nano"],
+        [sys.executable, "-m", "samba_lm", "models", "samba-micro"],
         capture_output=True,
         check=True,
         env={**os.environ, "PYTHONIOENCODING": "ascii"},

@@ -85,7 +85,7 @@ def test_what_cannot_be_a_file_is_told_before_the_work(
 ) -> None:
     with pytest.raises(UserError, match=f"^{told}"):
         write_json(path, {})
-    assert main(["models", "samba-nano", "--json", path]) == 2
+    assert main(["models", "samba-micro", "--json", path]) == 2
     said = capsys.readouterr()
     assert told in said.err
     assert (said.out, said.err.count("\n")) == ("", 1)

@@ -28,7 +28,7 @@ STEPS = 30
 
 RECIPE = """
 [model]
-name = "samba-nano"
+name = "samba-micro"
 
 [data]
 train = "{data}"
@@ -226,7 +226,7 @@ def test_overrides_and_json(recipe: Path, tmp_path: Path, capsys: pytest.Capture
         (["--train.tokens", "9"], ["steps = 30", "tokens = 9", "--train.tokens None"]),
         (["--train.device", "tpu"], ["'tpu'", "cpu"]),
         (["--train.dtype", "fp8"], ["fp8", "bfloat16"]),
-        (["--model.name", "samba-nanno"], ["samba-nanno", "Did you mean 'samba-nano'"]),
+        (["--model.name", "samba-nanno"], ["samba-nanno", "Did you mean 'samba-micro'"]),
         (["--model.vocab-size", "100"], ["100", "257", "auto"]),
         (["--data.train", "nowhere"], ["nowhere", "data prepare"]),
         (["--model.init-from", "nowhere/at-all"], ["nowhere/at-all"]),
@@ -299,7 +299,7 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_made_rows_have_options_where_the_recipe_has_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "key.toml"
-    file.write_text('[model]\nname = "samba-nano"\n[data]\ntokenizer = "byte"\npasskey = {}\n[train]\nsteps = 1\n')
+    file.write_text('[model]\nname = "samba-micro"\n[data]\ntokenizer = "byte"\npasskey = {}\n[train]\nsteps = 1\n')
     options = ["--train.out", str(tmp_path / "run"), "--train.device=cpu", "--train.batch-size=2", "--train.length=600"]
     assert main(["train", str(file), *options, "--data.passkey.lengths", "300", "600"]) == 0
     assert "1 steps, 1,200 tokens" in capsys.readouterr().out

@@ -161,7 +161,7 @@ def test_the_layout_of_older_versions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), train_bpe(["the cat sat on the mat " * 9], 300)])
 def test_the_tokenizer_goes_along(tokenizer: Any, tmp_path: Path) -> None:
-    model = samba_lm.create("llama-nano")
+    model = samba_lm.create("llama-micro")
     to_transformers(model, tmp_path / "model", tokenizer)
     theirs = hf.AutoTokenizer.from_pretrained(tmp_path / "model")
     text = " The cat\n\tsat, <|endoftext\n naïve 猫 "
@@ -216,7 +216,7 @@ def test_what_our_layers_cannot_express(data: dict[str, Any], told: str) -> None
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["samba-nano", "mamba-mlp-1.9b", "self-extend-llama3-1.6b", "sliding-gla-438m"])
+@pytest.mark.parametrize("name", ["samba-micro", "mamba-mlp-1.9b", "self-extend-llama3-1.6b", "sliding-gla-438m"])
 def test_models_without_a_counterpart(name: str) -> None:
     with pytest.raises(UserError, match="has no counterpart in transformers"):
         transformers_config(zoo.get(name))

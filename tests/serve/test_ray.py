@@ -186,4 +186,4 @@ def test_replicas_without_a_common_place_are_refused() -> None:
     from samba_lm.serve.ray import Options, app
 
     with pytest.raises(UserError, match="contexts of their own"):
-        app(Options(checkpoint="samba-nano", replicas=2))
+        app(Options(checkpoint="samba-micro", replicas=2))

@@ -1,4 +1,4 @@
-"""A tiny real run: bytes of made-up text, samba-nano cut small, a few steps."""
+"""A tiny real run: bytes of made-up text, samba-micro cut small, a few steps."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def write_data(folder: Path, seed: int, documents: int = 12) -> Path:
 
 
 def tiny_recipe(data: Path, out: Path, **train: Any) -> Recipe:
-    """Six steps of samba-nano on ``data``/train into ``out``, with other [train] fields replaced."""
+    """Six steps of samba-micro on ``data``/train into ``out``, with other [train] fields replaced."""
     return Recipe.from_dict(
         {
-            "model": {"name": "samba-nano"},
+            "model": {"name": "samba-micro"},
             "data": {"train": str(data / "train"), "val": str(data / "val"), "documents": True},
             "train": {
                 "out": str(out),

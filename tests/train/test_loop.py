@@ -45,7 +45,7 @@ MakeRecipe = Callable[..., Recipe]
 
 
 def nano(seed: int = 0) -> SambaLM:
-    return checkpoint.create(zoo.get("samba-nano").with_overrides(vocab_size=320), seed=seed)
+    return checkpoint.create(zoo.get("samba-micro").with_overrides(vocab_size=320), seed=seed)
 
 
 def settings(**fields: object) -> TrainSection:

@@ -12,7 +12,7 @@ from samba_lm.train.observer import Plan, StepRecord
 
 
 def plan(first_step: int = 0, steps: int = 10) -> Plan:
-    return Plan("samba-nano", 1000, "cpu", first_step, steps, 64)
+    return Plan("samba-micro", 1000, "cpu", first_step, steps, 64)
 
 
 def record(step: int, val_loss: float | None = None, mfu: float | None = None) -> StepRecord:

@@ -16,7 +16,7 @@ def names_by_decay(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def test_norms_biases_and_state_space_scales_do_not_decay() -> None:
-    model = checkpoint.create("samba-nano")
+    model = checkpoint.create("samba-micro")
     decay = names_by_decay(model, build_optimizer(model, weight_decay=0.1, **SETTINGS))
     kept = {name for name, value in decay.items() if value == 0.0}
     leaves = {name.rpartition(".")[2] for name in kept}
@@ -28,7 +28,7 @@ def test_norms_biases_and_state_space_scales_do_not_decay() -> None:
 
 
 def test_decay_all_is_the_papers_choice() -> None:
-    model = checkpoint.create("samba-nano")
+    model = checkpoint.create("samba-micro")
     optimizer = build_optimizer(model, weight_decay=0.1, decay_all=True, **SETTINGS)
     assert set(names_by_decay(model, optimizer).values()) == {0.1}
 

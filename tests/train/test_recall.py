@@ -24,7 +24,7 @@ SMALL = ModelConfig(name="tiny", d_model=16, vocab_size=257, layers=(Mamba(state
 def recipe(out: Path, data: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **fields: Any) -> Recipe:
     settings = {"steps": 4, "batch_size": 2, "length": 640, "device": "cpu", "save_every": 1, "keep": 9, **fields}
     data = {"tokenizer": "byte", "passkey": PASSKEY} if data is None else data
-    model = model or {"name": "samba-nano", "overrides": {"d_model": 16}}
+    model = model or {"name": "samba-micro", "overrides": {"d_model": 16}}
     return Recipe.from_dict({"model": model, "data": data, "train": {"out": str(out), **settings}})
 
 

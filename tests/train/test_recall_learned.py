@@ -20,7 +20,7 @@ def test_samba_nano_learns_passkeys_and_the_control_does_not(tmp_path: Path) -> 
     """3,000 steps of 2,048 tokens, four minutes; the loss falls from step 1,000 on. Seen: 37 of 40 right."""
     train_bpe([TASK + " ".join(FILLER) * 3 + "\n" + KEY_LINE.format(key="?") + QUESTION + "\n"] * 4, 400).save(tmp_path)
     recipe = {
-        "model": {"name": "samba-nano"},
+        "model": {"name": "samba-micro"},
         "data": {
             "tokenizer": str(tmp_path),
             "passkey": {"lengths": [128, 256], "shares": [0.5, 0.5], "lm_weight": 0.2},

@@ -193,12 +193,12 @@ def replaced(recipe: Recipe, **sections: dict) -> Recipe:
 
 def test_another_model_is_refused_naming_both(recipe: MakeRecipe, whole: Path) -> None:
     before = sha256(whole)
-    with pytest.raises(UserError, match=r"samba-nano .*mamba-nano.*--fresh"):
-        train(replaced(recipe("whole"), model={"name": "mamba-nano"}))
+    with pytest.raises(UserError, match=r"samba-micro .*mamba-micro.*--fresh"):
+        train(replaced(recipe("whole"), model={"name": "mamba-micro"}))
     with pytest.raises(UserError, match=r"vocab_size = 320, but .* with 512"):
         train(replaced(recipe("whole"), model={"vocab_size": 512}))
-    other = checkpoint.create(zoo.get("llama-nano").with_overrides(vocab_size=320))
-    with pytest.raises(UserError, match=r"samba-nano .*llama-nano"):
+    other = checkpoint.create(zoo.get("llama-micro").with_overrides(vocab_size=320))
+    with pytest.raises(UserError, match=r"samba-micro .*llama-micro"):
         train(recipe("whole"), model=other)
     assert sha256(whole) == before
 
@@ -240,15 +240,15 @@ def test_fine_tuning_starts_from_the_checkpoints_weights(recipe: MakeRecipe, who
 
 
 def test_a_given_model_is_trained_in_place(recipe: MakeRecipe) -> None:
-    model = checkpoint.create(zoo.get("mamba-nano").with_overrides(vocab_size=320), seed=3)
+    model = checkpoint.create(zoo.get("mamba-micro").with_overrides(vocab_size=320), seed=3)
     result = train(recipe(steps=2), model=model)
     loaded, _ = checkpoint.load(result.folder)
-    assert loaded.config.name == "mamba-nano"
+    assert loaded.config.name == "mamba-micro"
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
     train(recipe(steps=3), model=model)
     with pytest.raises(UserError, match=r'has a vocabulary of 100: .* model.vocab_size = "auto" fits'):
-        train(recipe("small"), model=checkpoint.create(zoo.get("samba-nano").with_overrides(vocab_size=100)))
+        train(recipe("small"), model=checkpoint.create(zoo.get("samba-micro").with_overrides(vocab_size=100)))
 
 
 class Poison(Observer):
@@ -265,18 +265,18 @@ class Poison(Observer):
 
 
 def test_a_bad_loss_names_the_step_and_the_last_good_checkpoint(recipe: MakeRecipe, tmp_path: Path) -> None:
-    model = checkpoint.create(zoo.get("samba-nano").with_overrides(vocab_size=320))
+    model = checkpoint.create(zoo.get("samba-micro").with_overrides(vocab_size=320))
     with pytest.raises(UserError, match=r"Step 4: the loss is nan.* Last good checkpoint: .*step-00000002\.$"):
         train(recipe(), model=model, observer=Poison(model, 3))
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000002"]
     checkpoint.load(tmp_path / "run" / "step-00000002")
-    model = checkpoint.create(zoo.get("samba-nano").with_overrides(vocab_size=320))
+    model = checkpoint.create(zoo.get("samba-micro").with_overrides(vocab_size=320))
     with pytest.raises(UserError, match="Last good checkpoint: none yet"):
         train(recipe("early"), model=model, observer=Poison(model, 1))
 
 
 def test_weights_that_are_not_finite_are_never_saved(recipe: MakeRecipe, tmp_path: Path) -> None:
-    model = checkpoint.create(zoo.get("samba-nano").with_overrides(vocab_size=320))
+    model = checkpoint.create(zoo.get("samba-micro").with_overrides(vocab_size=320))
     with pytest.raises(UserError, match=r"Step 6: .* not saved.* Last good checkpoint: .*step-00000004\.$"):
         train(recipe(save_every=4), model=model, observer=Poison(model, 6))
     for lr in (1e300, 1e30):
