@@ -305,6 +305,71 @@ class MegaS6(LayerSpec):
         return f"z {self.z_dim}, chunk {self.chunk}, state {self.state}"
 
 
+class TwoPaths(LayerSpec):
+    """What both ways of running Mamba and attention beside each other share: the same normalised input, the values of
+    each path normalised and projected by its own last map, one state beside the other."""
+
+    mamba: Mamba = Mamba()
+    attention: Attention
+
+    def check(self, d_model: int) -> None:
+        paths: list[tuple[str, LayerSpec, type[LayerSpec]]] = [
+            ("mamba", self.mamba, Mamba),
+            ("attention", self.attention, Attention),
+        ]
+        for name, path, known in paths:
+            if type(path) is not known:
+                raise ValueError(f"{name} is a {type(path).__name__}: give {known.__name__}, no layer made from it")
+            try:
+                path.check(d_model)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+
+    def parameters(self, d_model: int) -> int:
+        norms = self.mamba.inner(d_model) + d_model
+        return self.mamba.parameters(d_model) + self.attention.parameters(d_model) + norms
+
+    def matmul_flops(self, d_model: int) -> int:
+        return self.mamba.matmul_flops(d_model) + self.attention.matmul_flops(d_model)
+
+    def context_flops(self, d_model: int, context: int) -> int:
+        return self.mamba.context_flops(d_model, context) + self.attention.context_flops(d_model, context)
+
+    def state_elements(self, d_model: int, context: int) -> tuple[int, int]:
+        light, heavy = zip(*(p.state_elements(d_model, context) for p in (self.mamba, self.attention)), strict=True)
+        return sum(light), sum(heavy)
+
+    def describe(self) -> str:
+        return f"mamba ({self.mamba.describe()}) beside attention ({self.attention.describe()})"
+
+
+class Parallel(TwoPaths):
+    """The mean of a Mamba and an attention path."""
+
+    kind: Literal["parallel"] = "parallel"
+
+
+class GatedParallel(TwoPaths):
+    """A mean of the two paths whose weights, one for each channel, are made from the input by a map of low rank."""
+
+    kind: Literal["gated"] = "gated"
+    gate_rank: int | None = None
+    """None: ceil(d_model / 16), as the rank of Mamba's step."""
+
+    def check(self, d_model: int) -> None:
+        super().check(d_model)
+        _positive(self, "gate_rank")
+
+    def rank(self, d_model: int) -> int:
+        return self.gate_rank or -(-d_model // 16)
+
+    def parameters(self, d_model: int) -> int:
+        return super().parameters(d_model) + (2 * self.rank(d_model) + 1) * d_model
+
+    def matmul_flops(self, d_model: int) -> int:
+        return super().matmul_flops(d_model) + 4 * self.rank(d_model) * d_model
+
+
 class ModelConfig(BaseModel):
     """A language model: embedding, ``layers`` (each ``x + f(norm(x))``), final norm, head. Frozen and validated."""
 

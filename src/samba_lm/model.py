@@ -11,7 +11,16 @@ from torch import nn
 
 from samba_lm.config import LayerSpec, ModelConfig
 from samba_lm.errors import UserError
-from samba_lm.mixers import attention, gla, mamba, mega, mlp, retention, self_extend  # noqa: F401 - they register
+from samba_lm.mixers import (  # noqa: F401 - they register
+    attention,
+    gla,
+    mamba,
+    mega,
+    mlp,
+    parallel,
+    retention,
+    self_extend,
+)
 from samba_lm.mixers.base import Tensors
 from samba_lm.mixers.registry import build_mixer
 from samba_lm.nn.init import RULES

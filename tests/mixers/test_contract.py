@@ -12,10 +12,12 @@ from samba_lm.config import (
     SPECS,
     Attention,
     GatedLinearAttention,
+    GatedParallel,
     LayerSpec,
     Mamba,
     MegaS6,
     ModelConfig,
+    Parallel,
     Retention,
     SelfExtend,
     SwiGLU,
@@ -41,10 +43,19 @@ CASES: dict[str, LayerSpec] = {
     "self-extend": SelfExtend(heads=4, kv_heads=2, group=3, neighbor_window=8),
     "gla": GatedLinearAttention(heads=2),
     "retention": Retention(heads=2),
+    "parallel": Parallel(attention=Attention(heads=4, window=7)),
+    "parallel-sc": Parallel(
+        mamba=Mamba(state=3, conv=2), attention=Attention(heads=4, kv_heads=2, window=6, short_conv=4)
+    ),
+    "parallel-full": Parallel(attention=Attention(heads=4, kv_heads=1)),
+    "gated": GatedParallel(attention=Attention(heads=4, kv_heads=2, window=7)),
+    "gated-wide": GatedParallel(
+        mamba=Mamba(expand=1), attention=Attention(heads=2, window=5, rope=False), gate_rank=24
+    ),
     "mega": MegaS6(z_dim=8, chunk=6, state=4),
     "mega-long-chunk": MegaS6(z_dim=8, chunk=64, state=4),
 }
-GROWING = {"full", "full-sc", "self-extend"}
+GROWING = {"full", "full-sc", "self-extend", "parallel-full"}
 WAYS = {"chunks": [3, 4, 17, 30], "one by one": list(range(1, 37))}
 # Ids as a packed row has them; padding at the right, at the left, in the middle of a document, and a row of one token.
 ROWS = [

@@ -14,6 +14,7 @@ from tolerances import assert_close
 from samba_lm.mixers.base import Mixer
 
 Tensors = dict[str, torch.Tensor]
+RINGS = {"k", "v", "near_k", "near_v"}
 
 
 def all_slots(position: int) -> int:
@@ -24,7 +25,7 @@ def all_slots(position: int) -> int:
 def held(state: Tensors, slots: int | None) -> Tensors:
     """The tensors of a mixer's state, rings cut to the ``slots`` of them that are in use."""
     return {
-        name: t[:, : min(slots, t.shape[1])] if name in ("k", "v", "near_k", "near_v") and slots is not None else t
+        name: t[:, : min(slots, t.shape[1])] if name.rpartition(".")[2] in RINGS and slots is not None else t
         for name, t in state.items()
         if name not in ("segment", "position")
     }

@@ -84,10 +84,15 @@ class AttentionMixer(Mixer):
         return rotate_split(qkv, cos, sin, self.spec.heads, self.spec.groups), state
 
     def mix(self, x: torch.Tensor, tensors: Tensors, span: Span) -> tuple[torch.Tensor, Tensors]:
+        y, tensors = self.values(x, tensors, span)
+        return self.out_proj(y), tensors
+
+    def values(self, x: torch.Tensor, tensors: Tensors, span: Span) -> tuple[torch.Tensor, Tensors]:
+        """What the last projection reads, [B, L, D], the heads side by side, and the new state."""
         (q, k, v), state = self.project(x, tensors, span, self.spec.rope)
         cache = tensors if self.spec.window is not None else kv_cache.grow(tensors, span, self.max_context)
         y, cache = attend(q, k, v, cache, span, self.spec.window)
-        return self.out_proj(y.flatten(2)), {**cache, **state}
+        return y.flatten(2), {**cache, **state}
 
     def init_tensors(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensors:
         slots = self.spec.window or 0

@@ -156,9 +156,13 @@ class MambaMixer(Mixer):
         self.out_proj = Linear(inner, config.d_model)
 
     def mix(self, x: torch.Tensor, tensors: Tensors, span: Span) -> tuple[torch.Tensor, Tensors]:
-        h, gate = self.in_proj.halves(x)
-        y, tensors = self.s6(h, gate, tensors, span)
+        y, tensors = self.values(x, tensors, span)
         return self.out_proj(y), tensors
+
+    def values(self, x: torch.Tensor, tensors: Tensors, span: Span) -> tuple[torch.Tensor, Tensors]:
+        """What the last projection reads, [B, L, E], and the new state."""
+        h, gate = self.in_proj.halves(x)
+        return self.s6(h, gate, tensors, span)
 
     def init_tensors(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensors:
         return self.s6.init_tensors(batch, device, dtype)
