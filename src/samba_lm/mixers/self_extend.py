@@ -24,7 +24,7 @@ class SelfExtendMixer(AttentionMixer):
     spec: SelfExtend
 
     def mix(self, x: torch.Tensor, tensors: Tensors, span: Span) -> tuple[torch.Tensor, Tensors]:
-        near, far = self._rotated(self.qkv(x), span)
+        near, far = self.rotated(self.qkv(x), span)
         ring = {"k": tensors["near_k"], "v": tensors["near_v"]}
         cache = kv_cache.grow({"k": tensors["k"], "v": tensors["v"]}, span, self.max_context)
         if span.length == 1:
@@ -35,7 +35,7 @@ class SelfExtendMixer(AttentionMixer):
             ring, cache = kv_cache.update(ring, *near[1:], span), kv_cache.update(cache, *far[1:], span)
         return self.out_proj(y.flatten(2)), {**cache, "near_k": ring["k"], "near_v": ring["v"]}
 
-    def _rotated(self, qkv: torch.Tensor, span: Span) -> tuple[Triple, Triple]:
+    def rotated(self, qkv: torch.Tensor, span: Span) -> tuple[Triple, Triple]:
         """q, k, v as near keys and their queries have them, and as far ones have."""
         spec, dim, dtype = self.spec, self.head_dim, state_dtype(qkv.dtype)
 
