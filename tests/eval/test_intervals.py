@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from samba_lm.eval.intervals import wilson
+from samba_lm.eval.intervals import mean_interval, student, wilson
 
 
 @pytest.mark.parametrize(
@@ -24,3 +26,26 @@ def test_more_tries_tell_more() -> None:
 def test_what_is_no_count() -> None:
     with pytest.raises(ValueError, match="3 of 2"):
         wilson(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "t"),  # a printed table's (Abramowitz and Stegun, 26.10)
+    [(1, 12.706), (2, 4.303), (3, 3.182), (9, 2.262), (10, 2.228), (30, 2.042), (120, 1.980), (10**6, 1.960)],
+)
+def test_students_table(degrees: int, t: float) -> None:
+    assert student(degrees) == pytest.approx(t, abs=5e-4)
+
+
+def test_means() -> None:
+    found = mean_interval([1.0, 2.0, 3.0, 4.0])
+    assert (found.mean, found.count) == (2.5, 4)
+    assert found.reach == pytest.approx(3.1824463 * math.sqrt(5 / 3 / 4))
+    assert (found.low, found.high) == (pytest.approx(2.5 - found.reach), pytest.approx(2.5 + found.reach))
+    assert mean_interval([7.0, 7.0]).reach == 0.0
+    alone = mean_interval([7.0])
+    assert alone.mean == 7.0
+    assert math.isnan(alone.low)
+    assert math.isnan(alone.reach)
+    assert math.isnan(mean_interval([]).mean)
+    with pytest.raises(ValueError, match="none"):
+        student(0)

@@ -1,8 +1,11 @@
-"""How far a share that was counted may be from the true one."""
+"""How far a share that was counted, or a mean, may be from the true one."""
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 CONFIDENCE = 0.95
 _Z = 1.959963984540054  # of the normal distribution at 97.5%
@@ -23,3 +26,58 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     reach = math.sqrt(share * (1 - share) * z2 + z2 * z2 / 4) / (1 + z2)
     # At either end the formula's own value is exact, but for rounding.
     return 0.0 if right == 0 else max(0.0, centre - reach), 1.0 if right == total else min(1.0, centre + reach)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean of ``count`` values and the ends of its 95% interval; NaN where there are too few."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @property
+    def reach(self) -> float:
+        """Half of the interval's width."""
+        return (self.high - self.low) / 2
+
+
+def mean_interval(values: Sequence[float]) -> Mean:
+    """The mean of independent values, and its 95% interval by Student's t: wide where they are few."""
+    count = len(values)
+    if not count:
+        return Mean(math.nan, math.nan, math.nan, 0)
+    mean = math.fsum(values) / count
+    if count == 1:
+        return Mean(mean, math.nan, math.nan, 1)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+    reach = student(count - 1) * math.sqrt(variance / count)
+    return Mean(mean, mean - reach, mean + reach, count)
+
+
+@functools.cache
+def student(degrees: int) -> float:
+    """How many standard errors a 95% interval reaches with so many degrees of freedom: 12.7 with 1, 1.96 with many."""
+    if degrees < 1:
+        raise ValueError(f"{degrees} degrees of freedom are none")
+    if degrees > 10_000:
+        return _Z
+    low, high = 0.0, 100.0
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, degrees) < CONFIDENCE else (low, middle)
+    return high
+
+
+def _within(t: float, degrees: int) -> float:
+    """The probability that Student's t is within -t .. t (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    cosine2 = math.cos(angle) ** 2
+    odd = degrees % 2
+    term, total = (math.cos(angle) if odd else 1.0), 0.0
+    for k in range(degrees // 2):
+        total += term
+        term *= cosine2 * (2 * k + 1 + odd) / (2 * k + 2 + odd)
+    inner = math.sin(angle) * total
+    return 2 / math.pi * (angle + inner) if odd else inner
