@@ -19,8 +19,9 @@ from samba_lm.engine.request import Request
 from samba_lm.errors import UserError
 from samba_lm.eval.passkey import PasskeyTask
 from samba_lm.eval.phonebook import PhonebookTask
-from samba_lm.eval.recall import Cell, Count, Plan, Trial, _emptied, _trial, complete, measure
-from samba_lm.eval.recall_figure import short, write_figure
+from samba_lm.eval.recall import Cell, Count, Plan, Trial, _emptied, _trial, measure
+from samba_lm.eval.recall_figure import write_figure
+from samba_lm.figures import short
 from samba_lm.generation.params import SamplingParams
 from samba_lm.model import SambaLM
 from samba_lm.tokenizer import ByteTokenizer
@@ -65,7 +66,7 @@ def test_a_phonebooks_answer_is_the_whole_line(written: str, read: str) -> None:
 def test_right_and_exact_are_told_apart() -> None:
     task = passkey()
     with Engine(model(), TOKENIZER) as engine:
-        (answer,) = complete(engine, [Request([np.arange(9)], SamplingParams(temperature=0.0, max_tokens=12))])
+        (answer,) = engine.complete([Request([np.arange(9)], SamplingParams(temperature=0.0, max_tokens=12))])
     written = np.array([token.id for token in answer.tokens])
     example = task.example((300, 0.0), 0)
     same = replace(example, answer=written[:5], text="none")
@@ -104,14 +105,14 @@ def test_the_control_knows_nothing_of_the_document() -> None:
     def first(examples: list[Example], emptied: bool) -> list[float | None]:
         with Engine(net, TOKENIZER, batch_invariant=True) as engine:
             nothing = SamplingParams(max_tokens=0)
-            ends = complete(engine, [Request([e.document], nothing, keep=True) for e in examples])
+            ends = engine.complete([Request([e.document], nothing, keep=True) for e in examples])
             readers = [_emptied(end.end.reader) if emptied else end.end.reader for end in ends]
             greedy = SamplingParams(temperature=0.0, max_tokens=1)
             asked = [
                 Request([e.question], greedy, context=reader, logprobs=0)
                 for e, reader in zip(examples, readers, strict=True)
             ]
-            return [answer.tokens[0].logprob for answer in complete(engine, asked)]
+            return [answer.tokens[0].logprob for answer in engine.complete(asked)]
 
     net = model()
     task = passkey(seed=None)
@@ -129,8 +130,8 @@ def test_a_seed_gives_the_same_texts_and_none_never_does() -> None:
         assert (texts[0] == texts[1]) is same
         assert len(set(texts[0])) > 1
     assert passkey(seed=None).settings()["seed"] == "operating system's randomness"
-    assert passkey(seed=3).fingerprint() != passkey(seed=4).fingerprint()
-    assert passkey(seed=3).fingerprint() == passkey(seed=3, sizes=(500,)).fingerprint()
+    assert passkey(seed=3).settings() != passkey(seed=4).settings()
+    assert passkey(seed=3).settings() == passkey(seed=3, sizes=(500,)).settings()
 
 
 def test_what_full_attention_cannot_hold_is_skipped() -> None:

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from tyro.conf import Positional
 
-from samba_lm.cli.eval import Lengths
+from samba_lm.cli.eval import (
+    STOPPED,
+    Checkpoints,
+    Lengths,
+    Output,
+    OutputOptions,
+    about,
+    check_checkpoints,
+    label,
+    progress,
+)
 from samba_lm.cli.model import Runtime, RuntimeOptions
-from samba_lm.cli.output import JsonFile, output_file
 from samba_lm.cli.parse import parse, several
-from samba_lm.cli.recall_results import Model, Results, by_size
+from samba_lm.cli.recall_results import RecallResults, by_size
+from samba_lm.cli.results import Model
 from samba_lm.errors import UserError
 
 if TYPE_CHECKING:
     from samba_lm.eval.recall import Cell, Plan, Task
-    from samba_lm.model import SambaLM
     from samba_lm.tokenizer import Tokenizer
 
 MakeTask = Callable[["Tokenizer"], "Task"]
@@ -56,28 +61,6 @@ def _pairs(words: list[str]) -> tuple[int, ...]:
 
 Depths = Annotated[tuple[float, ...], several("INT|FLOAT,FLOAT,...", _depths, "{:g}".format)]
 Pairs = Annotated[tuple[int, ...], several("INT..INT|INT,INT,...", _pairs)]
-Checkpoints = Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="CKPT ...")]]
-
-
-@dataclass(frozen=True)
-class Output:
-    """Where the results go."""
-
-    json: JsonFile = None
-    """Write every text's answer to this file. What an earlier run left there is kept, and not measured again."""
-    csv: Path | None = None
-    """Write a row for each cell to this file."""
-    figure: Path | None = None
-    """Draw the results: a PNG file."""
-
-    def check(self) -> None:
-        """Raise UserError where a file cannot be written."""
-        for path, option, example in ((self.csv, "--csv", "cells.csv"), (self.figure, "--figure", "cells.png")):
-            if path is not None:
-                output_file(path, option, example)
-
-
-OutputOptions = Annotated[Output, tyro.conf.arg(name="")]
 
 
 @dataclass(frozen=True)
@@ -152,8 +135,6 @@ def _phonebook(argv: list[str]) -> None:
 
 def _plan(options: Passkey | Phonebook, sizes: tuple[int, ...], depths: Sequence[float | None], trials: int) -> Plan:
     """What is asked. Mistakes in it and in the files' names are told before a model is loaded."""
-    if not options.checkpoints:
-        raise UserError("Which checkpoint? Give one or more folders first.")
     options.output.check()
     from samba_lm.eval.recall import Plan  # only now: --help should not wait for torch
 
@@ -165,8 +146,8 @@ def _run(options: Passkey | Phonebook, plan: Plan, make_task: MakeTask) -> None:
     from samba_lm.eval.recall import measure
 
     output = options.output
-    _check_checkpoints(options.checkpoints)
-    results: Results | None = None
+    check_checkpoints(options.checkpoints)
+    results: RecallResults | None = None
     models: list[Model] = []
     console = Console()
     try:
@@ -174,17 +155,17 @@ def _run(options: Passkey | Phonebook, plan: Plan, make_task: MakeTask) -> None:
             model, tokenizer = options.runtime.load(name)
             task = make_task(tokenizer)
             if results is None:
-                results = Results(output.json, task)
-            about = _about(name, model, tokenizer)
-            done = frozenset(cell.key for cell in results.of(about))
-            with _progress(_label(name, options.checkpoints)) as tell:
+                results = RecallResults(output.json, task)
+            facts = about(name, model, tokenizer)
+            done = frozenset(cell.key for cell in results.of(facts))
+            with progress(label(name, options.checkpoints)) as tell:
                 for cell in measure(model, tokenizer, task, without=done, progress=tell):
-                    results.add(about, cell)
-            models.append(about)
-            _print(console, name, task, results.of(about), kept=len(done))
+                    results.add(facts, cell)
+            models.append(facts)
+            _print(console, name, task, results.of(facts), kept=len(done))
     except KeyboardInterrupt:
         if results is not None and output.json is not None:
-            console.print("Stopped early. The same command goes on.", markup=False, highlight=False)
+            console.print(STOPPED, markup=False, highlight=False)
         raise
     finally:
         if results is not None:
@@ -195,21 +176,9 @@ def _run(options: Passkey | Phonebook, plan: Plan, make_task: MakeTask) -> None:
     if output.figure is not None:
         from samba_lm.eval.recall_figure import write_figure
 
-        found = {_label(str(about["name"]), options.checkpoints): results.of(about) for about in models}
+        found = {label(str(facts["name"]), options.checkpoints): results.of(facts) for facts in models}
         write_figure(output.figure, plan, found)
-    _check_controls([cell for about in models for cell in results.of(about)])
-
-
-def _check_checkpoints(names: Sequence[str]) -> None:
-    """Raise UserError for a checkpoint that is none or reads no text, before another is measured."""
-    from samba_lm import checkpoint, zoo
-
-    for name in names:
-        folder = checkpoint.latest_step(Path(name)) or Path(name)
-        if not folder.is_dir() and name not in zoo.names():
-            checkpoint.load(name)  # it says what is wrong
-        if folder.is_dir() and checkpoint.read_config(folder)[1] is None:
-            raise UserError(f"{name} has no tokenizer, so it can neither read nor write text: put its tokenizer there.")
+    _check_controls([cell for facts in models for cell in results.of(facts)])
 
 
 def _check_controls(cells: Sequence[Cell]) -> None:
@@ -221,31 +190,6 @@ def _check_controls(cells: Sequence[Cell]) -> None:
             f"With the state set to zero, {count.control_right} of {count.total} answers are still right: something "
             "but the state tells them, so these results say nothing."
         )
-
-
-def _about(name: str, model: SambaLM, tokenizer: Tokenizer) -> Model:
-    from samba_lm import checkpoint
-    from samba_lm.data.shards import file_sha256
-
-    folder = checkpoint.latest_step(Path(name)) or Path(name)
-    weights = folder / checkpoint.WEIGHTS
-    return {
-        "name": name,
-        "checkpoint": str(folder),
-        "weights_sha256": file_sha256(weights) if weights.is_file() else None,
-        "config": model.config.fingerprint(),
-        "model": model.config.to_dict(),
-        "tokenizer": tokenizer.fingerprint(),
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "quantized": model.quantized,
-    }
-
-
-def _label(name: str, among: Sequence[str]) -> str:
-    """The shortest name that tells a checkpoint from the others."""
-    last = Path(name).name
-    return last if sum(Path(other).name == last for other in among) == 1 else name
 
 
 def _print(console: Console, name: str, task: Task, cells: Sequence[Cell], *, kept: int) -> None:
@@ -296,13 +240,3 @@ def _skipped(cells: Sequence[Cell]) -> dict[str, list[int]]:
         if cell.skipped and cell.size not in found.setdefault(cell.skipped, []):
             found[cell.skipped].append(cell.size)
     return found
-
-
-@contextmanager
-def _progress(name: str) -> Iterator[Callable[[float], None]]:
-    """Yield a function to be told of the share that is done; draws a bar on stderr, if that is a terminal."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(name, total=1.0)
-        yield lambda done: progress.update(task, completed=done)

@@ -40,7 +40,7 @@ COMMANDS = (
     Command("ask", "ask about a context or a text", "samba_lm.cli.ask"),
     Command("chat", "talk with a checkpoint, its state kept between turns", "samba_lm.cli.chat"),
     Command("serve", "answer OpenAI's clients over HTTP", "samba_lm.cli.serve"),
-    Command("eval perplexity", "measure perplexity against context length", "samba_lm.cli.eval"),
+    Command("eval perplexity", "measure perplexity against context length", "samba_lm.cli.eval_perplexity"),
     Command("eval passkey", "measure what is found again in long texts: a key", "samba_lm.cli.eval_recall"),
     Command("eval phonebook", "measure what is found again: a phonebook's numbers", "samba_lm.cli.eval_recall"),
     Command("convert from-official", "read a checkpoint of the paper's reference code", "samba_lm.cli.convert"),

@@ -7,8 +7,6 @@ attention). Answers are greedy.
 from __future__ import annotations
 
 import abc
-import hashlib
-import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -111,10 +109,6 @@ class Task(abc.ABC):
         plan = self.plan
         seed = "operating system's randomness" if plan.seed is None else plan.seed
         return {"task": self.name, "trials": plan.trials, "seed": seed, "control": plan.control, **self.facts}
-
-    def fingerprint(self) -> str:
-        """sha256 of the settings: results of two are never put together."""
-        return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
