@@ -311,3 +311,9 @@ def test_json_that_python_refuses(tmp_path: Path, name: str, content: str) -> No
 def test_an_empty_name_is_not_the_current_folder() -> None:
     with pytest.raises(UserError, match="empty name"):
         parse_tokenizer("")
+
+
+def test_a_trained_bpe_reads_digits_one_by_one() -> None:
+    tokenizer = train_bpe(["in 1815 and 1815 and 1815 again, 1815"] * 9, 300)
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("1815")] == ["1", "8", "1", "5"]
+    assert tokenizer.decode(tokenizer.encode("the year 1815.")) == "the year 1815."

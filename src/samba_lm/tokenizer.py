@@ -217,6 +217,7 @@ class BpeSpec:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> FileTokenizer:
     """Train a byte-level BPE on ``texts``, read once; the same texts in the same order give the same tokenizer.
 
+    Digits stand alone, as in Llama's tokenizer: a number has one reading, whatever numbers the texts were full of.
     The result has fewer than ``vocab_size`` entries when the text has too few repeated pairs.
 
     Raises:
@@ -227,7 +228,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> FileTokenizer:
 
     _check_bpe_vocab(vocab_size)
     runner = tokenizers.Tokenizer(models.BPE())
-    runner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    runner.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
     runner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

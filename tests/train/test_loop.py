@@ -15,8 +15,10 @@ from kernels import DEVICE, needs_triton
 from torch._dynamo.utils import counters
 
 from samba_lm import checkpoint, zoo
+from samba_lm.data.ahead import Ahead
 from samba_lm.data.loader import Batch, Loader
 from samba_lm.data.shards import TokenDataset
+from samba_lm.errors import UserError
 from samba_lm.mixers import mamba
 from samba_lm.model import SambaLM
 from samba_lm.nn import recompute
@@ -337,3 +339,32 @@ def test_a_compiled_step_equals_an_eager_one(tmp_path: Path, monkeypatch: pytest
         assert a.grad is not None
         assert b.grad is not None
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_batches_are_made_ahead_in_order_and_errors_come_through() -> None:
+    class Counting:
+        batch_size, length = 1, 2
+
+        def __init__(self) -> None:
+            self.made: list[int] = []
+
+        def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+            self.made.append(step)
+            if step == 3:
+                raise UserError("the disk is gone")
+            ids = torch.full((1, 2), step)
+            return Batch(ids, ids, None)
+
+        def fingerprint(self) -> str:
+            return ""
+
+    source = Counting()
+    with Ahead(source, 0, 1, 5) as batches:
+        assert [int(batches.batch(step).input_ids[0, 0]) for step in (0, 1, 2)] == [0, 1, 2]
+        with pytest.raises(UserError, match="the disk is gone"):
+            batches.batch(3)
+    assert source.made == [0, 1, 2, 3]
+    source = Counting()
+    with Ahead(source, 0, 1, 2) as batches:
+        batches.batch(0), batches.batch(1)
+    assert source.made == [0, 1]

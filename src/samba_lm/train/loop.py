@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from samba_lm.data.ahead import Ahead
 from samba_lm.data.loader import Batch, Batches
 from samba_lm.errors import UserError
 from samba_lm.loss import IGNORE_INDEX, valid_tokens
@@ -120,56 +121,57 @@ def fit(
         )
     )
     try:
-        while progress.step < steps:
-            began = time.perf_counter()
-            lr = learning_rate(
-                progress.step,
-                steps=steps,
-                peak=settings.lr,
-                warmup_fraction=settings.warmup_fraction,
-                min_ratio=settings.min_lr_ratio,
-            )
-            set_learning_rate(optimizer, lr)
-            batch = loader.batch(progress.step, parallel.rank, parallel.world)
-            loss, grad_norm = train_step(model, optimizer, batch, settings, parallel, step=progress.step + 1)
-            elapsed = time.perf_counter() - began
-
-            tokens = loader.batch_size * loader.length
-            progress = replace(
-                progress,
-                step=progress.step + 1,
-                tokens=progress.tokens + tokens,
-                seconds=progress.seconds + elapsed,
-                loss=loss,
-            )
-            last = progress.step == steps
-            val_loss = None
-            if val is not None and (last or _due(progress.step, settings.eval_every)):
-                val_loss = evaluate(model, val, parallel)
-                if not math.isfinite(val_loss):
-                    raise NonFiniteError(_spoiled(progress.step, f"the validation loss is {val_loss}"))
-                best = val_loss if progress.best_val_loss is None else min(val_loss, progress.best_val_loss)
-                progress = replace(progress, val_loss=val_loss, best_val_loss=best)
-            rate = tokens / elapsed
-            observer.step(
-                StepRecord(
-                    step=progress.step,
-                    tokens=progress.tokens,
-                    loss=loss,
-                    lr=lr,
-                    grad_norm=grad_norm,
-                    tokens_per_s=rate,
-                    mfu=mfu(rate, flops, peak),
-                    val_loss=val_loss,
+        with Ahead(loader, parallel.rank, parallel.world, steps) as batches:
+            while progress.step < steps:
+                began = time.perf_counter()
+                lr = learning_rate(
+                    progress.step,
+                    steps=steps,
+                    peak=settings.lr,
+                    warmup_fraction=settings.warmup_fraction,
+                    min_ratio=settings.min_lr_ratio,
                 )
-            )
-            stopping = stop()
-            if last or stopping or _due(progress.step, settings.save_every):
-                check_finite(model, optimizer, progress.step)
-                if save is not None:
-                    save(progress)
-            if stopping:
-                break
+                set_learning_rate(optimizer, lr)
+                batch = batches.batch(progress.step)
+                loss, grad_norm = train_step(model, optimizer, batch, settings, parallel, step=progress.step + 1)
+                elapsed = time.perf_counter() - began
+
+                tokens = loader.batch_size * loader.length
+                progress = replace(
+                    progress,
+                    step=progress.step + 1,
+                    tokens=progress.tokens + tokens,
+                    seconds=progress.seconds + elapsed,
+                    loss=loss,
+                )
+                last = progress.step == steps
+                val_loss = None
+                if val is not None and (last or _due(progress.step, settings.eval_every)):
+                    val_loss = evaluate(model, val, parallel)
+                    if not math.isfinite(val_loss):
+                        raise NonFiniteError(_spoiled(progress.step, f"the validation loss is {val_loss}"))
+                    best = val_loss if progress.best_val_loss is None else min(val_loss, progress.best_val_loss)
+                    progress = replace(progress, val_loss=val_loss, best_val_loss=best)
+                rate = tokens / elapsed
+                observer.step(
+                    StepRecord(
+                        step=progress.step,
+                        tokens=progress.tokens,
+                        loss=loss,
+                        lr=lr,
+                        grad_norm=grad_norm,
+                        tokens_per_s=rate,
+                        mfu=mfu(rate, flops, peak),
+                        val_loss=val_loss,
+                    )
+                )
+                stopping = stop()
+                if last or stopping or _due(progress.step, settings.save_every):
+                    check_finite(model, optimizer, progress.step)
+                    if save is not None:
+                        save(progress)
+                if stopping:
+                    break
     finally:
         model.eval()
         observer.stopped()
