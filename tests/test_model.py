@@ -8,7 +8,18 @@ from tolerances import assert_close
 
 import samba_lm
 from samba_lm import zoo
-from samba_lm.config import Attention, GatedLinearAttention, Mamba, MegaS6, ModelConfig, Retention, SelfExtend, SwiGLU
+from samba_lm.config import (
+    Attention,
+    GatedLinearAttention,
+    GatedParallel,
+    Mamba,
+    MegaS6,
+    ModelConfig,
+    Parallel,
+    Retention,
+    SelfExtend,
+    SwiGLU,
+)
 from samba_lm.errors import UserError
 from samba_lm.model import SambaLM
 from samba_lm.state import State
@@ -26,6 +37,8 @@ STACKS = {
     "mega-s6": (MegaS6(z_dim=8, chunk=9), MLP),
     "mlp2-swa-mlp": (SwiGLU(width=64), MLP, Attention(heads=4, window=7), MLP),
     "self-extend": (SelfExtend(heads=4, group=3, neighbor_window=8), MLP),
+    "parallel": (Parallel(attention=Attention(heads=4, window=7)), MLP) * 2,
+    "gated": (GatedParallel(attention=Attention(heads=4, kv_heads=2, window=7, short_conv=4)), MLP) * 2,
 }
 
 
@@ -215,6 +228,14 @@ def test_a_state_of_another_batch_is_refused() -> None:
         ({"layers": [{"kind": "attention", "heads": 4, "windw": 9}]}, "Did you mean 'window'"),
         ({"layers": [{"kind": "attention", "heads": 32}]}, "even head dim"),
         ({"layers": [{"kind": "mamba", "dt_rank": 0}]}, "dt_rank=0 must be at least 1"),
+        (
+            {"layers": [{"kind": "parallel", "attention": {"heads": 5}}]},
+            "attention: heads=5 does not divide d_model=32",
+        ),
+        ({"layers": [{"kind": "parallel", "attention": {"heads": 4, "windw": 9}}]}, "windw = 9.*mean 'window'"),
+        ({"layers": [{"kind": "gated", "attention": {"heads": 4}, "mamba": {"state": 0}}]}, "mamba: state=0 must be"),
+        ({"layers": [{"kind": "gated", "attention": {"heads": 4}, "gate_rank": 0}]}, "gate_rank=0 must be at least 1"),
+        ({"layers": [{"kind": "gated", "mamba": {}}]}, "attention is missing"),
         ({"layers": [{"kind": "attention", "heads": 4, "rope_base": -1}]}, "rope_base=-1.0 must be above 0"),
         ({"norm_eps": 0}, "norm_eps=0.0 must be above 0"),
         ({"layers": 5}, "layers must be a list"),

@@ -340,7 +340,7 @@ class TwoPaths(LayerSpec):
         return sum(light), sum(heavy)
 
     def describe(self) -> str:
-        return f"mamba ({self.mamba.describe()}) beside attention ({self.attention.describe()})"
+        return f"{self.mamba.describe()} | {self.attention.describe()}"
 
 
 class Parallel(TwoPaths):
