@@ -49,10 +49,8 @@ def write_figure(path: Path, plan: Plan, found: Mapping[str, Sequence[Cell]]) ->
     write_png(path, figure)
 
 
-def heat_maps(
-    sizes: Sequence[int], depths: Sequence[float], found: Mapping[str, Spots], *, titles: bool = True
-) -> Figure:
-    """One map for each model, by its name: depth downwards, length to the right."""
+def heat_maps(sizes: Sequence[int], depths: Sequence[float], found: Mapping[str, Spots]) -> Figure:
+    """One map for each model, by its name, with a scale beside them all."""
     from matplotlib.figure import Figure
 
     wide = max(2.4, 0.55 * len(sizes) + 1.2)
@@ -63,18 +61,32 @@ def heat_maps(
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for spare in axes[len(found) :]:
         spare.set_axis_off()
-    mesh = None
+    mesh: Any = None
     for one, (name, spots) in zip(axes, found.items(), strict=False):
         mesh = _heat_map(one, sizes, depths, spots)
-        if titles:
-            right, total = (sum(getattr(spot, part) for spot in spots.values()) for part in ("right", "total"))
-            one.set_title(f"{name}\n{right} of {total} right" if total else name, fontsize=9)
+        one.set_title(f"{name}\n{tally(spots)}", fontsize=9)
     bar = figure.colorbar(mesh, ax=list(axes), fraction=0.05, pad=0.02)
     bar.set_label("right answers", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     bar.ax.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     bar.outline.set_visible(False)
     return figure
+
+
+def heat_map(sizes: Sequence[int], depths: Sequence[float], spots: Spots) -> Figure:
+    """One model's map alone, as small as it can be read."""
+    from matplotlib.figure import Figure
+
+    size = (max(1.6, 0.34 * len(sizes)) + 0.75, max(1.0, 0.2 * len(depths)) + 0.55)
+    figure = Figure(figsize=size, layout="constrained")
+    _heat_map(figure.subplots(), sizes, depths, spots)
+    return figure
+
+
+def tally(spots: Spots) -> str:
+    """How many answers of how many were right, in words."""
+    total = sum(spot.total for spot in spots.values())
+    return f"{sum(spot.right for spot in spots.values())} of {total} right" if total else "not measured"
 
 
 def phonebook_curves(
@@ -108,10 +120,12 @@ def phonebook_curves(
 
 
 def _heat_map(axes: Any, sizes: Sequence[int], depths: Sequence[float], spots: Spots) -> Any:
-    """Grey where nothing was measured, with a cross where it was skipped."""
+    """Depth downwards, length to the right; grey where nothing was measured, with a cross where it was skipped."""
     grid = np.full((len(depths), len(sizes)), np.nan)
-    for (size, depth), spot in spots.items():
-        row, column = depths.index(depth), sizes.index(size)  # type: ignore[arg-type]  # a map's spots have depths
+    for row, column in np.ndindex(grid.shape):
+        spot = spots.get((sizes[column], depths[row]))
+        if spot is None:
+            continue
         if spot.total:
             grid[row, column] = spot.right / spot.total
         else:
