@@ -74,11 +74,15 @@ def _without_grad(
     A2 = _log2_decay(A)
     h = state.transpose(1, 2).contiguous()
     y = torch.empty(length, batch, E, dtype=dtype, device=u.device)
-    for start, stop in _blocks(u, N):
+    blocks = _blocks(u, N)
+    # One pair of buffers for all blocks: fresh ones would come from the system each time, page by page.
+    buffers = y.new_empty(2, blocks[0][1], batch, N, E)
+    for start, stop in blocks:
         part = slice(start, stop)
         u_part, C_part = u[:, part].to(dtype), C[:, part].to(dtype)
         step = _step(delta[:, part].to(dtype), delta_bias, None if padding is None else padding[:, part])
-        block = _Block(u_part, step, A2, B[:, part].to(dtype), None if resets is None else resets[:, part], h)
+        resets_part = None if resets is None else resets[:, part]
+        block = _Block(u_part, step, A2, B[:, part].to(dtype), resets_part, h, buffers[:, : stop - start])
         out = y[part]
         torch.bmm(C_part.transpose(0, 1).reshape(-1, 1, N), block.states.view(-1, N, E), out=out.view(-1, 1, E))
         if D is not None:
@@ -95,7 +99,10 @@ def _log2_decay(A: torch.Tensor) -> torch.Tensor:
 
 
 class _Block:
-    """The decays and states of one block of tokens, time first: [T, B, N, E]; u, step [B, T, E], B [B, T, N]."""
+    """The decays and states of one block of tokens, time first: [T, B, N, E]; u, step [B, T, E], B [B, T, N].
+
+    ``buffers``: [2, T, B, N, E] to keep them in; None: new ones.
+    """
 
     def __init__(
         self,
@@ -105,11 +112,13 @@ class _Block:
         B: torch.Tensor,
         resets: torch.Tensor | None,
         h: torch.Tensor,
+        buffers: torch.Tensor | None = None,
     ) -> None:
         self.u, self.step, self.B = u.transpose(0, 1), step.transpose(0, 1), B.transpose(0, 1)
         self.du = self.step * self.u
         # out= keeps the buffers time-first and contiguous; without it they would take the inputs' strides.
-        buffers = step.new_empty(2, *self.step.shape[:2], *A2.shape)
+        if buffers is None:
+            buffers = step.new_empty(2, *self.step.shape[:2], *A2.shape)
         self.decay = torch.mul(self.step[:, :, None, :], A2, out=buffers[0]).exp2_()
         if resets is not None:
             self.decay.masked_fill_(resets.transpose(0, 1)[:, :, None, None], 0.0)

@@ -13,6 +13,8 @@ from samba_lm.ops.backend import compute_dtype
 
 BLOCK = 256
 """Queries whose scores are held at once where a window does not say it."""
+SMALLEST_BLOCK = 32
+"""Queries of a block at least. With a window, blocks are a quarter of it: fewer scores outside of it, more calls."""
 
 
 def attention_cpu(
@@ -28,7 +30,7 @@ def attention_cpu(
     length, keys = q.shape[1], k.shape[1]
     if window is None or window >= keys:
         return _full(q, k, v, q_documents, k_documents, scale)
-    block = min(max(32, min(window, 256)), length)
+    block = min(max(SMALLEST_BLOCK, min(window // 4, BLOCK)), length)
     n_blocks = -(-length // block)
     tail = n_blocks * block - length  # queries added at the end so that the last block is whole
     head = max(0, window - 1 - (keys - length))  # keys missing at the start of the first block's band
@@ -39,19 +41,22 @@ def attention_cpu(
     v = F.pad(v[:, drop:], (0, 0, 0, 0, head, tail)).unfold(1, band, block)
     row = torch.arange(block, device=q.device)[:, None]
     column = torch.arange(band, device=q.device)
-    allowed = ((column >= row) & (column < row + window))[None, None]  # [1, 1, block, band]
-    first_key = torch.arange(n_blocks, device=q.device)[:, None] * block - head
-    allowed = allowed & ((column + first_key >= 0)[:, None] | (column == row + window - 1))[None]
+    allowed = ((column >= row) & (column < row + window))[None, None]  # [1, 1, block, band]: for all blocks
+    batch = q.shape[0]
+    if head:
+        first_key = torch.arange(n_blocks, device=q.device)[:, None] * block - head
+        allowed = allowed & ((column + first_key >= 0)[:, None] | (column == row + window - 1))[None]
     if q_documents is not None and k_documents is not None:
         q_docs = F.pad(q_documents, (0, tail), value=-9).unflatten(1, (n_blocks, block))
         k_docs = F.pad(k_documents[:, drop:], (head, tail), value=-9).unfold(1, band, block)
         allowed = allowed & (q_docs[..., None] == k_docs[:, :, None, :])
-    batch = q.shape[0]
+    if allowed.numel() > block * band:
+        allowed = allowed.expand(batch, n_blocks, block, band)
     out = _sdpa(
         q.flatten(0, 1).transpose(1, 2),
         k.permute(0, 1, 2, 4, 3).flatten(0, 1),
         v.permute(0, 1, 2, 4, 3).flatten(0, 1),
-        allowed.expand(batch, n_blocks, block, band).flatten(0, 1)[:, None],
+        allowed.flatten(0, 1)[:, None],
         scale,
     )  # [B n, H, block, Kv]
     return out.transpose(1, 2).unflatten(0, (batch, n_blocks)).flatten(1, 2)[:, :length]
@@ -84,9 +89,8 @@ def _full(
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor, scale: float) -> torch.Tensor:
-    share = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale, enable_gqa=grouped)
 
 
 def attention_cpu_lse(
