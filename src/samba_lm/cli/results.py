@@ -81,14 +81,10 @@ class Results(abc.ABC, Generic[T]):
 
     def write_csv(self, path: Path, models: Sequence[Model]) -> None:
         """Write these models' items as rows, one for each."""
-        rows = [{"checkpoint": model["name"], **self.csv_row(item)} for model in models for item in self.of(model)]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else ["checkpoint"], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            blank = {key: "" for key, value in row.items() if value is None or value != value}
-            writer.writerow(row | blank)
-        write_text(path, text.getvalue())
+        write_rows(
+            path,
+            [{"checkpoint": model["name"], **self.csv_row(item)} for model in models for item in self.of(model)],
+        )
 
     @abc.abstractmethod
     def key(self, item: T) -> Hashable:
@@ -148,6 +144,16 @@ class Results(abc.ABC, Generic[T]):
                 f"{path} holds results with {_difference(before, self.settings)}: give the same settings to go on, or "
                 "another file with --json."
             )
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write rows of the same columns as CSV, with nothing where a value is None or NaN."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else ["checkpoint"], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: "" if value is None or value != value else value for key, value in row.items()})
+    write_text(path, text.getvalue())
 
 
 def _difference(before: Any, now: Mapping[str, object]) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -20,7 +20,9 @@ from torch import nn
 
 from samba_lm.config import LayerSpec
 from samba_lm.errors import UserError
+from samba_lm.eval.intervals import mean_interval
 from samba_lm.eval.records import Record
+from samba_lm.memory import ran_out
 from samba_lm.mixers.attention import AttentionMixer
 from samba_lm.mixers.base import state_dtype
 from samba_lm.mixers.linear_attention import LinearAttentionMixer
@@ -33,6 +35,8 @@ from samba_lm.tokenizer import Tokenizer
 
 Kind = Literal["attention", "selection"]
 KINDS: tuple[Kind, ...] = ("attention", "selection")
+Where = tuple[int, Kind]
+"""A block and what is measured in it."""
 
 SCORES_AT_ONCE = 1 << 24
 """Numbers of the largest matrix made at once: attention is seen some queries at a time, steps some channels."""
@@ -41,23 +45,6 @@ MEANING = (
     "Delta' = Delta / (sum of Delta over the text), -(1/d_e) sum over channels and positions of Delta' log Delta'. "
     "In nats; share is of the largest value possible, log of the keys in sight or of the tokens."
 )
-
-
-@dataclass(frozen=True)
-class Place:
-    """A layer that an entropy is measured in.
-
-    Attributes:
-        block: number of the mixer among the model's mixers, from 0 (an MLP after it belongs to its block).
-        layer: number of the residual layer, from 0.
-        mixer: the kind of its spec.
-        kind: what is measured.
-    """
-
-    block: int
-    layer: int
-    mixer: str
-    kind: Kind
 
 
 @dataclass(frozen=True)
@@ -84,28 +71,65 @@ class Sample:
 
 @dataclass(frozen=True)
 class Reading:
-    """The entropies of one sample in every place, in the order of :func:`places`, or why there are none."""
+    """The entropies of one sample, or why there are none."""
 
     row: int
     tokens: int
     decoded: int
-    entropies: tuple[Entropy, ...] = ()
+    entropies: Mapping[Where, Entropy] = field(default_factory=dict)
     skipped: str = ""
 
 
-def places(model: SambaLM) -> list[Place]:
-    """Where the model has an entropy, from its first layer on; a layer may have both kinds."""
+@dataclass(frozen=True)
+class Block:
+    """What was found in a block: means over the samples, with the ends of their 95% intervals (NaN for one sample).
+
+    Attributes:
+        block: its number, from 0. kind: what was measured.
+        samples: how many.
+        nats, low, high: the entropy. most: the mean of the largest possible.
+        share, share_low, share_high: of the largest possible.
+    """
+
+    block: int
+    kind: Kind
+    samples: int
+    nats: float
+    low: float
+    high: float
+    most: float
+    share: float
+    share_low: float
+    share_high: float
+
+
+def by_block(readings: Sequence[Reading]) -> list[Block]:
+    """The means over the readings, block by block, attention before selection."""
     found = []
-    for block, layer, spec, module in _mixers(model):
+    for block, kind in sorted({where for reading in readings for where in reading.entropies}):
+        values = [reading.entropies[block, kind] for reading in readings if (block, kind) in reading.entropies]
+        nats = mean_interval([value.nats for value in values])
+        share = mean_interval([value.share for value in values if value.most > 0])
+        most = mean_interval([value.most for value in values]).mean
+        found.append(
+            Block(block, kind, nats.count, nats.mean, nats.low, nats.high, most, share.mean, share.low, share.high)
+        )
+    return found
+
+
+def places(model: SambaLM) -> list[Where]:
+    """Where the model has an entropy. A block is a mixer, counted from 0, and the MLP after it; it may have both."""
+    found: list[Where] = []
+    for block, _, module in _mixers(model):
         kinds = {_kind(part) for part in module.modules()}
-        found += [Place(block, layer, spec.kind, kind) for kind in KINDS if kind in kinds]
+        found += [(block, kind) for kind in KINDS if kind in kinds]
     return found
 
 
 def left_out(model: SambaLM) -> dict[int, str]:
     """Blocks with a mixer that has no entropy, or one that is not measured, and why."""
     found = {}
-    for block, _, spec, module in _mixers(model):
+    for block, spec, module in _mixers(model):
         parts = list(module.modules())
         if any(isinstance(part, MegaS6Mixer) for part in parts):
             found[block] = "mega_s6: of its two, only the selection's is measured"
@@ -116,11 +140,12 @@ def left_out(model: SambaLM) -> dict[int, str]:
     return found
 
 
-def _mixers(model: SambaLM) -> Iterator[tuple[int, int, LayerSpec, nn.Module]]:
-    specs = model.config.layers
-    numbers = [i for i, spec in enumerate(specs) if spec.is_mixer]
-    for block, i in enumerate(numbers):
-        yield block, i, specs[i], model.layers[i]
+def _mixers(model: SambaLM) -> Iterator[tuple[int, LayerSpec, nn.Module]]:
+    """The blocks: their number, their mixer's spec and their layer."""
+    both = zip(model.config.layers, model.layers, strict=True)
+    mixers = ((spec, layer) for spec, layer in both if spec.is_mixer)
+    for block, (spec, layer) in enumerate(mixers):
+        yield block, spec, layer
 
 
 def _kind(part: nn.Module) -> Kind | None:
@@ -154,47 +179,46 @@ def measure(
     told the share of the tokens that were read. Raises UserError where an entropy is not finite.
     """
     whole, done = sum(text.tokens.size for text in texts), 0
-    where = places(model)
     for text in texts:
-        yield _reading(model, where, text)
+        yield _reading(model, text)
         done += text.tokens.size
         if progress is not None:
             progress(done / whole)
 
 
-def _reading(model: SambaLM, where: Sequence[Place], text: Sample) -> Reading:
+def _reading(model: SambaLM, text: Sample) -> Reading:
     facts = text.row, text.tokens.size, text.decoded
     if not 0 < text.decoded <= text.tokens.size:
         raise ValueError(f"{text.decoded} of {text.tokens.size} tokens cannot be the answer's")
     most, far = model.config.max_context, 1 << 30
     grows = model.config.state_bytes(far) != model.config.state_bytes(2 * far)
     if grows and text.tokens.size > most:
-        reason = f"full attention would have to hold {text.tokens.size:,} tokens, max_context is {most:,}"
-        return Reading(*facts, skipped=reason)
+        return Reading(*facts, skipped=f"full attention would have to hold more tokens than max_context = {most:,}")
     try:
         found = entropies(model, torch.from_numpy(text.tokens)[None].to(model.device), text.decoded)
-    except torch.OutOfMemoryError:
-        return Reading(*facts, skipped=f"out of memory with {text.tokens.size:,} tokens")
-    values = tuple(found[place.layer, place.kind] for place in where)
-    if not all(math.isfinite(value.nats) for value in values):
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        return Reading(*facts, skipped="out of memory")
+    if not all(math.isfinite(value.nats) for value in found.values()):
         raise UserError(
             f"An entropy is not finite: the model's numbers are not either in row {text.row} (do its weights hold NaN, "
             "or does its dtype overflow?)."
         )
-    return Reading(*facts, values)
+    return Reading(*facts, found)
 
 
 @torch.no_grad()
-def entropies(model: SambaLM, input_ids: torch.Tensor, decoded: int) -> dict[tuple[int, Kind], Entropy]:
-    """The entropies of one text by layer and kind: input_ids int64 [1, L], the last ``decoded`` the answer's."""
+def entropies(model: SambaLM, input_ids: torch.Tensor, decoded: int) -> dict[Where, Entropy]:
+    """The entropies of one text: input_ids int64 [1, L], of which the last ``decoded`` are the answer's."""
     span = Span.of(1, input_ids.shape[1], input_ids.device, None, None, keep=False)
-    found: dict[tuple[int, Kind], Entropy] = {}
+    found: dict[Where, Entropy] = {}
 
-    def looked(layer: int, heads: Heads) -> None:
-        found[layer, "attention"] = attention_entropy(heads, decoded)
+    def looked(block: int, heads: Heads) -> None:
+        found[block, "attention"] = attention_entropy(heads, decoded)
 
-    def selected(layer: int, steps: torch.Tensor) -> None:
-        found[layer, "selection"] = selection_entropy(steps)
+    def selected(block: int, steps: torch.Tensor) -> None:
+        found[block, "selection"] = selection_entropy(steps)
 
     with evaluating(model), watching(model, span, looked, selected):
         model.run(input_ids, None, span)
@@ -276,35 +300,35 @@ def selection_entropy(steps: torch.Tensor) -> Entropy:
 def watching(
     model: SambaLM, span: Span, looked: Callable[[int, Heads], None], selected: Callable[[int, torch.Tensor], None]
 ) -> Iterator[None]:
-    """While the model runs over ``span``, one text from its beginning, call ``looked`` with each attention's layer and
-    heads and ``selected`` with each selection's layer and steps [L, E]."""
+    """While the model runs over ``span``, one text from its beginning, call ``looked`` with each attention's block and
+    heads, and ``selected`` with each selection's block and steps [L, E]."""
     hooks = []
     busy = False
 
-    def attends(layer: int, mixer: AttentionMixer) -> Callable[..., None]:
+    def attends(block: int, mixer: AttentionMixer) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[torch.Tensor], qkv: torch.Tensor) -> None:
             nonlocal busy
             if not busy:  # queries and keys are made by calling the product once more
                 busy = True
                 heads = _heads(mixer, inputs[0], qkv, span)
                 busy = False
-                looked(layer, heads)
+                looked(block, heads)
 
         return hook
 
-    def selects(layer: int, s6: S6) -> Callable[..., None]:
+    def selects(block: int, s6: S6) -> Callable[..., None]:
         def hook(_: nn.Module, __: object, step: torch.Tensor) -> None:
             dtype = state_dtype(step.dtype)
-            selected(layer, F.softplus(step[0].to(dtype) + s6.selection.dt_bias.to(dtype)))
+            selected(block, F.softplus(step[0].to(dtype) + s6.selection.dt_bias.to(dtype)))
 
         return hook
 
-    for i, layer in enumerate(model.layers):
+    for block, _, layer in _mixers(model):
         for part in layer.modules():
             if isinstance(part, AttentionMixer):
-                hooks.append(part.qkv.register_forward_hook(attends(i, part)))
+                hooks.append(part.qkv.register_forward_hook(attends(block, part)))
             elif isinstance(part, S6):
-                hooks.append(part.dt_proj.register_forward_hook(selects(i, part)))
+                hooks.append(part.dt_proj.register_forward_hook(selects(block, part)))
     try:
         yield
     finally:
