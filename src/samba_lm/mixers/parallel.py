@@ -61,7 +61,7 @@ class ParallelMixer(TwoPathsMixer):
     """(m + a) / 2."""
 
     def combine(self, x: torch.Tensor, m: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        return (m + a) * 0.5
+        return torch.lerp(a, m, 0.5)
 
 
 @register_mixer(GatedParallel)
