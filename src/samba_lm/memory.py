@@ -1,7 +1,8 @@
-"""How much memory this process has taken."""
+"""How much memory this process has taken, may still take, and whether it was too little."""
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
@@ -16,3 +17,30 @@ def peak_memory() -> int:
         return 1024 * int(peak.split()[1])
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB elsewhere
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def free_memory() -> int | None:
+    """Bytes that this process may still take without the machine's or its container's limit; None where unknown."""
+    if sys.platform != "linux":
+        return None
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    with contextlib.suppress(OSError, ValueError, StopIteration):  # no container, or one without a limit ("max")
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text(encoding="utf-8"))
+        held = int((group / "memory.current").read_text(encoding="utf-8"))
+        stat = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+        files = next(int(line.split()[1]) for line in stat if line.startswith("inactive_file "))  # given back if needed
+        free.append(limit - held + files)
+    return max(0, min(free)) if free else None
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that there was not enough memory, of the machine or of a GPU."""
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")  # not imported: then it was not torch that ran out
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    # torch has no class of its own for the CPU's allocator.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -18,10 +19,13 @@ from samba_lm.config import Attention, LayerSpec, Mamba, ModelConfig, SwiGLU
 from samba_lm.data.prepare import prepare
 from samba_lm.data.shards import TokenDataset
 from samba_lm.errors import UserError
+from samba_lm.eval import losses
 from samba_lm.eval import perplexity as module
-from samba_lm.eval.perplexity import LengthResult, perplexity
-from samba_lm.eval.protocols import Protocol
+from samba_lm.eval.perplexity import LengthResult, measure, perplexity
+from samba_lm.eval.protocols import OF_DOCUMENTS, Protocol, Settings
+from samba_lm.memory import free_memory
 from samba_lm.model import SambaLM
+from samba_lm.span import Span
 from samba_lm.state import State
 from samba_lm.tokenizer import ByteTokenizer, train_bpe
 
@@ -35,12 +39,10 @@ class RecordingLM(SambaLM):
     most_rows = 0
     most_logits = 0
 
-    def features(
-        self, input_ids: Tensor, state: State | None = None, segments: Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    def run(self, input_ids: Tensor, state: State | None, span: Span) -> tuple[Tensor, State]:
         self.widest = max(self.widest, input_ids.shape[1])
         self.most_rows = max(self.most_rows, input_ids.shape[0])
-        return super().features(input_ids, state, segments)
+        return super().run(input_ids, state, span)
 
     def head(self, hidden: Tensor) -> Tensor:
         logits = super().head(hidden)
@@ -121,6 +123,69 @@ def test_stream_counts_each_token_in_the_bucket_where_it_stands(model: SambaLM, 
         _check(
             result, [[_loss(model, d, 0, i) for i in range(*result.positions)] for d in (documents[0], documents[2])]
         )
+
+
+@pytest.mark.parametrize(("batch", "chunk"), [(None, 2048), (2, 5), (1, 6)])
+def test_every_document_that_is_long_enough(model: SambaLM, batch: int | None, chunk: int) -> None:
+    documents = [_tokens(size, seed=size) for size in (9, 21, 3, 16, 17)]
+
+    def results(protocol: Protocol, **more: int) -> list[LengthResult]:
+        return perplexity(
+            model, documents, [4, 9, 16], protocol=protocol, documents="every", batch=batch, chunk=chunk, **more
+        )
+
+    for result in results("stream"):
+        long = [d for d in documents if d.size >= result.length]
+        assert len(long) == {4: 4, 9: 4, 16: 3}[result.length]
+        _check(result, [[_loss(model, d, 0, i) for i in range(*result.positions)] for d in long])
+    for result in results("prefix"):
+        long = [d for d in documents if d.size >= result.length]
+        _check(result, [[_loss(model, d, 0, i) for i in range(1, result.length)] for d in long])
+    # With a bound the longest are read, so that those of a length are among those of a shorter one.
+    starts = [result.starts for result in results("prefix", max_tokens=33)]
+    assert starts == [(0, 9, 33, 49), (9, 33, 49), (9, 49)]
+
+
+def test_a_length_does_not_depend_on_what_else_is_measured(model: SambaLM) -> None:
+    documents = [_tokens(size, seed=size) for size in (21, 9, 17, 40)]
+    for protocol in get_args(Protocol):
+        for chosen in ("same", "every") if protocol in OF_DOCUMENTS else ("same",):
+            window = 6 if protocol == "sliding-window" else None
+            settings = Settings.of(protocol, [4, 9, 16, 99], window=window, documents=chosen)
+            whole = {result.length: result for result in measure(model, documents, settings)}
+            assert sorted(whole) == [4, 9, 16, 99]
+            for without in ({9}, {4, 16}, {4, 9, 16}, {99}):
+                parts = list(measure(model, documents, settings, without=without, chunk=5))
+                assert {result.length for result in parts} == whole.keys() - without
+                for result in parts:
+                    assert result.means == pytest.approx(whole[result.length].means, rel=1e-12)
+                    assert result.positions == whole[result.length].positions
+
+
+def test_facts_tell_what_a_length_depends_on() -> None:
+    def facts(protocol: Protocol, lengths: list[int], **more: int | str) -> dict[str, object]:
+        return Settings.of(protocol, lengths, **more).facts()
+
+    assert facts("full-window", [8, 16]) == facts("full-window", [64])
+    assert facts("full-window", [8, 16]) != facts("full-window", [8, 16], stride=4)
+    assert facts("prefix", [8, 16]) == facts("prefix", [16, 12])
+    assert facts("prefix", [8, 16]) != facts("prefix", [8, 32])
+    assert facts("prefix", [8], documents="every") == facts("prefix", [32], documents="every")
+    assert facts("last-stride", [8, 16]) != facts("last-stride", [4, 16])  # half of it is the stride
+    assert facts("stream", [8, 16]) != facts("stream", [8, 12, 16])
+
+
+def test_intervals_come_from_the_windows_means(model: SambaLM) -> None:
+    (result,) = perplexity(model, _tokens(400), [8], max_tokens=5 * 8)
+    low, high = result.loss_interval
+    assert high - low == pytest.approx(2 * 2.7764451 * np.std(result.means, ddof=1) / math.sqrt(5))
+    assert result.loss == pytest.approx((low + high) / 2)
+    assert result.interval == (pytest.approx(math.exp(low)), pytest.approx(math.exp(high)))
+    assert result.starts == (0, 8, 16, 24, 32)
+    (one,) = perplexity(model, _tokens(400), [8], max_tokens=8)
+    assert all(math.isnan(end) for end in (*one.loss_interval, *one.interval, *one.bits_interval))
+    (alike,) = perplexity(model, np.tile(_tokens(8), 4), [8], tokenizer=ByteTokenizer())
+    assert alike.bits_interval == (pytest.approx(alike.bits_per_byte),) * 2
 
 
 @pytest.mark.parametrize(("batch", "chunk"), [(None, 2048), (1, 5), (3, 4)])
@@ -248,10 +313,8 @@ def test_prepared_data_and_maps_give_what_arrays_give(model: SambaLM, tmp_path: 
 
 def test_a_loss_that_is_not_finite_is_named_and_spares_the_other_lengths(model: SambaLM) -> None:
     class Overflowing(RecordingLM):
-        def features(
-            self, input_ids: Tensor, state: State | None = None, segments: Tensor | None = None
-        ) -> tuple[Tensor, State]:
-            hidden, after = super().features(input_ids, state, segments)
+        def run(self, input_ids: Tensor, state: State | None, span: Span) -> tuple[Tensor, State]:
+            hidden, after = super().run(input_ids, state, span)
             late = after.position[:, None] - input_ids.shape[1] + torch.arange(input_ids.shape[1]) >= 20
             return hidden.masked_fill(late[..., None], torch.nan), after
 
@@ -278,8 +341,8 @@ def test_a_loss_too_large_for_exp_is_an_infinite_perplexity() -> None:
 
 def test_calls_stay_within_their_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model(Mamba(state=4), Attention(heads=2, window=5)).float()
-    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 64 * VOCAB)
-    monkeypatch.setattr(module, "TOKENS_AT_ONCE", {"cpu": 128})
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 64 * VOCAB)
+    monkeypatch.setattr(losses, "TOKENS_AT_ONCE", {"cpu": 128})
     perplexity(model, _tokens(2000), [16, 1000], chunk=100)
     assert model.widest == 100
     assert model.most_rows == 128 // 16
@@ -322,6 +385,8 @@ def test_memory_does_not_grow_with_the_length() -> None:
         ({"lengths": [50], "protocol": "stream"}, r"The longest of 1 document\(s\) has 40 tokens"),
         ({"protocol": "prefx"}, "Unknown protocol 'prefx'. Did you mean 'prefix'?"),
         ({"stride": 0}, "stride is 0: it must be at least 1"),
+        ({"documents": "all"}, "documents is 'all': it must be same or every"),
+        ({"documents": "every"}, "documents is every, but full-window reads over their boundaries"),
         ({"max_tokens": 0}, "max_tokens is 0: it must be at least 1"),
         ({"batch": 0}, "batch is 0: it must be at least 1"),
         ({"chunk": 0}, "chunk is 0: it must be at least 1"),
@@ -347,11 +412,97 @@ def test_mistakes_are_told_in_one_line(model: SambaLM, change: dict, message: st
     assert "\n" not in str(error.value)
 
 
-def test_full_attention_says_first_that_its_cache_is_too_small() -> None:
+@pytest.mark.parametrize("protocol", ["full-window", "prefix", "stream"])
+def test_what_full_attention_may_not_hold_is_skipped(protocol: Protocol) -> None:
     config = ModelConfig(name="full", d_model=16, vocab_size=VOCAB, max_context=20, layers=(Attention(heads=2),))
     model = create(config)
-    told: list[int] = []
-    with pytest.raises(UserError, match="Full attention would have to hold 31 positions, but max_context is 20"):
-        perplexity(model, _tokens(64), [8, 32], progress=lambda done, total: told.append(done))
-    assert told == []
+    told: list[tuple[int, int]] = []
+    results = perplexity(model, _tokens(64), [8, 16, 32, 64], protocol=protocol, progress=lambda *t: told.append(t))
+    assert [result.windows > 0 for result in results] == [True, True, False, False]
+    assert results[2].note == "full attention would have to hold 31 positions, and max_context is 20"
+    assert math.isnan(results[2].perplexity)
+    assert results[:2] == perplexity(model, _tokens(64), [8, 16], protocol=protocol)
+    assert told
+    (none,) = perplexity(model, _tokens(64), [32], protocol=protocol)
+    assert none.windows == 0
     assert perplexity(model, _tokens(64), [8, 32], protocol="sliding-window", window=16)[1].tokens == 62
+
+
+class SmallLM(RecordingLM):
+    """SambaLM with room for so many tokens: its own keys and values, and one piece of what is read."""
+
+    room = 1 << 30
+
+    def run(self, input_ids: Tensor, state: State | None, span: Span) -> tuple[Tensor, State]:
+        held = 0 if state is None or self.config.constant_state else state.layers[0]["k"].shape[1]
+        if input_ids.shape[0] * (held + input_ids.shape[1]) > self.room:
+            raise torch.OutOfMemoryError("no more")
+        return super().run(input_ids, state, span)
+
+
+@pytest.mark.parametrize("protocol", ["full-window", "prefix", "stream"])
+def test_memory_that_ends_makes_batches_smaller_then_skips(protocol: Protocol, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "CHUNK", 8)
+    monkeypatch.setattr(losses, "TOKENS_AT_ONCE", {"cpu": 4096})
+    model = SmallLM(ModelConfig(name="full", d_model=16, vocab_size=VOCAB, layers=(Attention(heads=2),))).double()
+    model.reset_parameters(seed=1)
+    documents = [_tokens(70, seed=seed) for seed in range(6)]
+    told: list[tuple[int, int]] = []
+
+    def measured() -> list[LengthResult]:
+        return perplexity(model, documents, [8, 16, 64], protocol=protocol, progress=lambda *t: told.append(t))
+
+    whole = measured()
+    assert model.most_rows > 4
+    assert model.widest > 8
+    for room, lengths in ((128, 3), (80, 3), (40, 2), (1, 0)):
+        model.room, model.most_rows = room, 0
+        results = measured()
+        for result, expected in zip(results[:lengths], whole, strict=False):
+            assert result.means == pytest.approx(expected.means)
+            assert result.bits_per_byte == expected.bits_per_byte
+        ended = (64,) if lengths == 2 else (8, 16, 64) if protocol == "full-window" else (8, 8, 8)
+        assert [result.note for result in results[lengths:]] == [
+            f"out of memory with {length} tokens" for length in ended[: 3 - lengths]
+        ]
+    model.room = 128
+    told.clear()
+    measured()
+    assert told[-1][0] == told[-1][1]  # what was read twice counts once
+
+
+_OUT = """
+import resource
+from pathlib import Path
+import numpy as np, torch
+from samba_lm.checkpoint import create
+from samba_lm.config import Attention, ModelConfig
+from samba_lm.eval.perplexity import perplexity
+
+torch.set_num_threads(1)
+config = ModelConfig(name="full", d_model=64, vocab_size=64, layers=(Attention(heads=1),) * 2)
+model, tokens = create(config), np.zeros(1 << 16, dtype=np.uint16)
+perplexity(model, tokens, [64])
+status = Path("/proc/self/status").read_text().splitlines()
+taken = next(int(line.split()[1]) for line in status if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, ((taken << 10) + (48 << 20),) * 2)
+for result in perplexity(model, tokens, [512, 1 << 16], max_tokens=1 << 16):
+    print(result.length, result.windows, result.note)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_that_really_ends_does_not_end_the_run() -> None:
+    told = subprocess.run([sys.executable, "-c", _OUT], capture_output=True, text=True, check=True).stdout
+    assert told.splitlines() == ["512 128 ", "65536 0 out of memory with 65,536 tokens"]
+
+
+def test_what_full_attention_would_take_is_compared_with_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    full, recurrent = _model(Attention(heads=2)).float(), _model(Mamba(state=4)).float()
+    monkeypatch.setattr(module, "free_memory", lambda: 60_000)
+    some, none = perplexity(full, _tokens(512), [100, 500])
+    assert some.windows == 5
+    assert none.note == "full attention would take about 0.0 GiB at length 500, and 0.0 GiB are free"
+    assert perplexity(recurrent, _tokens(512), [500])[0].windows == 1
+    free = free_memory()
+    assert sys.platform != "linux" or (free is not None and free > 1 << 20)

@@ -34,6 +34,7 @@ COMMANDS = (
     Command("data show", "count the tokens of shards and decode an excerpt", "samba_lm.cli.data"),
     Command("data verify", "check shards for damage", "samba_lm.cli.data"),
     Command("train", "train a model from a recipe, or resume", "samba_lm.cli.train"),
+    Command("study", "train and measure many recipes unattended, and make tables", "samba_lm.cli.study"),
     Command("generate", "continue a prompt of any length", "samba_lm.cli.generate"),
     Command("context save", "read a text of any length into a file to go on from", "samba_lm.cli.context"),
     Command("context show", "tell what contexts' files hold, and check them", "samba_lm.cli.context"),
@@ -162,7 +163,9 @@ def for_people(error: BaseException) -> str | None:
     """Return the message for an error that the user can mend, or None for a defect of ours."""
     if isinstance(error, UserError):
         return str(error)
-    if _out_of_memory(error):
+    from samba_lm.memory import ran_out
+
+    if ran_out(error):
         return (
             f"Out of memory ({one_line(str(error))[:120] or 'no details'}). Lower the batch size, the sequence length "
             "or the prefill chunk, or choose a smaller model."
@@ -185,13 +188,3 @@ def for_people(error: BaseException) -> str | None:
 def _shortened(path: object, limit: int = 120) -> str:
     text = os.fsdecode(path) if isinstance(path, bytes) else str(path)
     return text if len(text) <= limit else text[:limit] + "..."
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError):
-        return True
-    torch = sys.modules.get("torch")  # not imported: then it was not torch that ran out
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return True
-    # torch has no class of its own for the CPU's allocator.
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from samba_lm.data.shards import TokenDataset
 from samba_lm.errors import UserError
-from samba_lm.eval.protocols import Job, Protocol, Reading, Settings, choose_windows
+from samba_lm.eval.intervals import student
+from samba_lm.eval.losses import Meter, OnProgress, score
+from samba_lm.eval.protocols import Documents, Job, Protocol, Settings, choose_windows
 from samba_lm.eval.text import Text
-from samba_lm.model import SambaLM, evaluating
+from samba_lm.memory import free_memory
+from samba_lm.model import SambaLM
 from samba_lm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -25,17 +26,8 @@ if TYPE_CHECKING:
 
     from samba_lm.eval.text import Tokens
 
-OnProgress = Callable[[int, int], None]
-"""Called with the tokens read so far, and in all, over all lengths."""
-
-CHUNK = 2048
-"""Tokens of a window read at once."""
-
-TOKENS_AT_ONCE = {"cpu": 1 << 11, "cuda": 1 << 15}
-"""Tokens read at once over all windows of a batch, where no batch size is given."""
-
-LOGITS_AT_ONCE = 1 << 24
-"""Logits held at once (elements; 64 MiB in fp32)."""
+COPIES = 3
+"""How often full attention's keys and values are held while they are brought up to date, about."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +39,7 @@ class LengthResult:
         positions: the tokens of a window that count, from and up to (not including), as places in it. The token at
             place i was predicted from the tokens before it (for "sliding-window", from at most the window's).
         windows: how many windows were read (for "prefix" and "stream", documents; for "sliding-window", texts of L
-            tokens). 0: skipped, see ``note``.
+            tokens). 0: nothing was measured, see ``note``.
         tokens: predictions that count, over all windows.
         loss: their mean in nats a token; NaN when skipped, or when the model's own numbers were not finite.
         standard_error: of ``loss``, from the spread of the windows' means; NaN for fewer than two. It takes windows for
@@ -55,6 +47,9 @@ class LengthResult:
         perplexity: exp(loss).
         bits_per_byte: loss x tokens / (ln 2 x bytes of the scored text); None where no tokenizer tells the bytes.
         note: why there is no figure; "" where there is one.
+        means: the mean loss of each window, in the order of the text.
+        starts: where in the text each of them starts.
+        seconds: how long it took, with the other lengths that were read together with this one.
     """
 
     length: int
@@ -66,6 +61,28 @@ class LengthResult:
     perplexity: float
     bits_per_byte: float | None
     note: str = ""
+    means: tuple[float, ...] = ()
+    starts: tuple[int, ...] = ()
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def loss_interval(self) -> tuple[float, float]:
+        """The 95% interval of the loss, by Student's t; NaN for fewer than two windows."""
+        reach = student(self.windows - 1) * self.standard_error if self.windows > 1 else math.nan
+        return self.loss - reach, self.loss + reach
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval of the perplexity."""
+        low, high = self.loss_interval
+        return _exp(low), _exp(high)
+
+    @property
+    def bits_interval(self) -> tuple[float, float]:
+        """The 95% interval of the bits a byte."""
+        share = math.nan if self.bits_per_byte is None or not self.loss else self.bits_per_byte / self.loss
+        low, high = self.loss_interval
+        return low * share, high * share
 
 
 def perplexity(
@@ -77,9 +94,10 @@ def perplexity(
     stride: int | None = None,
     window: int | None = None,
     max_tokens: int | None = None,
+    documents: Documents = "same",
     tokenizer: Tokenizer | None = None,
     batch: int | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     progress: OnProgress | None = None,
 ) -> list[LengthResult]:
     """Measure a model's perplexity at several context lengths.
@@ -92,150 +110,132 @@ def perplexity(
         protocol: what counts; see :data:`samba_lm.eval.protocols.MEANING`.
         stride, window: in tokens; see there.
         max_tokens: bounds (windows) x (length), at each length: the time it takes. One window is always read. The first
-            ones are taken, so that lengths compare the same text; "last-stride" spreads them over the text instead.
+            ones are taken, so that lengths compare the same text; "last-stride" spreads them over the text instead,
+            and with ``documents`` "every" the longest documents are taken.
+        documents: which ones "prefix" and "stream" measure a length on; see
+            :data:`samba_lm.eval.protocols.Documents`.
         tokenizer: tells the bytes of the text; prepared data bring their own.
         batch: windows read at once; None: as many as make 2,048 tokens (32,768 on a GPU).
-        chunk: tokens of each window read at once. Neither changes what is measured.
-        progress: see :data:`OnProgress`.
+        chunk: tokens of each window read at once; None: 2,048, or more where a GPU has room. Neither changes what is
+            measured.
+        progress: called with the tokens read so far, and in all, over all lengths.
 
     Returns:
-        One result for each length, rising. Where the text is too short for a length, or the loss is not finite, the
-        result says so in its ``note``.
+        One result for each length, rising. Where the text is too short for a length, full attention cannot hold it (its
+        ``max_context``, or memory), or the loss is not finite, the result says so in its ``note``.
 
     Raises:
-        UserError: settings that contradict each other, no length has enough text, ids outside the vocabulary, or full
-            attention would have to hold more than the config's ``max_context``.
+        UserError: settings that contradict each other, no length has enough text, or ids outside the vocabulary.
     """
+    settings = Settings.of(protocol, lengths, stride=stride, window=window, max_tokens=max_tokens, documents=documents)
+    results = measure(model, tokens, settings, tokenizer=tokenizer, batch=batch, chunk=chunk, progress=progress)
+    return sorted(results, key=lambda result: result.length)
+
+
+def measure(
+    model: SambaLM,
+    tokens: Tokens,
+    settings: Settings,
+    *,
+    without: Collection[int] = (),
+    tokenizer: Tokenizer | None = None,
+    batch: int | None = None,
+    chunk: int | None = None,
+    progress: OnProgress | None = None,
+) -> Iterator[LengthResult]:
+    """:func:`perplexity`, each result as it is finished, but for the lengths of ``without``; the others' results do not
+    depend on these."""
     for name, value in (("batch", batch), ("chunk", chunk)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}: it must be at least 1.")
-    settings = Settings.of(protocol, lengths, stride=stride, window=window, max_tokens=max_tokens)
     text = Text.of(tokens)
     if isinstance(tokens, TokenDataset):
         tokens.check_vocab(model.config.vocab_size)
         tokenizer = tokenizer or tokens.tokenizer
-    chosen = choose_windows(settings, text)
-    _check_context(model, chosen.jobs)
-    meter = _Meter(sum(job.tokens_to_read for job in chosen.jobs), progress)
-    results = []
-    for job in chosen.jobs:
-        sums = sum(_score(model, text, reading, batch, chunk, meter) for reading in job.readings)
-        results += _summarise(job, np.asarray(sums), text, tokenizer)
+    chosen = choose_windows(settings, text, without)
     for length, reason in chosen.skipped.items():
-        results.append(LengthResult(length, (1, length), 0, 0, math.nan, math.nan, math.nan, None, reason))
-    return sorted(results, key=lambda result: result.length)
+        if length not in without:
+            yield _skipped(length, (1, length), reason)
+    meter = Meter(sum(job.tokens_to_read for job in chosen.jobs), progress)
+    for job in chosen.jobs:
+        began = time.perf_counter()
+        buckets, reason = _fitting(model, job)
+        sums = []
+        for reading in job.readings if buckets else ():
+            sums.append(score(model, text, reading, meter, buckets=buckets, batch=batch, chunk=chunk))
+            if sums[-1].buckets < buckets:
+                buckets = sums[-1].buckets
+                reason = f"out of memory with {job.lengths[buckets]:,} tokens"
+        losses = np.asarray(sum(each.values[:, :buckets] for each in sums)) if buckets else np.zeros((0, 0))
+        seconds = time.perf_counter() - began
+        for i, length in enumerate(job.lengths):
+            if length in without:
+                continue
+            if i < buckets:
+                yield _summarise(job, i, losses, text, tokenizer, seconds)
+            else:
+                yield _skipped(length, job.positions[i], reason)
 
 
-class _Meter:
-    """Counts the tokens read and tells the caller."""
-
-    def __init__(self, total: int, progress: OnProgress | None) -> None:
-        self.done, self.total, self.progress = 0, total, progress
-
-    def add(self, tokens: int) -> None:
-        self.done += tokens
-        if self.progress is not None:
-            self.progress(self.done, self.total)
-
-
-def _check_context(model: SambaLM, jobs: Sequence[Job]) -> None:
-    longest = max(reading.length for job in jobs for reading in job.readings)
-    if longest - 1 > model.config.max_context and not model.config.constant_state:
-        raise UserError(
-            f"Full attention would have to hold {longest - 1} positions, but max_context is "
-            f"{model.config.max_context}: leave out the longest lengths, raise max_context in the model's config.json, "
-            "or measure with sliding-window."
-        )
-
-
-@torch.no_grad()
-def _score(
-    model: SambaLM, text: Text, reading: Reading, batch: int | None, chunk: int, meter: _Meter
-) -> NDArray[np.float64]:
-    """Sums of the losses in each bucket, fp64 [samples, buckets]."""
-    starts = reading.starts.reshape(-1)
-    rows = batch or _rows_at_once(model, reading.length, chunk)
-    batches = [starts[first : first + rows] for first in range(0, starts.size, rows)]
-    with evaluating(model):
-        sums = torch.cat([_score_batch(model, text, each, reading.edges, chunk, meter) for each in batches])
-    samples: NDArray[np.float64] = sums.numpy().reshape(*reading.starts.shape, -1).sum(axis=1)
-    return samples
-
-
-def _score_batch(
-    model: SambaLM, text: Text, starts: NDArray[np.int64], edges: tuple[int, ...], chunk: int, meter: _Meter
-) -> Tensor:
-    """Read one window from each start; sums of its losses in each bucket, fp64 [rows, buckets] on the CPU."""
-    sums = torch.zeros(starts.size, len(edges) - 1, dtype=torch.float64, device=model.device)
-    state = None
-    last = edges[-1] - 1  # a target only: nothing is predicted from it
-    for begin in range(0, last, chunk):
-        end = min(begin + chunk, last)
-        ids = torch.from_numpy(text.rows(starts + begin, end - begin + 1, model.config.vocab_size)).to(model.device)
-        hidden, state = model.features(ids[:, :-1], state)
-        for bucket, (low, high) in enumerate(pairwise(edges)):
-            # This chunk's targets are the tokens begin + 1 .. end of the window.
-            a, b = max(low - 1, begin) - begin, min(high - 1, end) - begin
-            if a < b:
-                sums[:, bucket] += _loss_sums(model, hidden[:, a:b], ids[:, a + 1 : b + 1])
-        meter.add(starts.size * (end - begin + (end == last)))
-    return sums.cpu()
-
-
-def _loss_sums(model: SambaLM, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Sums over each row of the cross-entropy of targets [B, L], fp64 [B]; never all logits at once."""
-    piece = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    losses = []
-    for h, t in zip(hidden.flatten(0, 1).split(piece), targets.flatten().split(piece), strict=True):
-        logits = model.head(h)
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        losses.append(F.cross_entropy(wide, t, reduction="none").double())
-    return torch.cat(losses).view(targets.shape).sum(1)
-
-
-def _rows_at_once(model: SambaLM, length: int, chunk: int) -> int:
-    # Full attention holds every window's whole past, so its windows count in full.
-    held = min(length, chunk) if model.config.constant_state else length
-    return max(1, TOKENS_AT_ONCE.get(model.device.type, TOKENS_AT_ONCE["cpu"]) // held)
-
-
-def _summarise(job: Job, sums: NDArray[np.float64], text: Text, tokenizer: Tokenizer | None) -> list[LengthResult]:
-    """Results of a job whose losses sum to ``sums`` [samples, lengths]."""
-    counts = sum(reading.starts.shape[1] * np.diff(reading.edges) for reading in job.readings)
-    counts = np.asarray(counts)  # predictions of one sample, [lengths]
-    sizes = None if tokenizer is None else _bytes(job, text, tokenizer)
-    if job.cumulative:
-        sums, counts = sums.cumsum(axis=1), counts.cumsum()
-        sizes = None if sizes is None else sizes.cumsum()
-    results = []
+def _fitting(model: SambaLM, job: Job) -> tuple[int, str]:
+    """How many of a job's lengths the model can hold, and what keeps it from holding more."""
+    config = model.config
+    if config.constant_state:
+        return len(job.lengths), ""
+    free = free_memory() if model.device.type == "cpu" else None  # a GPU says itself when there is no more
     for i, length in enumerate(job.lengths):
-        means = sums[:, i] / counts[i]
-        loss = float(means.mean())
-        tokens = int(counts[i]) * means.size
-        results.append(
-            LengthResult(
-                length=length,
-                positions=job.positions[i],
-                windows=means.size,
-                tokens=tokens,
-                loss=loss if math.isfinite(loss) else math.nan,
-                standard_error=_standard_error(means),
-                perplexity=_exp(loss),
-                bits_per_byte=None if sizes is None or not sizes[i] else loss * tokens / (math.log(2) * sizes[i]),
-                note="" if math.isfinite(loss) else _not_finite(length, means),
+        held = max(reading.edges[i + 1] for reading in job.readings) - 1
+        if held > config.max_context:
+            return i, f"full attention would have to hold {held:,} positions, and max_context is {config.max_context:,}"
+        needed = COPIES * config.state_bytes(held, model.dtype.itemsize)
+        if free is not None and needed > free:
+            return i, (
+                f"full attention would take about {needed / 2**30:.1f} GiB at length {length:,}, and "
+                f"{free / 2**30:.1f} GiB are free"
             )
-        )
-    return results
+    return len(job.lengths), ""
 
 
-def _bytes(job: Job, text: Text, tokenizer: Tokenizer) -> NDArray[np.int64]:
-    """Bytes of all targets in each bucket, int64 [buckets]."""
-    sizes = np.zeros(len(job.lengths), dtype=np.int64)
-    for reading in job.readings:
-        for start in reading.starts.flat:
-            for bucket, (low, high) in enumerate(pairwise(reading.edges)):
-                sizes[bucket] += text.num_bytes(int(start) + low, int(start) + high, tokenizer)
-    return sizes
+def _skipped(length: int, positions: tuple[int, int], reason: str) -> LengthResult:
+    return LengthResult(length, positions, 0, 0, math.nan, math.nan, math.nan, None, reason)
+
+
+def _summarise(
+    job: Job, i: int, sums: NDArray[np.float64], text: Text, tokenizer: Tokenizer | None, seconds: float
+) -> LengthResult:
+    """The result of a job's length number ``i``; its losses sum to ``sums`` [samples, lengths]."""
+    first = 0 if job.cumulative else i
+    count = sum(reading.starts.shape[1] * (reading.edges[i + 1] - reading.edges[first]) for reading in job.readings)
+    reading = job.readings[0]
+    samples = slice(None) if reading.reach is None else reading.reach > i
+    means = sums[samples, first : i + 1].sum(axis=1) / count
+    loss = float(means.mean())
+    tokens = count * means.size
+    size = 0 if tokenizer is None else _bytes(job, first, i, samples, text, tokenizer)
+    return LengthResult(
+        length=job.lengths[i],
+        positions=job.positions[i],
+        windows=means.size,
+        tokens=tokens,
+        loss=loss if math.isfinite(loss) else math.nan,
+        standard_error=_standard_error(means),
+        perplexity=_exp(loss),
+        bits_per_byte=loss * tokens / (math.log(2) * size) if size else None,
+        note="" if math.isfinite(loss) else _not_finite(job.lengths[i], means),
+        means=tuple(means.tolist()),
+        starts=tuple(reading.starts[samples, 0].tolist()),
+        seconds=seconds,
+    )
+
+
+def _bytes(job: Job, first: int, i: int, samples: slice | NDArray[np.bool_], text: Text, tokenizer: Tokenizer) -> int:
+    """Bytes of all targets in the buckets ``first`` to ``i``."""
+    return sum(
+        text.num_bytes(int(start) + low, int(start) + high, tokenizer)
+        for reading in job.readings
+        for start in reading.starts[samples].flat
+        for low, high in pairwise(reading.edges[first : i + 2])
+    )
 
 
 def _standard_error(means: NDArray[np.float64]) -> float:

@@ -6,8 +6,8 @@ count. Figures of two protocols are never comparable, so no result mixes them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
@@ -20,17 +20,22 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Protocol = Literal["full-window", "prefix", "last-stride", "stream", "sliding-window"]
+Documents = Literal["same", "every"]
+"""Of "prefix" and "stream": which documents a length is measured on. "same": those at least as long as the longest
+length, so that all lengths are measured on the same text; "every": each that is long enough for the length."""
+OF_DOCUMENTS = ("prefix", "stream")
+"""The protocols that read documents from their beginnings; the others read over their boundaries."""
 
 MEANING: dict[Protocol, str] = {
     "full-window": "Windows of L tokens start every STRIDE tokens of the text (by default every L). Each is read from "
     "a fresh state and all its L - 1 predictions count, made from 1 to L - 1 tokens.",
     "prefix": "The first L tokens of each document; all L - 1 predictions count, as in full-window. Every length is "
-    "measured on the same documents, those at least as long as the longest length.",
+    "measured on the same documents, those at least as long as the longest length (or, with DOCUMENTS every, on each "
+    "that is long enough for it).",
     "last-stride": "Windows of L tokens, each read from a fresh state; only its last STRIDE tokens count (by default "
     "half of the shortest length), seen after L - STRIDE to L - 1 tokens. Every length is scored on the same tokens.",
     "stream": "Each document is read once from its beginning, the state carried on; the row of L counts only the "
-    "tokens that stand between the length before it and L. All rows come from the same documents, those at least as "
-    "long as the longest length.",
+    "tokens that stand between the length before it and L. All rows come from the same documents, as in prefix.",
     "sliding-window": "Texts of L tokens, read in windows of at most WINDOW tokens that advance by STRIDE (by default "
     "half of WINDOW). Each token counts once, in the first window that reaches it: beyond the first window it has seen "
     "WINDOW - STRIDE to WINDOW - 1 tokens, however large L. For models that cannot read further than WINDOW.",
@@ -48,6 +53,7 @@ class Settings:
         stride: tokens; None where the protocol has none, or for "full-window" when it is each length itself.
         window: tokens; for "sliding-window" only.
         max_tokens: bounds (windows) x (length) at each length, though one window is always read; None: all the text.
+        documents: see :data:`Documents`.
     """
 
     protocol: Protocol
@@ -55,6 +61,7 @@ class Settings:
     stride: int | None
     window: int | None
     max_tokens: int | None
+    documents: Documents = "same"
 
     @classmethod
     def of(
@@ -65,6 +72,7 @@ class Settings:
         stride: int | None = None,
         window: int | None = None,
         max_tokens: int | None = None,
+        documents: str = "same",
     ) -> Settings:
         """Raises UserError for values that no protocol, or not this one, can work with."""
         known = get_args(Protocol)
@@ -75,7 +83,11 @@ class Settings:
         for name, value in (("stride", stride), ("max_tokens", max_tokens)):
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1.")
-        if protocol in ("prefix", "stream") and stride is not None:
+        if documents not in get_args(Documents):
+            raise UserError(f"documents is {documents!r}: it must be same or every.")
+        if protocol not in OF_DOCUMENTS and documents != "same":
+            raise UserError(f"documents is {documents}, but {protocol} reads over their boundaries: leave it out.")
+        if protocol in OF_DOCUMENTS and stride is not None:
             raise UserError(f"stride is {stride}, but {protocol} has none: leave it out.")
         if window is not None and protocol != "sliding-window":
             raise UserError(f"window is {window}, but {protocol} has none: leave it out, or use sliding-window.")
@@ -86,7 +98,18 @@ class Settings:
         elif protocol == "last-stride":
             shortest = min(lengths)
             stride = _below(shortest, "shortest length", shortest // 2 if stride is None else stride)
-        return cls(cast(Protocol, protocol), tuple(sorted(set(lengths))), stride, window, max_tokens)
+        lengths = tuple(sorted(set(lengths)))
+        return cls(cast(Protocol, protocol), lengths, stride, window, max_tokens, cast(Documents, documents))
+
+    def facts(self) -> dict[str, object]:
+        """What decides the result at one length, but for the text: results with other facts are of other tokens."""
+        facts = asdict(self)
+        del facts["lengths"]
+        if self.protocol == "stream":  # a row begins where the one before it ends
+            facts["lengths"] = list(self.lengths)
+        elif self.protocol == "last-stride" or (self.protocol == "prefix" and self.documents == "same"):
+            facts["longest"] = self.lengths[-1]  # it chooses the windows of all
+        return facts
 
     def samples(self, available: int, length: int) -> int:
         """How many of ``available`` windows (or texts, or documents) to measure."""
@@ -101,15 +124,23 @@ class Reading:
         starts: int64 [samples, windows]: where they start in the text. The windows of one sample add up.
         edges: rising; the tokens ``edges[j] .. edges[j + 1] - 1`` of a window, counted from its start, are targets of
             bucket j. The window is read as far as its last target.
+        reach: int64 [samples]: how many buckets a sample has; None: all of them.
     """
 
     starts: NDArray[np.int64]
     edges: tuple[int, ...]
+    reach: NDArray[np.int64] | None = None
 
     @property
     def length(self) -> int:
-        """Tokens of a window."""
+        """Tokens of a window, or of the longest."""
         return self.edges[-1]
+
+    @property
+    def tokens_to_read(self) -> int:
+        if self.reach is None:
+            return self.starts.size * self.length
+        return int(np.asarray(self.edges)[self.reach].sum()) * self.starts.shape[1]
 
 
 @dataclass(frozen=True)
@@ -119,7 +150,8 @@ class Job:
     Attributes:
         lengths: one for each bucket of the readings.
         positions: for each length, the first token of a sample that counts and one more than the last.
-        readings: their sums add up; all have the same samples and the same number of buckets.
+        readings: their sums add up; all have the same samples and the same number of buckets. Where samples have not
+            all as many, there is one reading.
         cumulative: a length counts the buckets of the shorter ones too.
     """
 
@@ -130,7 +162,7 @@ class Job:
 
     @property
     def tokens_to_read(self) -> int:
-        return sum(reading.starts.size * reading.length for reading in self.readings)
+        return sum(reading.tokens_to_read for reading in self.readings)
 
 
 @dataclass(frozen=True)
@@ -141,14 +173,16 @@ class Windows:
     skipped: dict[int, str]
 
 
-def choose_windows(settings: Settings, text: Text) -> Windows:
+def choose_windows(settings: Settings, text: Text, without: Collection[int] = ()) -> Windows:
     """Choose the windows. Where ``max_tokens`` allows only some, they are the first; for last-stride, spread evenly.
+
+    The windows of a length do not depend on ``without``, the lengths that need not be measured.
 
     Raises:
         UserError: no length has enough text.
     """
-    if settings.protocol in ("prefix", "stream"):
-        return _over_documents(settings, text)
+    if settings.protocol in OF_DOCUMENTS:
+        return _over_documents(settings, text, without)
     lengths = tuple(length for length in settings.lengths if length <= text.size)
     if not lengths:
         raise UserError(
@@ -167,7 +201,7 @@ def choose_windows(settings: Settings, text: Text) -> Windows:
             jobs = _last_stride(settings, lengths, text.size)
         case _:
             jobs = [_sliding_window(settings, length, text.size) for length in lengths]
-    return Windows(tuple(jobs), skipped)
+    return Windows(tuple(job for job in jobs if job.lengths[0] not in without), skipped)
 
 
 def _full_window(settings: Settings, length: int, size: int) -> Job:
@@ -203,7 +237,7 @@ def _sliding_window(settings: Settings, length: int, size: int) -> Job:
     return Job((length,), ((1, length),), tuple(readings))
 
 
-def _over_documents(settings: Settings, text: Text) -> Windows:
+def _over_documents(settings: Settings, text: Text, without: Collection[int]) -> Windows:
     """One pass over each document serves all lengths: a causal model's losses do not depend on what follows."""
     sizes = text.documents[:, 1] - text.documents[:, 0]
     most = int(sizes.max())
@@ -219,12 +253,27 @@ def _over_documents(settings: Settings, text: Text) -> Windows:
         for length in settings.lengths
         if length not in lengths
     }
-    starts = text.documents[sizes >= lengths[-1], 0]
-    starts = starts[: settings.samples(starts.size, lengths[-1])]
     cumulative = settings.protocol == "prefix"
-    edges = (1, *lengths)
+    # The rows of "stream" lie between one another's ends, so it keeps all lengths that come before one that is wanted.
+    wanted = [length for length in lengths if length not in without]
+    if not wanted:
+        return Windows((), skipped)
+    if not cumulative:
+        wanted = [length for length in lengths if length <= wanted[-1]]
+    reach = np.zeros(sizes.size, dtype=np.int64)
+    if settings.documents == "same":
+        chosen = np.flatnonzero(sizes >= lengths[-1])
+        reach[chosen[: settings.samples(chosen.size, lengths[-1])]] = len(wanted)
+    else:
+        # The longest first, so that the documents of a length are among those of any shorter one.
+        order = np.argsort(-sizes, kind="stable")
+        for length in wanted:
+            reach[order[: settings.samples(int((sizes >= length).sum()), length)]] += 1
+    edges = (1, *wanted)
     positions = tuple((1 if cumulative else low, high) for low, high in pairwise(edges))
-    return Windows((Job(lengths, positions, (Reading(starts[:, None], edges),), cumulative),), skipped)
+    chosen = np.flatnonzero(reach)
+    reading = Reading(text.documents[chosen, :1], edges, None if settings.documents == "same" else reach[chosen])
+    return Windows((Job(tuple(wanted), positions, (reading,), cumulative),), skipped)
 
 
 def _below(limit: int, name: str, stride: int) -> int:
