@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import samba_lm
 from samba_lm import zoo
+from samba_lm.checkpoint import place
 from samba_lm.cli import main as cli
 from samba_lm.config import Attention, GatedParallel, LayerSpec, Mamba, ModelConfig, Parallel, SelfExtend, SwiGLU
 from samba_lm.contexts.reading import read
@@ -357,3 +358,45 @@ def test_a_drawn_stack(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     assert "+ gated" in out
     assert "expand 2, state 16, conv 4 | 2/1 heads, window 24" in out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SPECS)
+def test_a_gpu_gives_what_the_cpu_gives(name: str) -> None:
+    """Logits and gradients read whole, and steps and the engine's texts after them."""
+    ids = torch.randint(0, 260, (2, 120))
+    found, texts = [], []
+    params = SamplingParams(max_tokens=20, temperature=0, stop_at_eos=False)
+    for device in ("cpu", "cuda"):
+        model = make(SPECS[name]).to(device)
+        logits, _ = model(ids.to(device))
+        logits.log_softmax(-1).square().mean().backward()
+        grads = {key: p.grad.cpu() for key, p in model.named_parameters() if p.grad is not None}
+        state = model.init_state(2)
+        steps = torch.stack([model.step(ids[:, i].to(device), state) for i in range(40)], dim=1)
+        assert_close(steps, logits[:, :40].detach(), f"steps, {device}", scale=10)
+        found.append({"logits": logits.detach().cpu(), **grads})
+        with Engine(model, TOKENIZER, slots=3) as engine:
+            texts.append([text.text for text in engine.generate(["The sea", "and the sand", "x" * 40], params)])
+    assert found[0].keys() == found[1].keys()
+    for key, expected in found[0].items():
+        assert_close(found[1][key], expected, key, torch.float32, 20.0)
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SPECS)
+def test_bf16_on_a_gpu(name: str) -> None:
+    """Chunks, a step and packed documents, through the kernels."""
+    model = place(make(SPECS[name]), "cuda", torch.bfloat16)
+    ids = torch.randint(0, 260, (2, 300), device="cuda")
+    with torch.no_grad():
+        expected, _ = model(ids)
+        first, state = model(ids[:, :137])
+        second, state = model(ids[:, 137:299], state)
+        last = model.step(ids[:, 299], state)
+        assert_close(torch.cat((first, second, last[:, None]), dim=1), expected, "chunks and a step", scale=3)
+        segments = torch.tensor([[0] * 100 + [1] * 200, [-1] * 50 + [3] * 250], device="cuda")
+        packed, _ = model(ids, None, segments)
+        assert_close(packed[0, 100:], model(ids[:1, 100:])[0][0], "second document", scale=3)
+        assert_close(packed[1, 50:], model(ids[1:, 50:])[0][0], "after padding", scale=3)
