@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from samba_lm.figures import NARROW, WIDE
-from samba_lm.report.markup import Html, escape, join, tag
+from samba_lm.report.markup import Html, join, tag
 from samba_lm.report.style import stylesheet
 from samba_lm.report.svg import inline, swatch
 
@@ -64,6 +64,14 @@ def table(headings: Sequence[object], rows: Sequence[Sequence[object]], *, texts
     return tag("div", inside, class_="scroll", tabindex=0, role="region", aria_label="table")
 
 
+def grid(corner: str, columns: Sequence[object], rows: Sequence[object], cells: Sequence[Sequence[object]]) -> Html:
+    """A table with names on two sides, ``cells`` by rows; turned round where it would be too wide otherwise."""
+    if len(columns) > max(10, len(rows)):
+        columns, rows = rows, columns
+        cells = [list(column) for column in zip(*cells, strict=True)]
+    return table([corner, *columns], [[name, *row] for name, row in zip(rows, cells, strict=True)])
+
+
 def with_note(value: object, note: object, *, best: bool = False) -> Html:
     """A cell of a table with something small under its value."""
     return tag("td", value, tag("small", note), class_="best" if best else None)
@@ -105,9 +113,3 @@ def command(words: Any) -> Html | None:
 def facts(pairs: Sequence[tuple[str, object]]) -> Html:
     """Names and values in one line, with dots between."""
     return join([join([f"{name} ", tag("code", value)]) for name, value in pairs], " · ")
-
-
-__all__ = [
-    "command", "curves_figure", "escape", "facts", "how", "legend", "named", "page", "paragraph", "section", "table",
-    "with_note",
-]  # fmt: skip

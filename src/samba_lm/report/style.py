@@ -40,8 +40,8 @@ td.long { white-space: normal; text-align: left; min-width: 12rem; max-width: 28
 td small { display: block; color: var(--faint); font-size: .82em; line-height: 1.25; }
 td.best { font-weight: 650; }
 .name { white-space: nowrap; }
-td .name { display: inline-block; max-width: 22rem; overflow: hidden; text-overflow: ellipsis;
-  vertical-align: bottom; }
+td .name, th .name { display: inline-block; max-width: 22rem; white-space: normal; overflow-wrap: anywhere; }
+th .name { max-width: 9rem; }
 figure { margin: .8rem 0; }
 figcaption { color: var(--faint); font-size: .86rem; max-width: 46rem; }
 .legend { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; margin: .3rem 0; padding: 0; list-style: none;
@@ -50,6 +50,7 @@ figcaption { color: var(--faint); font-size: .86rem; max-width: 46rem; }
 .swatch { width: 30px; height: 12px; margin-right: .35rem; vertical-align: -1px; overflow: visible; }
 svg.plot { display: block; width: 100%; max-width: 52rem; height: auto; }
 svg.plot.narrow { display: none; max-width: 26rem; }
+svg.plot.map { max-width: 26rem; }
 svg.plot text, svg.plot tspan { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans",
   "DejaVu Sans", sans-serif; }
 svg { fill: currentColor; stroke-linejoin: round; }
@@ -73,7 +74,8 @@ svg { fill: currentColor; stroke-linejoin: round; }
   h1 { font-size: 1.4rem; }
   svg.plot.wide { display: none; } svg.plot.narrow { display: block; }
   table { font-size: .86rem; }
-  td .name { max-width: 9.5rem; }
+  td .name { max-width: 8.5rem; }
+  th .name { max-width: 6.5rem; }
 }
 @media print {
   html { font-size: 11px; } body { max-width: none; padding: 0; }

@@ -1,0 +1,156 @@
+"""A task's part of the page: files of the same settings are one group, with its figure and its table."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from samba_lm.report.found import ResultFile
+from samba_lm.report.markup import Html, join, tag
+from samba_lm.report.models import Model
+from samba_lm.report.page import command, facts, how
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Entry(Generic[T]):
+    """What one file says of one model: its figures as the task's ``read`` gave them, and its facts."""
+
+    model: Model
+    figures: T
+    facts: dict[str, Any]
+    file: ResultFile
+
+
+@dataclass(frozen=True)
+class Group(Generic[T]):
+    """Files of one task with the same settings; each model once. ``anchor``: an id that the page has once."""
+
+    anchor: str
+    settings: dict[str, Any]
+    files: Sequence[ResultFile]
+    entries: Sequence[Entry[T]]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the first file holds beside its models."""
+        return self.files[0].record
+
+    @property
+    def styles(self) -> dict[str, int]:
+        return {entry.model.label: entry.model.style for entry in self.entries}
+
+    @property
+    def names(self) -> list[tuple[str, int]]:
+        return list(self.styles.items())
+
+
+@dataclass(frozen=True)
+class Task(Generic[T]):
+    """How results of ``samba-lm eval NAME`` are read and shown.
+
+    Attributes:
+        name: of the task.
+        title: of its part of the page.
+        about: a sentence or two on what is measured.
+        read: a model's entry of a file as figures. KeyError, TypeError, ValueError or AttributeError: it is damaged.
+        heading: what tells a group from the task's others.
+        render: a group's figures and tables.
+    """
+
+    name: str
+    title: str
+    about: str
+    read: Callable[[dict[str, Any]], T]
+    heading: Callable[[Group[T]], str]
+    render: Callable[[Group[T]], Html]
+
+
+def provenance(files: Sequence[ResultFile], entries: Sequence[dict[str, Any]], settings: dict[str, Any]) -> Html:
+    """How a table was made: for each file the command, the settings, where and when and by which versions."""
+    lines: list[object] = []
+    shown = [(key, _plain(value)) for key, value in settings.items() if value not in (None, "") and key != "task"]
+    if shown:
+        lines.append(join(["Settings: ", facts(shown)]))
+    for file in files:
+        lines += _made_by(file.path, file.record, [entry for entry in entries if entry in file.record["models"]])
+    return how(lines)
+
+
+def _made_by(path: str, record: dict[str, Any], entries: Sequence[dict[str, Any]]) -> list[object]:
+    lines: list[object] = []
+    line = command(record.get("command"))
+    if line is not None:
+        lines.append(line)
+    lines.append(facts(environment(path, record, entries)))
+    return lines
+
+
+def environment(path: str, record: dict[str, Any], entries: Sequence[dict[str, Any]] = ()) -> list[tuple[str, object]]:
+    """Device, dtype, versions and time, as far as a file tells them."""
+    found: list[tuple[str, object]] = [("file", path)]
+    for name in ("device", "dtype"):
+        values = dict.fromkeys(str(entry[name]) for entry in entries if entry.get(name)) or (
+            dict.fromkeys([str(record[name])]) if record.get(name) else {}
+        )
+        if values:
+            found.append((name, ", ".join(values)))
+    for name, shown in (
+        ("gpu", "GPU"), ("threads", "threads"), ("samba_lm", "samba-lm"), ("torch", "torch"), ("python", "Python"),
+        ("platform", "on"),
+    ):  # fmt: skip
+        if record.get(name):
+            found.append((shown, record[name]))
+    if record.get("commit"):
+        commit = str(record["commit"])
+        found.append(("commit", commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")))
+    if record.get("time"):
+        found.append(("time", when(record["time"])))
+    return found
+
+
+def when(time: object) -> str:
+    """2026-11-22T07:33:25+00:00 as "2026-11-22 07:33 UTC"; anything else as it is."""
+    try:
+        there = datetime.datetime.fromisoformat(str(time))
+    except ValueError:
+        return str(time)
+    return there.astimezone(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC") if there.tzinfo else str(time)
+
+
+def number(value: object, digits: int = 2) -> str:
+    """A figure with so many digits after the point; a dash where there is none."""
+    if not isinstance(value, int | float) or value != value:
+        return "-"
+    return f"{value:,.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
+
+
+def percent(share: object, digits: int = 1) -> str:
+    """0.25 as "25.0%"."""
+    return f"{100 * share:.{digits}f}%" if isinstance(share, int | float) and share == share else "-"
+
+
+def interval(low: object, high: object, digits: int = 2, scale: float = 1.0) -> str:
+    """Two ends with a dash between; "" where they are not known."""
+    if not (isinstance(low, int | float) and isinstance(high, int | float)) or low != low or high != high:
+        return ""
+    return f"{number(scale * low, digits)}{'-' if low >= 0 else ' to '}{number(scale * high, digits)}"
+
+
+def skipped(reasons: Sequence[tuple[str, str]]) -> Html:
+    """What was left out, a line for each reason: (what, why)."""
+    return tag("div", *(tag("p", f"Skipped, {what}: {why}.", class_="faint") for what, why in reasons))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items() if inner not in (None, ""))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    text = str(value)
+    return text[:12] if len(text) == 64 and all(letter in "0123456789abcdef" for letter in text) else text

@@ -1,0 +1,119 @@
+"""The page of a folder's results: a part for each task, for trainings and for studies, models named alike in all."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from samba_lm import __version__
+from samba_lm.errors import UserError
+from samba_lm.report import training
+from samba_lm.report.found import Found, Problem, ResultFile, search
+from samba_lm.report.markup import Html, join, tag
+from samba_lm.report.models import Key, Model, key, name_models
+from samba_lm.report.page import page, paragraph, section
+from samba_lm.report.part import Entry, Group, Task, provenance
+from samba_lm.report.recall import PASSKEY, PHONEBOOK
+
+TASKS: dict[str, Task[Any]] = {task.name: task for task in (PASSKEY, PHONEBOOK)}
+"""In the page's order."""
+LOOKED_FOR = (
+    "files that `samba-lm eval ... --json FILE` wrote, metrics.jsonl of `samba-lm train`, and the records of a study"
+)
+
+
+def results_page(folder: Path) -> tuple[str, Found]:
+    """The page of what is in ``folder``, and what was found; damaged files are named in both.
+
+    Raises UserError where there is nothing to show.
+    """
+    found = search(folder)
+    groups = _groups(found)
+    if not found:
+        damaged = f" {len(found.problems)} damaged: {found.problems[0].why}" if found.problems else ""
+        raise UserError(f"{folder} holds no results: it is searched for {LOOKED_FOR}.{damaged}")
+    parts: list[tuple[str, Html]] = []
+    for task in TASKS.values():
+        mine = [group for name, group in groups if name == task.name]
+        if mine:
+            parts.append((task.title, _part(task, mine)))
+    models = {entry.model.label: entry.model for _, group in groups for entry in group.entries}
+    styles = {label: model.style for label, model in models.items()}
+    if found.trainings:
+        parts.append(("Training", training.part(found.trainings, styles)))
+    title = f"Results: {folder.resolve().name or folder}"
+    return page(title, _opening(folder, found, [title for title, _ in parts]), *(part for _, part in parts)), found
+
+
+def _groups(found: Found) -> list[tuple[str, Group[Any]]]:
+    """Files with the same task and settings together. Those that cannot be read move to the problems."""
+    read: dict[str, list[tuple[dict[str, Any], Any]]] = {}
+    kept: list[ResultFile] = []
+    for file in found.results:
+        task = TASKS.get(file.task)
+        if task is None:
+            found.problems.append(Problem(file.path, f"has results of {file.task!r}, which this version cannot show"))
+            continue
+        try:
+            read[file.path] = [(facts, task.read(facts)) for facts in file.record["models"]]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            found.problems.append(Problem(file.path, f"is damaged, or no file of `eval {file.task}`: measure again"))
+            continue
+        kept.append(file)
+    found.results[:] = kept
+    models = name_models([facts for file in kept for facts, _ in read[file.path]])
+    together: dict[tuple[str, str], list[ResultFile]] = {}
+    for file in kept:
+        together.setdefault((file.task, file.group), []).append(file)
+    return [
+        (name, Group(f"{name}-{i}", files[0].settings, files, _entries(files, read, models)))
+        for i, ((name, _), files) in enumerate(together.items())
+    ]
+
+
+def _entries(
+    files: Sequence[ResultFile], read: dict[str, list[tuple[dict[str, Any], Any]]], models: dict[Key, Model]
+) -> list[Entry[Any]]:
+    """Each model once: what was written last."""
+    found: dict[Key, Entry[Any]] = {}
+    for file in sorted(files, key=lambda file: str(file.record.get("time", ""))):
+        for facts, figures in read[file.path]:
+            found[key(facts)] = Entry(models[key(facts)], figures, facts, file)
+    return sorted(found.values(), key=lambda entry: entry.model.style)
+
+
+def _part(task: Task[Any], groups: Sequence[Group[Any]]) -> Html:
+    inside: list[Html] = []
+    for group in groups:
+        heading = task.heading(group)
+        if heading:
+            inside.append(tag("h3", heading))
+        inside.append(task.render(group))
+        inside.append(provenance(group.files, [entry.facts for entry in group.entries], group.settings))
+    return section(task.title, paragraph(task.about), *inside, anchor=_anchor(task.title))
+
+
+def _opening(folder: Path, found: Found, titles: Sequence[str]) -> Html:
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    counted = [
+        (len(found.results), "result file"),
+        (len(found.trainings), "training"),
+        (len(found.studies), "study run"),
+    ]
+    told = ", ".join(f"{count} {what}{'s' * (count != 1)}" for count, what in counted if count)
+    parts = [
+        paragraph(tag("span", f"{told}. Made {now} by samba-lm {__version__}: ", class_="faint"),
+                  tag("code", f"samba-lm report {folder}")),
+        tag("nav", *(tag("a", title, href=f"#{_anchor(title)}") for title in titles)),
+    ]  # fmt: skip
+    if found.problems:
+        lines = [tag("li", tag("code", problem.path), f" {problem.why}") for problem in found.problems]
+        parts.append(tag("div", "Left out:", tag("ul", *lines), class_="notice"))
+    return join(parts)
+
+
+def _anchor(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower())
