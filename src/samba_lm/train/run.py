@@ -141,7 +141,7 @@ def train(
                     stop=lambda: bool(request) or stop(),
                 )
             except NonFiniteError as error:
-                raise UserError(f"{error} Last good checkpoint: {latest or 'none yet'}.") from None
+                raise NonFiniteError(f"{error} Last good checkpoint: {latest or 'none yet'}.") from None
     assert latest is not None, "the loop saves after its last step"
     return _result(progress, latest, parallel, interrupted=request.signal if progress.step < steps else None)
 
