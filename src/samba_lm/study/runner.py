@@ -86,6 +86,9 @@ class Runner:
         self.asked: list[int] = []
         """Signals that came."""
         self.late = False
+        self.answered = False
+        """Whether a worker has ever told anything: where none can, what follows would only fail too."""
+        self.broken = False
 
     def run(self) -> Outcome:
         """Do all that can be done. Raises UserError when the folder is another's or in use."""
@@ -115,11 +118,12 @@ class Runner:
         plan = self._replan()
         while True:
             left = None if self.seconds is None else self.seconds - (time.monotonic() - began)
-            if not self.asked and (left is None or left > 0):
+            self.late = self.late or (left is not None and left <= 0)
+            if self.asked or (left is not None and left <= 0):
+                return plan
+            if not self.broken:
                 self._give_jobs(workers, plan, left)
-            elif left is not None and left <= 0:
-                self.late = True
-            if not any(worker.job for worker in workers) or self.asked or (left is not None and left <= 0):
+            if not any(worker.job for worker in workers):
                 return plan
             with contextlib.suppress(Empty):
                 if self._happened(self.happenings.get(timeout=0.2)):
@@ -161,6 +165,7 @@ class Runner:
                 worker.process = None
             return False
         event = happening.event
+        self.answered = self.answered or event is not None
         if event is not None and event["event"] != "ended":
             self.view.event(job, event)
             return False
@@ -168,6 +173,7 @@ class Runner:
             code = happening.process.returncode
             worker.process = None
             record = None if code == STOPPED else self._crashed(worker, job, code)
+            self.broken = self.broken or not self.answered
         else:
             record = read_record(record_path(self.out, job.key))
             if record.status == "failed":

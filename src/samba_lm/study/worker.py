@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
@@ -29,7 +29,6 @@ from samba_lm.data.shards import TokenDataset, open_splits
 from samba_lm.errors import UserError, one_line
 from samba_lm.eval.perplexity import perplexity
 from samba_lm.eval.protocols import OF_DOCUMENTS
-from samba_lm.eval.text import Tokens
 from samba_lm.files import write_text
 from samba_lm.memory import peak_memory
 from samba_lm.model import SambaLM
@@ -45,6 +44,9 @@ from samba_lm.train.observer import Observer, Plan, StepRecord
 from samba_lm.train.parallel import pick_device
 from samba_lm.train.recipe import Recipe
 from samba_lm.train.run import train
+
+if TYPE_CHECKING:
+    from samba_lm.eval.text import Tokens
 
 Tell = Callable[[Mapping[str, object]], None]
 TELL_EVERY = 0.3
