@@ -50,6 +50,7 @@ EXTRAS = {
     "llguidance": ("serve/*",),
     "ray": ("serve/ray.py",),
     "faker": ("data/phonebook.py",),
+    "rouge_score": ("eval/summaries.py",),
 }
 # Rooms that are an extra as a whole: they import its packages anywhere, and only functions import them.
 WHOLE_EXTRAS = {"serve"}

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
-from samba_lm.eval.intervals import mean_interval, student, wilson
+from samba_lm.eval.intervals import grouped_interval, mean_interval, student, wilson
 
 
 @pytest.mark.parametrize(
@@ -49,3 +50,27 @@ def test_means() -> None:
     assert math.isnan(mean_interval([]).mean)
     with pytest.raises(ValueError, match="none"):
         student(0)
+
+
+def test_means_of_groups() -> None:
+    values = [1.0, 2.0, 4.0, 8.0]
+    alone, together = mean_interval(values), grouped_interval(values, "abcd")
+    assert together.mean == alone.mean
+    assert together.reach == pytest.approx(alone.reach)
+    # Four copies of every value tell no more than one.
+    again = grouped_interval(values * 4, "abcd" * 4)
+    assert (again.mean, again.count) == (alone.mean, 16)
+    assert again.reach == pytest.approx(alone.reach)
+    assert math.isnan(grouped_interval(values, "aaaa").low)
+    assert math.isnan(grouped_interval([], []).mean)
+
+
+def test_intervals_of_groups_hold_the_truth_as_often_as_they_say() -> None:
+    random, held = np.random.RandomState(0), 0
+    for _ in range(2000):
+        sizes = random.randint(1, 6, size=30)
+        groups = np.repeat(np.arange(30), sizes)
+        values = random.standard_normal(30)[groups] + random.standard_normal(groups.size)
+        found = grouped_interval(values.tolist(), groups.tolist())
+        held += found.low <= 0 <= found.high
+    assert 0.93 < held / 2000 < 0.965

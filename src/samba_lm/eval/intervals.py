@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
@@ -53,6 +53,21 @@ def mean_interval(values: Sequence[float]) -> Mean:
         return Mean(mean, math.nan, math.nan, 1)
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
     reach = student(count - 1) * math.sqrt(variance / count)
+    return Mean(mean, mean - reach, mean + reach, count)
+
+
+def grouped_interval(values: Sequence[float], groups: Sequence[Hashable]) -> Mean:
+    """The mean of values that are independent only between groups, such as questions about one text: Student's t over
+    the groups (the ratio estimator's variance). Alone in its group each, it is :func:`mean_interval`."""
+    members: dict[Hashable, list[float]] = {}
+    for value, group in zip(values, groups, strict=True):
+        members.setdefault(group, []).append(value)
+    count, number = len(values), len(members)
+    mean = math.fsum(values) / count if count else math.nan
+    if number < 2:
+        return Mean(mean, math.nan, math.nan, count)
+    squares = math.fsum((math.fsum(some) - mean * len(some)) ** 2 for some in members.values())
+    reach = student(number - 1) * math.sqrt(squares * number / (number - 1)) / count
     return Mean(mean, mean - reach, mean + reach, count)
 
 
