@@ -13,10 +13,12 @@ from typing import Literal
 from samba_lm.config import (
     Attention,
     GatedLinearAttention,
+    GatedParallel,
     LayerSpec,
     Mamba,
     MegaS6,
     ModelConfig,
+    Parallel,
     Retention,
     SelfExtend,
     SwiGLU,
@@ -116,6 +118,11 @@ def transformer(name: str, scale: Scale, blocks: int, attention: Attention, tie:
 
 def mamba_swa_mlp(name: str, scale: Scale, repeat: int) -> ModelConfig:
     return _model(name, scale, [Mamba(), scale.attention(), scale.swiglu], repeat)
+
+
+def two_paths(name: str, scale: Scale, paths: LayerSpec, repeat: int) -> ModelConfig:
+    """[Mamba beside SWA, MLP] repeated: what the paper leaves to future work."""
+    return _model(name, scale, [paths, scale.swiglu], repeat)
 
 
 def mamba_mlp(name: str, scale: Scale, full_at: tuple[int, ...] = ()) -> ModelConfig:
@@ -238,6 +245,10 @@ _SMALL_ROWS: list[tuple[str, str, Callable[[str], ModelConfig]]] = [
     ("mamba-mlp-27m-full-5", "Table 5, small", lambda n: mamba_mlp(n, replace(S27, mlp=880), (5,))),
     ("mamba-mlp-27m-full-0", "Table 5, small", lambda n: mamba_mlp(n, replace(S27, mlp=880), (0,))),
     ("mamba-mlp-27m-full-1-5", "Table 5, small", lambda n: mamba_mlp(n, replace(S27, mlp=912), (1, 5))),
+    ("parallel-27m", "past the paper",
+     lambda n: two_paths(n, replace(S27, mlp=1200), Parallel(attention=S27.attention()), 8)),
+    ("gated-27m", "past the paper",
+     lambda n: two_paths(n, replace(S27, mlp=1184), GatedParallel(attention=S27.attention()), 8)),
     ("samba-27m-window-128", "window ablation, small", lambda n: samba(n, replace(S27, window=128))),
     ("samba-27m-window-256", "window ablation, small", lambda n: samba(n, replace(S27, window=256))),
     *(
