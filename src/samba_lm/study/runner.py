@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 import signal
@@ -16,12 +15,15 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from samba_lm.errors import UserError
 from samba_lm.files import read_json, write_text
 from samba_lm.study.plan import Estimates, Job, Plan, Planner, now, priority
 from samba_lm.study.process import STOPPED, Happening, Place, WorkerProcess
 from samba_lm.study.record import Record, read_record, read_records, record_path
 from samba_lm.study.study import Study
+from samba_lm.validation import explain
 
 STUDY_FILE = "study.json"
 FORMAT = "samba-lm study"
@@ -94,8 +96,9 @@ class Runner:
         """Do all that can be done. Raises UserError when the folder is another's or in use."""
         began = time.monotonic()
         with study_lock(self.out, self.view) as lock, self._signals():
-            write_study(self.out, self.planner.study)
             self.records = read_records(self.out)
+            before = read_study_file(self.out).jobs if (self.out / STUDY_FILE).exists() else {}
+            self.file = StudyFile(study=self.planner.study, jobs=before)
             workers = [
                 WorkerProcess(place, self.out / ".workers" / f"{number}.log", self.happenings, (lock,))
                 for number, place in enumerate(self.places)
@@ -131,6 +134,8 @@ class Runner:
 
     def _replan(self) -> Plan:
         plan = self.planner.plan(self.records)
+        self.file.note(plan)
+        self.file.write(self.out)
         self.view.planned(plan, self.records, Estimates(self.records))
         return plan
 
@@ -181,6 +186,8 @@ class Runner:
         worker.job = None
         if record is not None:
             self.records[job.key] = record
+            if event is not None:
+                record_path(self.out, job.key).with_suffix(".log").unlink(missing_ok=True)
         self.view.ended(job, record)
         return True
 
@@ -275,18 +282,43 @@ def check_folder(out: Path) -> None:
         read_study_file(out)
 
 
-def write_study(out: Path, study: Study) -> None:
-    """Write what the tables need to know of the study into its folder."""
-    told = {"format": FORMAT, "study": study.model_dump(mode="json")}
-    write_text(out / STUDY_FILE, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+class StudyFile(BaseModel):
+    """What study.json holds: the study as it was last run, and which of the records beside it belong to it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: str = FORMAT
+    study: Study
+    jobs: dict[str, dict[str, list[str]]] = {}
+    """By run and stage, the keys of its trainings: those of another learning rate or seed that was once asked for are
+    left out."""
+
+    def keys(self, run: str, stage: str) -> list[str]:
+        return self.jobs.get(run, {}).get(stage, [])
+
+    def note(self, plan: Plan) -> None:
+        """Take the plan's jobs in place of those of the same runs and stages."""
+        fresh: dict[str, dict[str, list[str]]] = {}
+        for job in plan.jobs:
+            fresh.setdefault(job.run, {}).setdefault(job.stage, []).append(job.key)
+        for waiting in plan.waiting:
+            fresh.setdefault(waiting.run, {})["final"] = []
+        for run, stages in fresh.items():
+            self.jobs[run] = self.jobs.get(run, {}) | stages
+
+    def write(self, out: Path) -> None:
+        write_text(out / STUDY_FILE, self.model_dump_json(indent=1) + "\n")
 
 
-def read_study_file(out: Path) -> Study:
+def read_study_file(out: Path) -> StudyFile:
     """The study whose runs a folder holds. Raises UserError when it holds none."""
     path = out / STUDY_FILE
     if not path.is_file():
         raise UserError(f"{out} holds no study (no {STUDY_FILE}): give the folder that `samba-lm study` wrote.")
     told = read_json(path)
-    if not isinstance(told, dict) or told.get("format") != FORMAT or not isinstance(told.get("study"), dict):
+    if not isinstance(told, dict) or told.get("format") != FORMAT:
         raise UserError(f"{path} was not written by `samba-lm study`: choose another folder.")
-    return Study.from_dict(told["study"], source=str(path))
+    try:
+        return StudyFile.model_validate(told)
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error, StudyFile)}") from None

@@ -122,6 +122,10 @@ class PaperTable(Section):
     columns: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
     rows: dict[str, Annotated[tuple[float | str, ...], Field(strict=False)]]
     """Its figures by the name of our run."""
+    evaluation: str | None = None
+    """Ours that stands beside it."""
+    lengths: Annotated[tuple[int, ...], Field(strict=False)] = ()
+    """Of our evaluation; none: all of them."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -136,6 +140,8 @@ class Study(Section):
 
     title: str = "A study"
     seeds: Seeds = (0,)
+    reference: str | None = None
+    """The run that the tables compare the others with."""
     sweep: Sweep | None = None
     """None: runs that give no lr take their recipe's."""
     evaluations: Annotated[tuple[Evaluation, ...], Field(strict=False)] = ()
@@ -157,8 +163,14 @@ class Study(Section):
             source = names[run.lr_from]
             if source.lr_from is not None or run.lr_from == run.name:
                 raise ValueError(f"{run.name}: lr_from = {run.lr_from!r} has no learning rate of its own")
+        if self.reference is not None and self.reference not in names:
+            raise ValueError(f"reference = {self.reference!r} is no run.{did_you_mean(self.reference, names)}")
         groups = {group for run in self.runs for group in run.groups}
         for table in self.paper:
+            measured = [each.name for each in self.evaluations]
+            if table.evaluation is not None and table.evaluation not in measured:
+                near = did_you_mean(table.evaluation, measured)
+                raise ValueError(f"paper, {table.group}: evaluation {table.evaluation!r} is not in the study.{near}")
             if table.group not in groups:
                 raise ValueError(f"paper: no run is of group {table.group!r}.{did_you_mean(table.group, groups)}")
             for name in table.rows:

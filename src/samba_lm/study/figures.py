@@ -1,0 +1,104 @@
+"""Drawing a study: perplexity against length, differences from one model, and what the sweeps saw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from samba_lm.figures import Axis, Curve, plot, short
+from samba_lm.study.results import Found, Results, difference
+from samba_lm.study.study import Evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SIZE = (9.6, 4.4)
+FAR = 10.0
+"""Perplexities above so many times the lowest are cut off: how bad is in the table."""
+
+
+def perplexity_figure(results: Results, models: Sequence[Found], evaluation: Evaluation) -> Figure | None:
+    """Perplexity against length; None where nothing was measured.
+
+    Without intervals: those of the text are the same for all models and far wider than the differences (see
+    :func:`difference_figure`).
+    """
+    curves = []
+    for style, each in enumerate(models):
+        cells = [cell for cell in each.cells(evaluation).values() if cell.losses]
+        if cells:
+            lengths, values = [cell.length for cell in cells], [cell.perplexity for cell in cells]
+            curves.append(Curve(each.title, lengths, values, style=style))
+    lowest = min((min(curve.y) for curve in curves), default=math.nan)
+    highest = max((y for curve in curves for y in curve.y if y <= FAR * lowest), default=math.nan)
+    return _draw(results, curves, evaluation, Axis("perplexity", "log10", limits=(lowest / 1.03, highest * 1.03)))
+
+
+def difference_figure(results: Results, models: Sequence[Found], evaluation: Evaluation) -> Figure | None:
+    """How much higher perplexity is than the reference's, in percent, with 95% intervals of window by window."""
+    reference = results.reference
+    if reference is None:
+        return None
+    ours = reference.cells(evaluation)
+    curves = []
+    for style, each in enumerate(models):
+        if each is reference:
+            continue
+        points = [
+            (cell.length, difference(cell, ours[cell.length]))
+            for cell in each.cells(evaluation).values()
+            if cell.losses and cell.length in ours and ours[cell.length].losses
+        ]
+        if points:
+            lows, means, highs = (
+                [percent(value) for value in column]
+                for column in zip(*((mean.low, mean.mean, mean.high) for _, mean in points), strict=True)
+            )
+            curves.append(Curve(each.title, [length for length, _ in points], means, lows, highs, style))
+    near = [y for curve in curves for y in curve.y if abs(y) < 30]
+    if not near:
+        return None
+    reach = max(near) - min(0.0, *near)
+    limits = (min(0.0, *near) - 0.15 * reach, max(0.0, *near) + 0.15 * reach)
+    label = f"perplexity above {reference.title}'s (%)"
+    return _draw(results, curves, evaluation, Axis(label, limits=limits if reach else None))
+
+
+def sweep_figure(results: Results) -> Figure | None:
+    """Validation loss of the short trainings against the learning rate; None without a sweep."""
+    curves = []
+    for style, (name, records) in enumerate(results.sweeps.items()):
+        done = [record for record in records if record.status == "done" and record.val_loss is not None]
+        if done:
+            losses = [record.val_loss for record in done if record.val_loss is not None]
+            curves.append(Curve(results.of(name).title, [record.lr for record in done], losses, style=style))
+    if not curves:
+        return None
+    rates = sorted({rate for curve in curves for rate in curve.x})
+    x = Axis("peak learning rate", "log10", ticks=rates if len(rates) <= 10 else None)
+    return _curves(curves, x, Axis("validation loss (nats a token)"), ())
+
+
+def percent(loss: float) -> float:
+    """A difference of losses as one of perplexities, in percent."""
+    return 100 * math.expm1(min(loss, 50.0))
+
+
+def _draw(results: Results, curves: Sequence[Curve], evaluation: Evaluation, y: Axis) -> Figure | None:
+    if not curves:
+        return None
+    lengths = sorted({float(length) for curve in curves for length in curve.x})
+    label = "place in the document (tokens)" if evaluation.protocol == "stream" else "context (tokens)"
+    trained = results.trained_length
+    marks = () if trained is None else ((trained, f"trained on {short(trained)}"),)
+    return _curves(curves, Axis(label, "log2", ticks=lengths if len(lengths) <= 12 else None), y, marks)
+
+
+def _curves(curves: Sequence[Curve], x: Axis, y: Axis, marks: Sequence[tuple[float, str]]) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE, dpi=150, layout="constrained")
+    plot(figure.subplots(), curves, x, y, marks=marks)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
+    return figure

@@ -1,0 +1,161 @@
+"""What a study found, put together from its records: seeds averaged, models compared window by window."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from samba_lm.eval.intervals import Mean, mean_interval
+from samba_lm.study.record import Record, read_records
+from samba_lm.study.runner import StudyFile, read_study_file
+from samba_lm.study.study import Evaluation, PaperTable, Run, Study
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model's perplexity at one length."""
+
+    length: int
+    low: int
+    """First position that counts (stream: where the bucket begins)."""
+    windows: int
+    tokens: int
+    losses: tuple[float, ...]
+    """Of each seed, nats a token."""
+    means: tuple[float, ...]
+    """Of each window, over the seeds; empty where they are too many to be kept."""
+    note: str
+
+    @property
+    def loss(self) -> float:
+        """Mean over the seeds; NaN where nothing was measured."""
+        return sum(self.losses) / len(self.losses) if self.losses else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        return exp(self.loss)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval of the perplexity, from the spread of the windows."""
+        found = mean_interval(self.means)
+        return (exp(found.low), exp(found.high)) if len(self.means) > 1 else (math.nan, math.nan)
+
+    @property
+    def seeds(self) -> tuple[float, float] | None:
+        """The lowest and the highest perplexity among the seeds; None for one."""
+        return (exp(min(self.losses)), exp(max(self.losses))) if len(self.losses) > 1 else None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found of one run."""
+
+    run: Run
+    finals: tuple[Record, ...]
+    """Its whole trainings that came to their end, by seed."""
+    others: tuple[Record, ...]
+    """Whole trainings that failed or diverged."""
+
+    @property
+    def title(self) -> str:
+        return self.run.title or self.run.name
+
+    def cells(self, evaluation: Evaluation) -> dict[int, Cell]:
+        """By length; without those that no seed was measured at."""
+        measured = [each.results for record in self.finals if (each := record.evaluation(evaluation.name)) is not None]
+        rows: dict[int, list[dict[str, Any]]] = {}
+        for results in measured:
+            for row in results:
+                rows.setdefault(row["length"], []).append(row)
+        return {length: _cell(length, rows[length]) for length in sorted(rows)}
+
+    def mean(self, field: str) -> float:
+        """Of a figure of the records, over the seeds; NaN where it is missing."""
+        values = [value for record in self.finals if (value := getattr(record, field)) is not None]
+        return sum(values) / len(values) if values else math.nan
+
+
+@dataclass(frozen=True)
+class Results:
+    """All of a study."""
+
+    study: Study
+    found: tuple[Found, ...]
+    sweeps: dict[str, tuple[Record, ...]]
+    """By family, by learning rate."""
+    folder: Path
+
+    @property
+    def groups(self) -> list[str]:
+        """In the order of the study."""
+        return list(dict.fromkeys(group for each in self.found for group in each.run.groups))
+
+    def group(self, name: str) -> list[Found]:
+        return [each for each in self.found if name in each.run.groups]
+
+    def of(self, name: str) -> Found:
+        return next(each for each in self.found if each.run.name == name)
+
+    @property
+    def reference(self) -> Found | None:
+        """The run that the others are compared with, if it was trained."""
+        name = self.study.reference
+        return None if name is None or not self.of(name).finals else self.of(name)
+
+    def paper(self, group: str) -> PaperTable | None:
+        return next((table for table in self.study.paper if table.group == group), None)
+
+    @property
+    def trained_length(self) -> int | None:
+        """Tokens of a training row, where it is one for all."""
+        lengths = {record.recipe["train"]["length"] for each in self.found for record in each.finals}
+        return lengths.pop() if len(lengths) == 1 else None
+
+
+def read_results(folder: Path) -> Results:
+    """Read what `samba-lm study` wrote. Raises UserError for a folder that holds none, or a damaged file in it."""
+    file: StudyFile = read_study_file(folder)
+    records = read_records(folder)
+    found = []
+    for run in file.study.runs:
+        finals = [records[key] for key in file.keys(run.name, "final") if key in records]
+        done = sorted((record for record in finals if record.status == "done"), key=lambda record: record.seed)
+        found.append(Found(run, tuple(done), tuple(record for record in finals if record.status != "done")))
+    sweeps = {}
+    for run in file.study.runs:
+        swept = [records[key] for key in file.keys(run.name, "sweep") if key in records]
+        if swept:
+            sweeps[run.name] = tuple(sorted(swept, key=lambda record: record.lr))
+    return Results(file.study, tuple(found), sweeps, folder)
+
+
+def difference(ours: Cell, reference: Cell) -> Mean:
+    """How much higher ``ours`` loss is, nats a token, with the 95% interval over the windows that both read.
+
+    It is far narrower than that of either loss, because the text is the same. What another seed would change is not in
+    it.
+    """
+    if len(ours.means) != len(reference.means) or not ours.means:
+        apart = ours.loss - reference.loss
+        return Mean(apart, math.nan, math.nan, min(ours.windows, reference.windows))
+    return mean_interval([a - b for a, b in zip(ours.means, reference.means, strict=True)])
+
+
+def exp(loss: float) -> float:
+    """Perplexity of a loss, infinite where it is too large."""
+    return math.nan if math.isnan(loss) else math.exp(loss) if loss < 700 else math.inf
+
+
+def _cell(length: int, rows: Sequence[dict[str, Any]]) -> Cell:
+    measured = [row for row in rows if row["windows"] and row["loss"] is not None]
+    first = (measured or rows)[0]
+    means: tuple[float, ...] = ()
+    if measured and all(row["means"] and len(row["means"]) == len(first["means"]) for row in measured):
+        means = tuple(sum(each) / len(measured) for each in zip(*(row["means"] for row in measured), strict=True))
+    low = 0 if first["positions"][0] == 1 else first["positions"][0]
+    losses = tuple(row["loss"] for row in measured)
+    return Cell(length, low, first["windows"], first["tokens"], losses, means, first["note"])
