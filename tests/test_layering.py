@@ -26,8 +26,8 @@ CLOSED = {  # what the order of the table alone would allow
     "eval": {"train", "serve"},
     "serve": {"train", "eval"},
 }
-NO_TORCH = {"errors", "files", "memory", "validation", "config", "zoo"}
-STANDARD_LIBRARY_ONLY = {"errors", "files", "memory"}
+NO_TORCH = {"errors", "files", "memory", "shipped", "validation", "config", "zoo"}
+STANDARD_LIBRARY_ONLY = {"errors", "files", "memory", "shipped"}
 # These run before any command is chosen, so they stay fast: `samba-lm --help` passes through no other.
 START = {"__init__.py", "__main__.py", "cli/__init__.py", "cli/main.py"}
 START_IMPORTS = {"samba_lm.__version__", "samba_lm.errors", "samba_lm.cli.main"}
@@ -51,9 +51,12 @@ EXTRAS = {
     "ray": ("serve/ray.py",),
     "faker": ("data/phonebook.py",),
     "rouge_score": ("eval/summaries.py",),
+    "lm_eval": ("eval/harness/*",),
 }
 # Rooms that are an extra as a whole: they import its packages anywhere, and only functions import them.
 WHOLE_EXTRAS = {"serve"}
+# A module that is an extra: it derives from what the package gives, and only functions import it.
+EXTRA_MODULES = {"eval/harness/model.py"}
 # The GPU kernels: the public file triton.py of an operation, and what it is made of (triton_forward.py, ...).
 KERNELS = ("ops/*/triton*.py", "ops/triton_math.py")
 PARSERS = {"argparse", "optparse", "getopt", "click", "typer", "tyro", "sys.argv"}
@@ -178,9 +181,10 @@ def _packages(path: str, imports: list[Import]) -> Iterator[tuple[int, str]]:
                         each.line,
                         f"the optional package {extra} is not imported here, only in {owners or 'external.py'}",
                     )
-                elif not each.lazy and room not in WHOLE_EXTRAS:
+                elif not each.lazy and room not in WHOLE_EXTRAS and path not in EXTRA_MODULES:
                     yield each.line, f"the optional package {extra} is imported inside the function that needs it"
-        for other in WHOLE_EXTRAS - {room}:
+        modules = {module.removesuffix(".py").replace("/", ".") for module in EXTRA_MODULES}
+        for other in (WHOLE_EXTRAS - {room}) | modules:
             if each.within(f"samba_lm.{other}") and not each.lazy:
                 yield each.line, f"samba_lm.{other} needs an extra: it is imported inside the function that needs it"
         if each.within("torch.distributed.fsdp") and path != "train/parallel.py":
@@ -300,6 +304,8 @@ PLANTED = [
     ("optional package torch.utils.tensorboard is im", "train/metrics.py", "from torch.utils.tensorboard import X"),
     ("optional package fastapi", "engine/engine.py", "def f():\n    import fastapi"),
     ("serve needs an extra", "cli/serve.py", "from samba_lm.serve import app"),
+    ("harness.model needs an extra", "cli/eval_harness.py", "from samba_lm.eval.harness.model import HarnessLM"),
+    ("optional package lm_eval is imported inside", "eval/harness/run.py", "import lm_eval"),
     ("FSDP", "train/loop.py", "from torch.distributed.fsdp import fully_shard"),
     ("imports argparse", "train/loop.py", "import argparse"),
     ("imports tyro", "config.py", "from tyro.conf import Positional"),
@@ -340,6 +346,7 @@ ALLOWED = [
     ("serve/app.py", "import fastapi"),
     ("cli/serve.py", "def f():\n    from samba_lm.serve import app"),
     ("train/metrics.py", "def f():\n    from torch.utils.tensorboard import SummaryWriter"),
+    ("eval/harness/model.py", "from lm_eval.api.model import TemplateLM"),
     ("demo/run.py", "from samba_lm.train import loop\nfrom samba_lm.eval import perplexity"),
     ("convert/official.py", "from pickle import UnpicklingError"),
     ("eval/perplexity.py", "import torch\ntorch.load(p, weights_only=True)\nmodel.eval()"),
