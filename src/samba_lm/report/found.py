@@ -14,7 +14,7 @@ from samba_lm.files import TMP_MARK, read_json
 from samba_lm.train.metrics import read_metrics
 
 METRICS = "metrics.jsonl"
-STUDY_RUN = "samba-lm study run"
+STUDY_RUN, STUDY = "samba-lm study run", "samba-lm study"
 NO_RESULTS = {"config.json", "tokenizer.json", "tokenizer_config.json", "trainer.json", "generation_config.json"}
 """Files of checkpoints: never looked into."""
 LARGEST = 1 << 28
@@ -77,6 +77,8 @@ class Found:
     results: list[ResultFile] = field(default_factory=list)
     trainings: list[Training] = field(default_factory=list)
     studies: list[StudyRun] = field(default_factory=list)
+    study_files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """A study's own file, by its folder: what it is called, and its runs."""
     problems: list[Problem] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -130,6 +132,8 @@ def _sort_in(found: Found, path: Path, shown: str) -> None:
         return
     if record.get("format") == STUDY_RUN:
         found.studies.append(StudyRun(shown, _parent(_parent(shown)), record))
+    elif record.get("format") == STUDY:
+        found.study_files[_parent(shown)] = record
     elif isinstance(record.get("task"), str) and isinstance(record.get("models"), list):
         if not isinstance(record.get("settings"), dict):
             raise UserError(f"{shown} is damaged: its settings are missing.")

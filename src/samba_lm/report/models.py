@@ -16,7 +16,7 @@ WHO = ("weights_sha256", "config", "tokenizer", "dtype", "quantized")
 
 @dataclass(frozen=True)
 class Model:
-    """A model by its name on the page, its place in the palette, and its facts in the file where it was met first."""
+    """A model by its name on the page, its place in the palette, and its facts as the first file tells them."""
 
     label: str
     style: int
@@ -33,7 +33,8 @@ def name_models(entries: Sequence[dict[str, Any]]) -> dict[Key, Model]:
     """Name the models of all files, in the order in which they are met."""
     first: dict[Key, dict[str, Any]] = {}
     for facts in entries:
-        first.setdefault(key(facts), facts)
+        known = first.setdefault(key(facts), {})
+        known.update({name: value for name, value in facts.items() if known.get(name) is None})
     names = shortest([str(facts.get("name") or facts.get("checkpoint") or "?") for facts in first.values()])
     labels = _told_apart(names, list(first.values()))
     return {

@@ -75,6 +75,10 @@ def provenance(files: Sequence[ResultFile], entries: Sequence[dict[str, Any]], s
     shown = [(key, _plain(value)) for key, value in settings.items() if value not in (None, "") and key != "task"]
     if shown:
         lines.append(join(["Settings: ", facts(shown)]))
+    data = files[0].record.get("data")
+    if data:
+        told = data.items() if isinstance(data, dict) else [("file", data)]
+        lines.append(join(["Data: ", facts([(key, _plain(value)) for key, value in told])]))
     for file in files:
         lines += _made_by(file.path, file.record, [entry for entry in entries if entry in file.record["models"]])
     return how(lines)

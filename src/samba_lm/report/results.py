@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import datetime
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from samba_lm import __version__
 from samba_lm.errors import UserError
-from samba_lm.report import training
+from samba_lm.report import study, training
+from samba_lm.report.entropy import ENTROPY
 from samba_lm.report.found import Found, Problem, ResultFile, search
 from samba_lm.report.markup import Html, join, tag
 from samba_lm.report.models import Key, Model, key, name_models
-from samba_lm.report.page import page, paragraph, section
+from samba_lm.report.page import named, page, paragraph, section, table
 from samba_lm.report.part import Entry, Group, Task, provenance
+from samba_lm.report.perplexity import PERPLEXITY
 from samba_lm.report.recall import PASSKEY, PHONEBOOK
 
-TASKS: dict[str, Task[Any]] = {task.name: task for task in (PASSKEY, PHONEBOOK)}
+TASKS: dict[str, Task[Any]] = {task.name: task for task in (PERPLEXITY, PASSKEY, PHONEBOOK, ENTROPY)}
 """In the page's order."""
 LOOKED_FOR = (
     "files that `samba-lm eval ... --json FILE` wrote, metrics.jsonl of `samba-lm train`, and the records of a study"
@@ -31,21 +32,28 @@ def results_page(folder: Path) -> tuple[str, Found]:
     Raises UserError where there is nothing to show.
     """
     found = search(folder)
-    groups = _groups(found)
+    groups, studies = _groups(found), _studies(found)
     if not found:
         damaged = f" {len(found.problems)} damaged: {found.problems[0].why}" if found.problems else ""
         raise UserError(f"{folder} holds no results: it is searched for {LOOKED_FOR}.{damaged}")
-    parts: list[tuple[str, Html]] = []
+    parts: list[tuple[str, str, Html]] = []  # title, anchor, HTML
+    models = {entry.model.label: entry.model for _, group in groups for entry in group.entries}
+    if models:
+        parts.append(("Models", "models", _models(sorted(models.values(), key=lambda model: model.style), groups)))
     for task in TASKS.values():
         mine = [group for name, group in groups if name == task.name]
         if mine:
-            parts.append((task.title, _part(task, mine)))
-    models = {entry.model.label: entry.model for _, group in groups for entry in group.entries}
-    styles = {label: model.style for label, model in models.items()}
+            parts.append((task.title, task.name, _part(task, mine)))
     if found.trainings:
-        parts.append(("Training", training.part(found.trainings, styles)))
+        styles = {label: model.style for label, model in models.items()}
+        parts.append(("Training", "training", training.part(found.trainings, styles)))
+    for i, (where, runs) in enumerate(studies.items()):
+        files = [file for file in found.studies if file.study == where]
+        about = study.About.of(where, found.study_files.get(where, {}))
+        parts.append((about.title, f"study-{i}", study.part(about, files, runs, f"study-{i}")))
     title = f"Results: {folder.resolve().name or folder}"
-    return page(title, _opening(folder, found, [title for title, _ in parts]), *(part for _, part in parts)), found
+    contents = [(title, anchor) for title, anchor, _ in parts]
+    return page(title, _opening(folder, found, contents), *(part for _, _, part in parts)), found
 
 
 def _groups(found: Found) -> list[tuple[str, Group[Any]]]:
@@ -74,6 +82,25 @@ def _groups(found: Found) -> list[tuple[str, Group[Any]]]:
     ]
 
 
+def _studies(found: Found) -> dict[str, list[study.Run]]:
+    """The runs of each study's folder. Damaged records move to the problems; a study's trainings are in its records."""
+    studies: dict[str, list[study.Run]] = {}
+    kept = []
+    for file in found.studies:
+        try:
+            run = study.read(file)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            found.problems.append(Problem(file.path, "is a damaged record of a study: run the study again"))
+            continue
+        kept.append(file)
+        studies.setdefault(file.study, []).append(run)
+    found.studies[:] = kept
+    inside = tuple("" if where == "." else f"{where}/" for where in studies)
+    if inside:
+        found.trainings[:] = [each for each in found.trainings if not each.path.startswith(inside)]
+    return studies
+
+
 def _entries(
     files: Sequence[ResultFile], read: dict[str, list[tuple[dict[str, Any], Any]]], models: dict[Key, Model]
 ) -> list[Entry[Any]]:
@@ -85,6 +112,28 @@ def _entries(
     return sorted(found.values(), key=lambda entry: entry.model.style)
 
 
+def _models(models: Sequence[Model], groups: Sequence[tuple[str, Group[Any]]]) -> Html:
+    """What is compared, and where each was measured."""
+    rows = []
+    for model in models:
+        facts = model.facts
+        config = facts.get("model")
+        parameters = facts.get("parameters")
+        measured = [task for task, group in groups if any(entry.model == model for entry in group.entries)]
+        rows.append([
+            named(model.label, model.style),
+            str(config.get("name", "-")) if isinstance(config, dict) else "-",
+            tag("td", f"{parameters / 1e6:,.2f}M" if isinstance(parameters, int) else "-",
+            " in ".join(str(facts[fact]) for fact in ("dtype", "quantized") if facts.get(fact)),
+            tag("code", str(facts.get("weights_sha256") or "random")[:8]),
+            tag("code", str(facts.get("tokenizer") or "none")[:8]),
+            tag("td", tag("code", facts.get("checkpoint", "-")), class_="long"),
+            tag("td", ", ".join(dict.fromkeys(measured)), class_="long"),
+        ])  # fmt: skip
+    headings = ["model", "architecture", "parameters", "numbers", "weights", "tokenizer", "checkpoint", "measured"]
+    return section("Models", table(headings, rows, texts=range(1, 8)), anchor="models")
+
+
 def _part(task: Task[Any], groups: Sequence[Group[Any]]) -> Html:
     inside: list[Html] = []
     for group in groups:
@@ -93,10 +142,10 @@ def _part(task: Task[Any], groups: Sequence[Group[Any]]) -> Html:
             inside.append(tag("h3", heading))
         inside.append(task.render(group))
         inside.append(provenance(group.files, [entry.facts for entry in group.entries], group.settings))
-    return section(task.title, paragraph(task.about), *inside, anchor=_anchor(task.title))
+    return section(task.title, paragraph(task.about), *inside, anchor=task.name)
 
 
-def _opening(folder: Path, found: Found, titles: Sequence[str]) -> Html:
+def _opening(folder: Path, found: Found, contents: Sequence[tuple[str, str]]) -> Html:
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     counted = [
         (len(found.results), "result file"),
@@ -107,13 +156,9 @@ def _opening(folder: Path, found: Found, titles: Sequence[str]) -> Html:
     parts = [
         paragraph(tag("span", f"{told}. Made {now} by samba-lm {__version__}: ", class_="faint"),
                   tag("code", f"samba-lm report {folder}")),
-        tag("nav", *(tag("a", title, href=f"#{_anchor(title)}") for title in titles)),
+        tag("nav", *(tag("a", title, href=f"#{anchor}") for title, anchor in contents)),
     ]  # fmt: skip
     if found.problems:
         lines = [tag("li", tag("code", problem.path), f" {problem.why}") for problem in found.problems]
         parts.append(tag("div", "Left out:", tag("ul", *lines), class_="notice"))
     return join(parts)
-
-
-def _anchor(title: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", title.lower())

@@ -16,7 +16,8 @@ html { color-scheme: light dark; background: var(--ground); color: var(--ink); -
 body { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; overflow-wrap: break-word; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .4rem; }
 h2 { font-size: 1.3rem; margin: 2.6rem 0 .4rem; padding-top: .5rem; border-top: 1px solid var(--line); }
-h3 { font-size: 1.02rem; margin: 1.8rem 0 .3rem; }
+h3 { font-size: 1.05rem; margin: 1.8rem 0 .3rem; }
+h4 { font-size: .95rem; margin: 1.2rem 0 .2rem; }
 p { margin: .4rem 0; max-width: 46rem; }
 a { color: var(--accent); }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .8rem 0; }
@@ -39,8 +40,9 @@ th.text, td.text { text-align: left; }
 td.long { white-space: normal; text-align: left; min-width: 12rem; max-width: 28rem; }
 td small { display: block; color: var(--faint); font-size: .82em; line-height: 1.25; }
 td.best { font-weight: 650; }
+td.best small { font-weight: 400; }
 .name { white-space: nowrap; }
-td .name, th .name { display: inline-block; max-width: 22rem; white-space: normal; overflow-wrap: anywhere; }
+td .name, th .name { display: inline-block; width: max-content; max-width: 22rem; white-space: normal; overflow-wrap: anywhere; }
 th .name { max-width: 9rem; }
 figure { margin: .8rem 0; }
 figcaption { color: var(--faint); font-size: .86rem; max-width: 46rem; }
@@ -77,6 +79,7 @@ svg { fill: currentColor; stroke-linejoin: round; }
   td .name { max-width: 8.5rem; }
   th .name { max-width: 6.5rem; }
 }
+@page { margin: 1.4cm; }
 @media print {
   html { font-size: 11px; } body { max-width: none; padding: 0; }
   nav { display: none; }

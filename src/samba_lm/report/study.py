@@ -1,0 +1,248 @@
+"""Studies: what every run cost and reached, its perplexities, and how the learning rates were chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from samba_lm.eval.intervals import student
+from samba_lm.figures import Axis, Curve, draw_curves, short
+from samba_lm.report.found import StudyRun
+from samba_lm.report.markup import Html, join, tag
+from samba_lm.report.page import curves_figure, facts, grid, how, named, paragraph, section, table, with_note
+from samba_lm.report.part import environment, interval, number, when
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Perplexity at a length, with the ends of its 95% interval over the windows (NaN: one window)."""
+
+    perplexity: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """A record of a training, and its evaluations by name and length."""
+
+    name: str
+    stage: str
+    lr: float
+    seed: int
+    status: str
+    reason: str
+    parameters: int
+    tokens: int
+    minutes: float
+    tokens_per_s: float | None
+    train_loss: float | None
+    val_loss: float | None
+    curve: list[tuple[float, float]]
+    evaluations: dict[str, dict[int, Measured]]
+
+
+@dataclass(frozen=True)
+class About:
+    """What a study is called, and the titles of its evaluations, as far as its own file tells."""
+
+    title: str
+    evaluations: dict[str, str]
+
+    @classmethod
+    def of(cls, folder: str, record: dict[str, Any]) -> About:
+        """``record``: the study's own file; {} where there is none."""
+        known = record.get("study")
+        told = known if isinstance(known, dict) else {}
+        rows = told.get("evaluations")
+        evaluations = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        titles = {str(row["name"]): str(row["title"]) for row in evaluations if row.get("name") and row.get("title")}
+        name = "Study" if folder == "." else f"Study: {folder}"
+        return cls(str(told["title"]) if told.get("title") else name, titles)
+
+
+def read(found: StudyRun) -> Run:
+    """A record. KeyError, TypeError, ValueError or AttributeError: it is damaged."""
+    record = found.record
+    return Run(
+        name=str(record["run"]),
+        stage=str(record["stage"]),
+        lr=float(record["lr"]),
+        seed=int(record["seed"]),
+        status=str(record["status"]),
+        reason=str(record["reason"]),
+        parameters=int(record["parameters"]),
+        tokens=int(record["tokens"]),
+        minutes=float(record["seconds"]) / 60,
+        tokens_per_s=_maybe(record["tokens_per_s"]),
+        train_loss=_maybe(record["train_loss"]),
+        val_loss=_maybe(record["val_loss"]),
+        curve=[(float(step), float(loss)) for step, loss in record["curve"] if loss is not None],
+        evaluations={str(each["name"]): _lengths(each["results"]) for each in record["evaluations"]},
+    )
+
+
+def _maybe(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _lengths(rows: Sequence[dict[str, Any]]) -> dict[int, Measured]:
+    found = {}
+    for row in rows:
+        if row["loss"] is None or not row["windows"]:
+            continue
+        loss, windows = float(row["loss"]), int(row["windows"])
+        error = _maybe(row["standard_error"])
+        reach = math.nan if error is None or windows < 2 else student(windows - 1) * error
+        found[int(row["length"])] = Measured(*map(_exp, (loss, loss - reach, loss + reach)))
+    return found
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def part(about: About, files: Sequence[StudyRun], runs: Sequence[Run], anchor: str) -> Html:
+    """The page's part on one study: its records, and what was read of them."""
+    names = list(dict.fromkeys(run.name for run in runs))
+    styles = {name: i for i, name in enumerate(names)}
+    final = {name: [run for run in runs if run.name == name and run.stage == "final"] for name in names}
+    done = {name: [run for run in some if run.status == "done"] for name, some in final.items()}
+    inside: list[Html] = [_costs(done, styles)]
+    if any(run.curve for some in done.values() for run in some):
+        inside.append(_losses(done, styles, anchor))
+    for evaluation in dict.fromkeys(e for some in done.values() for run in some for e in run.evaluations):
+        shown = about.evaluations.get(evaluation, evaluation)
+        inside.append(tag("h3", shown))
+        inside.append(_evaluation(evaluation, done, styles, f"{anchor}-{len(inside)}"))
+    sweep = [run for run in runs if run.stage == "sweep"]
+    if sweep:
+        inside.append(_sweep(sweep, styles))
+    bad = [run for run in runs if run.status != "done"]
+    if bad:
+        told = [f"{run.name}, {run.stage}, rate {run.lr:g}, seed {run.seed}: {run.status}. {run.reason}" for run in bad]
+        inside.append(tag("div", "Not finished:", tag("ul", *(tag("li", line) for line in told)), class_="notice"))
+    return section(about.title, *inside, _made(files), anchor=anchor)
+
+
+def _costs(done: dict[str, list[Run]], styles: dict[str, int]) -> Html:
+    columns = "run,parameters,rate,seeds,tokens,training loss,validation loss,tokens/s,minutes"
+    rows: list[list[object]] = []
+    for name, runs in done.items():
+        if runs:
+            one = runs[0]
+            row: list[object] = [named(name, styles[name]), f"{one.parameters / 1e6:.2f}M", f"{one.lr:g}", len(runs)]
+            row += [f"{one.tokens / 1e6:.2f}M", _over(runs, "train_loss", 4), _over(runs, "val_loss", 4)]
+            row += [_over(runs, "tokens_per_s", 0), _over(runs, "minutes", 1)]
+            rows.append(row)
+    return (
+        join([table(columns.split(","), rows), paragraph("Means over the seeds. Losses in nats a token.")])
+        if rows
+        else Html("")
+    )
+
+
+def _over(runs: Sequence[Run], what: str, digits: int) -> str:
+    known = [value for run in runs if (value := getattr(run, what)) is not None]
+    return number(sum(known) / len(known) if known else None, digits)
+
+
+def _losses(done: dict[str, list[Run]], styles: dict[str, int], anchor: str) -> Html:
+    curves = [
+        Curve(name, [step for step, _ in runs[0].curve], [loss for _, loss in runs[0].curve], style=styles[name])
+        for name, runs in done.items()
+        if runs and runs[0].curve
+    ]
+    x, y = Axis("step"), Axis("training loss, nats a token")
+    names = [(curve.name, curve.style) for curve in curves]
+    caption = "The training loss by the step, of the first seed."
+    return curves_figure(
+        lambda size: draw_curves(curves, x, y, size=size, legend=False), f"{anchor}-loss", caption, names
+    )
+
+
+def _evaluation(evaluation: str, done: dict[str, list[Run]], styles: dict[str, int], anchor: str) -> Html:
+    """Mean perplexity over the seeds at each length; what it spans: the seeds, or of one seed the windows' interval."""
+    means: dict[str, dict[int, tuple[float, float, float, int]]] = {}
+    for name, runs in done.items():
+        found: dict[int, list[Measured]] = {}
+        for run in runs:
+            for length, measured in run.evaluations.get(evaluation, {}).items():
+                found.setdefault(length, []).append(measured)
+        if found:
+            means[name] = {length: _together(some) for length, some in sorted(found.items())}
+    lengths = sorted({length for some in means.values() for length in some})
+    curves = []
+    for name, some in means.items():
+        values, lows, highs = ([each[i] for each in some.values()] for i in range(3))
+        curves.append(Curve(name, list(some), values, lows, highs, styles[name]))
+    x, y = Axis("tokens", "log2"), Axis("perplexity", "log10")
+    caption = (
+        "Perplexity: lower is better. Bars: the span of the seeds, or with one seed the 95% interval over the windows "
+        "of the text."
+    )
+    figure = curves_figure(
+        lambda size: draw_curves(curves, x, y, size=size, legend=False),
+        anchor,
+        caption,
+        [(name, styles[name]) for name in means],
+    )
+    best = {length: min(some[length][0] for some in means.values() if length in some) for length in lengths}
+
+    def cell(name: str, length: int) -> object:
+        if length not in means[name]:
+            return "-"
+        mean, low, high, seeds = means[name][length]
+        ends = interval(low, high, 3) + (f", {seeds} seeds" if seeds > 1 else "")
+        return with_note(number(mean, 3), ends, best=mean == best[length])
+
+    names = [named(name, styles[name]) for name in means]
+    cells = [[cell(name, length) for length in lengths] for name in means]
+    words = paragraph("Small: what the figure's bars show. Bold: the lowest.")
+    return join([figure, grid("tokens", list(map(short, lengths)), names, cells), words])
+
+
+def _together(some: Sequence[Measured]) -> tuple[float, float, float, int]:
+    values = [each.perplexity for each in some]
+    if len(some) == 1:
+        return some[0].perplexity, some[0].low, some[0].high, 1
+    return sum(values) / len(values), min(values), max(values), len(values)
+
+
+def _sweep(sweep: Sequence[Run], styles: dict[str, int]) -> Html:
+    rates = sorted({run.lr for run in sweep})
+    names = [name for name in styles if any(run.name == name for run in sweep)]
+    cells = []
+    for name in names:
+        mine = {run.lr: run for run in sweep if run.name == name}
+        losses = {rate: run.val_loss for rate, run in mine.items() if run.val_loss is not None and run.status == "done"}
+        lowest = min(losses.values(), default=None)
+        cells.append([_rate(mine.get(rate), losses.get(rate), lowest) for rate in rates])
+    shown = grid("rate", [f"{rate:g}" for rate in rates], [named(name, styles[name]) for name in names], cells)
+    words = "Validation loss, nats a token, after the sweep's short trainings. Bold: the rate that was taken."
+    return join([tag("h3", "Learning rates"), shown, paragraph(words)])
+
+
+def _rate(run: Run | None, loss: float | None, lowest: float | None) -> object:
+    if run is None:
+        return ""
+    return run.status if loss is None else tag("td", number(loss, 4), class_="best" if loss == lowest else None)
+
+
+def _made(files: Sequence[StudyRun]) -> Html:
+    folder = files[0].study
+    provenance = files[0].record.get("provenance")
+    told = provenance if isinstance(provenance, dict) else {}
+    devices = dict.fromkeys(str(file.record["device"]) for file in files if file.record.get("device"))
+    moments = [file.record.get(name) for file in files for name in ("started", "finished")]
+    times = sorted(str(moment) for moment in moments if moment)
+    pairs = [pair for pair in environment(folder, told) if pair[0] not in ("device", "file", "time")]
+    span: list[tuple[str, object]] = [("from", when(times[0])), ("to", when(times[-1]))] if times else []
+    return how(
+        [
+            tag("code", "samba-lm study RECIPES"),
+            facts([("folder", folder), ("records", len(files)), ("device", ", ".join(devices)), *pairs, *span]),
+        ]
+    )
