@@ -42,7 +42,8 @@ td small { display: block; color: var(--faint); font-size: .82em; line-height: 1
 td.best { font-weight: 650; }
 td.best small { font-weight: 400; }
 .name { white-space: nowrap; }
-td .name, th .name { display: inline-block; width: max-content; max-width: 22rem; white-space: normal; overflow-wrap: anywhere; }
+td .name, th .name { display: inline-block; width: max-content; max-width: 22rem; white-space: normal;
+  overflow-wrap: anywhere; }
 th .name { max-width: 9rem; }
 figure { margin: .8rem 0; }
 figcaption { color: var(--faint); font-size: .86rem; max-width: 46rem; }
