@@ -11,11 +11,14 @@ from safetensors.torch import load_file
 
 from samba_lm import checkpoint
 from samba_lm.checkpoint import create, save
+from samba_lm.cli.main import main
 from samba_lm.config import Attention, Mamba, ModelConfig
 from samba_lm.errors import UserError
+from samba_lm.loss import IGNORE_INDEX
 from samba_lm.tokenizer import ByteTokenizer, train_bpe
 from samba_lm.train.recipe import Recipe
-from samba_lm.train.run import train
+from samba_lm.train.run import open_data, train
+from samba_lm.train.slow_channels import slow_channels
 
 PASSKEY = {"lengths": [320, 640], "lm_weight": 0.5}
 SMALL = ModelConfig(name="tiny", d_model=16, vocab_size=257, layers=(Mamba(state=4), Attention(heads=2, window=16)))
@@ -98,3 +101,46 @@ def test_a_phonebook_fine_tunes_a_checkpoint_with_its_tokenizer(tmp_path: Path) 
 def test_mistakes(tmp_path: Path, data: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         train(recipe(tmp_path / "run", data))
+
+
+def shards(folder: Path, tokenizer: str = "byte") -> str:
+    text = folder / "text.txt"
+    text.write_text("The ship was on the sea, and the sea was on the map. " * 200)
+    assert main(["data", "prepare", str(text), "--tokenizer", tokenizer, "--out", str(folder / "shards")]) == 0
+    return str(folder / "shards")
+
+
+def test_made_rows_take_turns_with_text_and_the_run_continues_bit_for_bit(tmp_path: Path) -> None:
+    data: dict[str, Any] = {"train": shards(tmp_path), "passkey": {"lengths": [320, 640], "share": 0.5}}
+    data["val"] = data["train"]
+    mixed = recipe(tmp_path / "whole", data)
+    loader = open_data(mixed).loader
+    made = [bool((loader.batch(step).targets == IGNORE_INDEX).any()) for step in range(4)]
+    assert made == [False, True, False, True]
+    assert [tuple(loader.batch(step).input_ids.shape) for step in (1, 3)] == [(4, 320), (2, 640)]
+    whole = train(mixed)
+    train(recipe(tmp_path / "part", data), stop=[True].pop)
+    part = train(recipe(tmp_path / "part", data))
+    before, after = (load_file(run.folder / "model.safetensors") for run in (whole, part))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert whole.val_loss == part.val_loss
+    (tmp_path / "other").mkdir()
+    train_bpe(["sea and ship"] * 9, 300).save(tmp_path / "other")
+    with pytest.raises(UserError, match=r"is not what data\.train = .* was made with: leave it out"):
+        train(recipe(tmp_path / "wrong", data | {"tokenizer": str(tmp_path / "other")}))
+
+
+def test_slow_channels_begin_slow_and_the_others_as_always(tmp_path: Path) -> None:
+    model = create("samba-micro", seed=1)
+    before = [p.clone() for p in model.parameters()]
+    slow_channels(model, 0.25, seed=3)
+    changed = [name for (name, p), q in zip(model.named_parameters(), before, strict=True) if not torch.equal(p, q)]
+    assert [name.rpartition(".")[2] for name in changed] == ["dt_bias"]
+    steps = torch.nn.functional.softplus(dict(model.named_parameters())[changed[0]].detach().double())
+    assert ((steps[-32:] > 0.99e-6) & (steps[-32:] < 1.01e-3)).all()
+    assert steps[:-32].min() > 0.99e-3
+    assert (steps[-32:].log10().std() - 3 / 12**0.5).abs() < 0.2
+    section = {"name": "samba-micro", "overrides": {"d_model": 16}, "slow_channels": 0.5}
+    made, _ = checkpoint.load(train(recipe(tmp_path, None, section, steps=1, lr=1e-9)).folder)
+    biases = next(p for name, p in made.named_parameters() if name.endswith("dt_bias"))
+    assert (torch.nn.functional.softplus(biases) < 1.1e-3).sum() >= 16

@@ -14,14 +14,15 @@ from samba_lm.tokenizer import BpeSpec, Tokenizer, load_tokenizer, parse_tokeniz
 from samba_lm.train.recipe import PasskeySection, Recipe
 
 
-def recall_loader(recipe: Recipe) -> RecallLoader:
+def recall_loader(recipe: Recipe, of_text: Tokenizer | None = None) -> RecallLoader:
     """The batches of a recipe with data.passkey or data.phonebook.
 
-    Raises UserError for files that cannot be read, lengths that do not fit, or no tokenizer.
+    ``of_text``: the tokenizer of the text that is read besides. Raises UserError for files that cannot be read, lengths
+    that do not fit, no tokenizer, or two.
     """
     settings, section = recipe.train, recipe.data.recall
     assert section is not None
-    tokenizer = _tokenizer(recipe)
+    tokenizer = _tokenizer(recipe, of_text)
     maker: Maker
     if isinstance(section, PasskeySection):
         maker = Passkey(tokenizer, None if section.filler is None else read_text(Path(section.filler)))
@@ -36,13 +37,17 @@ def recall_loader(recipe: Recipe) -> RecallLoader:
         settings.batch_size,
         settings.length,
         settings.seed,
-        curriculum=Curriculum(lengths, section.shares or (1.0,) * len(lengths), settings.total_steps),
+        curriculum=Curriculum(
+            lengths, section.shares or (1.0,) * len(lengths), max(1, int(section.share * settings.total_steps))
+        ),
         lm_weight=section.lm_weight,
     )
 
 
-def _tokenizer(recipe: Recipe) -> Tokenizer:
+def _tokenizer(recipe: Recipe, of_text: Tokenizer | None) -> Tokenizer:
     named, source = recipe.data.tokenizer, recipe.model.init_from
+    if of_text is not None and named is None:
+        return of_text
     if named is None and source is None:
         raise UserError(
             'Rows are made for a tokenizer: give data.tokenizer = "byte" or its folder, or model.init_from.'
@@ -53,4 +58,8 @@ def _tokenizer(recipe: Recipe) -> Tokenizer:
     tokenizer = parse_tokenizer(named)
     if isinstance(tokenizer, BpeSpec):
         raise UserError(f"data.tokenizer = {named!r} would be trained on text, and there is none: give a folder.")
+    if of_text is not None and tokenizer.fingerprint() != of_text.fingerprint():
+        raise UserError(
+            f"data.tokenizer = {named!r} is not what data.train = {recipe.data.train!r} was made with: leave it out."
+        )
     return tokenizer

@@ -48,6 +48,9 @@ class ModelSection(Section):
     """Rows of the embedding; auto: the data's vocabulary, rounded up to a multiple of 64."""
     overrides: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Other fields of the model config to replace, such as norm_eps or tie_embeddings."""
+    slow_channels: float = Field(default=0.0, ge=0, le=1)
+    """Share of a new model's Mamba channels whose step begins at 1e-6 to 1e-3 instead of 1e-3 to 1e-1: they hold what
+    they have read for far longer than a training row."""
     init_from: PathText | None = None
     """Checkpoint folder to fine-tune: architecture and weights come from it, name and vocab_size are not used."""
 
@@ -70,6 +73,8 @@ class RecallSection(Section):
     """Share of the steps for each of the lengths; none: equal ones."""
     lm_weight: float = Field(default=0.0, ge=0, le=1)
     """Weight of the other tokens' loss beside the answers': for each token of an answer so many others count too."""
+    share: float = Field(default=1.0, gt=0, le=1)
+    """Share of the steps that such rows are made for; the others read data.train."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -96,23 +101,24 @@ class DataSection(Section):
     """What it is trained on."""
 
     train: PathText = "data/train"
-    """Folder of token shards, as written by `samba-lm data prepare`; not read where rows are made (passkey, ...)."""
+    """Folder of token shards that `samba-lm data prepare` wrote; not read where all rows are made (passkey, ...)."""
     val: PathText | None = None
     """Folder of token shards to measure the validation loss on; none: no validation."""
     documents: bool = False
     """Reset attention and state at document boundaries instead of reading over them (the paper reads over them)."""
     tokenizer: PathText | None = None
-    """Where rows are made: byte, or a tokenizer.json or its folder; none: that of model.init_from."""
+    """Where rows are made: byte, or a tokenizer.json or its folder; none: that of data.train, if that is read too, or
+    of model.init_from."""
     passkey: PasskeySection | None = None
-    """Train on passkey texts instead of shards."""
+    """Train on passkey texts instead of shards, or now and then."""
     phonebook: PhonebookSection | None = None
-    """Train on phonebook texts instead of shards."""
+    """Train on phonebook texts instead of shards, or now and then."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.passkey is not None and self.phonebook is not None:
             raise ValueError("passkey and phonebook are both given: keep one")
-        if self.recall is not None and self.val is not None:
+        if not self.reads_shards and self.val is not None:
             raise ValueError(
                 f"val = {self.val!r} is given, but made rows have no validation: leave it out, and measure with "
                 "`samba-lm eval passkey` or `eval phonebook`"
@@ -121,8 +127,13 @@ class DataSection(Section):
 
     @property
     def recall(self) -> PasskeySection | PhonebookSection | None:
-        """What rows are made of; none: they are read from shards."""
+        """What rows are made of; none: all are read from shards."""
         return self.passkey or self.phonebook
+
+    @property
+    def reads_shards(self) -> bool:
+        """Whether data.train is read at all."""
+        return self.recall is None or self.recall.share < 1
 
 
 class TrainSection(Section):

@@ -11,6 +11,7 @@ import torch
 
 from samba_lm import checkpoint
 from samba_lm.config import ModelConfig
+from samba_lm.data.interleaved import Interleaved
 from samba_lm.data.loader import Batches, Loader
 from samba_lm.data.shards import TokenDataset
 from samba_lm.errors import UserError
@@ -25,6 +26,7 @@ from samba_lm.train.observer import Observer, Observers
 from samba_lm.train.parallel import Parallel, connect
 from samba_lm.train.recall import recall_loader
 from samba_lm.train.recipe import Recipe
+from samba_lm.train.slow_channels import slow_channels
 from samba_lm.train.validation import ValidationWindows
 
 FIXED = (
@@ -149,11 +151,13 @@ def train(
 def open_data(recipe: Recipe) -> Data:
     """Open and check the recipe's data. Raises UserError when it is missing, damaged, too short or mixed up."""
     settings, section = recipe.train, recipe.data
-    if section.recall is not None:
+    if not section.reads_shards:
         made = recall_loader(recipe)
         return Data(made, made.tokenizer, None, made.fingerprint())
     dataset = TokenDataset.open(section.train)
-    loader = Loader(dataset, settings.batch_size, settings.length, settings.seed, section.documents)
+    loader: Batches = Loader(dataset, settings.batch_size, settings.length, settings.seed, section.documents)
+    if section.recall is not None:
+        loader = Interleaved(recall_loader(recipe, dataset.tokenizer), loader, section.recall.share)
     val = None
     if section.val is not None:
         held_out = TokenDataset.open(section.val)
@@ -170,7 +174,9 @@ def open_data(recipe: Recipe) -> Data:
 def _new_model(recipe: Recipe, data: Data) -> SambaLM:
     source = recipe.model.init_from
     if source is None:
-        return checkpoint.create(_wanted_config(recipe, data), seed=recipe.train.seed)
+        model = checkpoint.create(_wanted_config(recipe, data), seed=recipe.train.seed)
+        slow_channels(model, recipe.model.slow_channels, recipe.train.seed)
+        return model
     model, tokenizer = checkpoint.load(source, dtype=torch.float32)
     if tokenizer is not None and tokenizer.fingerprint() != data.tokenizer.fingerprint():
         raise UserError(
@@ -288,7 +294,7 @@ def _difference(saved: ModelConfig, wanted: ModelConfig) -> str:
 
 def _data_name(recipe: Recipe) -> str:
     section = recipe.data
-    if section.recall is None:
+    if section.reads_shards:
         return f"data.train = {section.train!r}"
     return "data.passkey" if section.passkey is not None else "data.phonebook"
 
