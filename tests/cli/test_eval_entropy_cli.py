@@ -8,6 +8,7 @@ import lzma
 import math
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,12 @@ def _error(capsys: pytest.CaptureFixture[str]) -> str:
     assert err.startswith("samba-lm: error: ")
     assert err.count("\n") == 1, err
     return err
+
+
+def _interrupt_when_there(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.01)
+    signal.raise_signal(signal.SIGINT)
 
 
 def _read(path: str) -> dict:
@@ -106,16 +113,19 @@ def test_other_settings_and_other_files_are_refused(capsys: pytest.CaptureFixtur
         assert Path("a.json").read_text() == text
 
 
-def test_an_interrupted_run_keeps_what_is_finished(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_run_keeps_what_is_finished(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("samba_lm.cli.results.SAVE_EVERY", 0.0)
     row = json.dumps({"question": "How many?", "answer": "Many. " * 2000})
     Path("long.jsonl").write_text(f"{row}\n" * 500)
-    timer = threading.Timer(2.5, signal.raise_signal, [signal.SIGINT])
-    timer.start()
+    thread = threading.Thread(target=_interrupt_when_there, args=(Path("a.json"),))
+    thread.start()
     command = ["eval", "entropy", "model", "--data=long.jsonl", "--device=cpu", "--samples=500", "--json=a.json"]
     try:
         assert main(command) == 130
     finally:
-        timer.join()
+        thread.join()
     told = capsys.readouterr()
     assert "The same command goes on." in told.out
     assert told.err == "samba-lm: interrupted\n"

@@ -5,6 +5,7 @@ Texts are read whole through the inference engine, once for all questions about 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from samba_lm.engine.engine import Engine
 from samba_lm.engine.request import End, Event, Piece, Progress, Request
 from samba_lm.errors import UserError
+from samba_lm.eval.intervals import Mean, grouped_interval
 from samba_lm.eval.recall import GPU_CHUNK, SLOTS, TOKENS_AT_ONCE, OnProgress
 from samba_lm.eval.summary_tasks import Sample
 from samba_lm.generation.params import DEFAULT_CHUNK, SamplingParams
@@ -36,7 +38,7 @@ class Summary:
         number: of the sample. document: of its text.
         prompt_tokens, new_tokens: read and written. finish: why it ended, as the engine says.
         written: the summary.
-        scores: the F-measures of :data:`METRICS`, 0 to 1.
+        rouge1, rouge2, rougeL: its F-measures, 0 to 1.
     """
 
     number: int
@@ -45,7 +47,9 @@ class Summary:
     new_tokens: int = 0
     finish: str = ""
     written: str = ""
-    scores: tuple[float, ...] = ()
+    rouge1: float = math.nan
+    rouge2: float = math.nan
+    rougeL: float = math.nan  # noqa: N815 - the score's name
     skipped: str = ""
 
 
@@ -55,10 +59,18 @@ def scorer() -> str:
     return f"rouge-score {version('rouge-score')}: F-measures, Porter stemmer, best of the references for each score"
 
 
-def score(written: str, references: Sequence[str]) -> tuple[float, ...]:
+def score(written: str, references: Sequence[str]) -> dict[str, float]:
     """The F-measures of :data:`METRICS`, each against the reference that it is largest for."""
     found = _rouge().score_multi(list(references), written)
-    return tuple(float(found[metric].fmeasure) for metric in METRICS)
+    return {metric: float(found[metric].fmeasure) for metric in METRICS}
+
+
+def means(summaries: Sequence[Summary]) -> dict[str, Mean]:
+    """Of each of :data:`METRICS` over the summaries that were not skipped, with 95% intervals in which questions about
+    one text do not count as independent."""
+    read = [summary for summary in summaries if not summary.skipped]
+    documents = [summary.document for summary in read]
+    return {name: grouped_interval([getattr(summary, name) for summary in read], documents) for name in METRICS}
 
 
 @cache
@@ -212,7 +224,8 @@ def _read_and_answer(
             tell(0.5 + sum(tokens) / (params.max_tokens or 1) / len(asked) / 2)
         elif isinstance(event, End) and event.error is None and event.finish != "cancelled":
             (sample, prompt, _), text = asked[i], written[i].strip()
-            scores = score(text, sample.references)
-            found(Summary(sample.number, sample.document, prompt, event.new_tokens, event.finish, text, scores))
+            scores: dict[str, Any] = score(text, sample.references)
+            facts = sample.number, sample.document, prompt, event.new_tokens, event.finish, text
+            found(Summary(*facts, **scores))
 
     engine.complete([request for _, _, request in asked], writing)

@@ -10,7 +10,8 @@ from samba_lm.errors import UserError, did_you_mean
 from samba_lm.eval.records import PACKED, Record
 
 Asked = tuple[str, str, tuple[str, ...]]
-"""A text, what comes after it, and people's summaries."""
+"""A text, a question about it (nothing where all of it is to be summarised) and people's summaries."""
+QUESTION = "\n\nQuestion: {question}\nAnswer:"
 NEXT_QUESTION = ("\nQuestion:",)
 """Where a model that only continues texts begins to ask instead of answering."""
 
@@ -38,6 +39,7 @@ class Task:
 
     Attributes:
         name: of the task, and of its folder.
+        prompt: what comes after a text, with the question in it.
         splits: the parts it has, and the file of each, without endings; the first is the usual one.
         max_tokens: of a summary.
         stop: where a summary ends, besides the end-of-text token.
@@ -46,18 +48,23 @@ class Task:
     """
 
     name: str
+    prompt: str
     splits: dict[str, str]
     max_tokens: int
     stop: tuple[str, ...]
     source: str
     read: Callable[[Record], Iterator[Asked]]
 
+    @property
+    def usual(self) -> str:
+        """The split that results are told of."""
+        return next(iter(self.splits))
+
     def file(self, folder: Path, split: str | None) -> Path:
         """The split's file in a data folder. Raises UserError where there is no such split, or no file."""
-        split = split or next(iter(self.splits))
+        split = split or self.usual
         if split not in self.splits:
-            near = did_you_mean(split, self.splits)
-            raise UserError(f"{self.name} has no split {split!r}.{near} It has {', '.join(self.splits)}.")
+            raise UserError(f"{self.name} has no split {split!r}.{did_you_mean(split, self.splits)}")
         name = self.splits[split]
         for place in (folder / self.name, folder):
             for ending in ("", *PACKED):
@@ -78,32 +85,28 @@ class Task:
                     return found
                 if not references or not text.strip():
                     raise UserError(f"{row.where} has a question without a text or a summary: leave it out.")
-                found.append(Sample(len(found), row.row, text.strip(), question, references))
+                after = self.prompt.format(question=question.strip())
+                found.append(Sample(len(found), row.row, text.strip(), after, references))
         return found
 
 
 def _squality(row: Record) -> Iterator[Asked]:
     for question in row.inner("questions"):
         references = tuple(response.text("response_text") for response in question.inner("responses"))
-        yield row.text("document"), asked(question.text("question_text")), references
+        yield row.text("document"), question.text("question_text"), references
 
 
 def _qmsum(row: Record) -> Iterator[Asked]:
     turns = "\n".join(f"{turn.text('speaker')}: {turn.text('content')}" for turn in row.inner("meeting_transcripts"))
     for query in (*row.inner("general_query_list"), *row.inner("specific_query_list")):
-        yield turns, asked(query.text("query")), (query.text("answer"),)
+        yield turns, query.text("query"), (query.text("answer"),)
 
 
 def _govreport(row: Record) -> Iterator[Asked]:
     outputs = row.get("outputs", list)
     if not all(isinstance(output, str) for output in outputs):
         raise UserError(f"{row.where}: field 'outputs' is not a list of texts.")
-    yield row.text("input"), "\n\nSummary of the report:", tuple(outputs)
-
-
-def asked(question: str) -> str:
-    """How a question stands behind its text."""
-    return f"\n\nQuestion: {question.strip()}\nAnswer:"
+    yield row.text("input"), "", tuple(outputs)
 
 
 TASKS = {
@@ -111,6 +114,7 @@ TASKS = {
     for task in (
         Task(
             "squality",
+            QUESTION,
             {"test": "test", "dev": "dev"},
             600,
             NEXT_QUESTION,
@@ -119,6 +123,7 @@ TASKS = {
         ),
         Task(
             "qmsum",
+            QUESTION,
             {"test": "test", "val": "val"},
             450,  # not told by the paper
             NEXT_QUESTION,
@@ -127,6 +132,7 @@ TASKS = {
         ),
         Task(
             "govreport",
+            "\n\nSummary of the report:",
             {"test": "leval_gov_report_summ"},
             450,
             (),
