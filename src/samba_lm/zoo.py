@@ -74,7 +74,7 @@ FEWER_HEADS = [replace(S421, mlp=4608, heads=heads, kv_heads=kv_heads) for heads
 # The 421M class at a quarter of its width, window and training length (1,024), as deep: minutes on one GPU.
 S27 = Scale(d_model=384, mlp=1024, heads=12, kv_heads=12, vocab=8192, blocks=12, window=512)
 # What a laptop reads a long document with; the window is small, so that far things have to be held in Mamba's state.
-S7 = Scale(d_model=256, mlp=576, heads=4, kv_heads=2, vocab=4096, blocks=8, window=256)
+S7 = Scale(d_model=256, mlp=480, heads=4, kv_heads=2, vocab=8192, blocks=8, window=256)
 # Byte vocabulary (256 + end of document), rounded up to 64; window = half of the 256 tokens the demo trains on.
 MICRO = Scale(d_model=64, mlp=216, heads=2, kv_heads=2, vocab=320, blocks=2, window=128)
 TINY = Scale(d_model=128, mlp=368, heads=4, kv_heads=4, vocab=320, blocks=2, window=128)
@@ -227,8 +227,8 @@ _ROWS: list[tuple[str, str, Callable[[str], ModelConfig]]] = [
 # Tables 6 and 10 differ by up to 2.3%).
 _SMALL_ROWS: list[tuple[str, str, Callable[[str], ModelConfig]]] = [
     ("samba-7m", "laptop", lambda n: samba(n, S7)),
-    ("swa-7m", "laptop twin", lambda n: transformer(n, replace(S7, mlp=736), S7.blocks, S7.attention())),
-    ("mamba-7m", "laptop twin", lambda n: mamba(n, S7.d_model, 14, S7.vocab)),
+    ("swa-7m", "laptop twin", lambda n: transformer(n, replace(S7, mlp=640), S7.blocks, S7.attention())),
+    ("mamba-7m", "laptop twin", lambda n: mamba(n, S7.d_model, 13, S7.vocab)),
     ("samba-27m", "Table 3, small", lambda n: samba(n, S27)),
     ("samba-nope-27m", "Table 3, small", lambda n: samba(n, S27, S27.attention(rope=False))),
     ("llama2-27m", "Table 3, small", lambda n: transformer(n, replace(S27, mlp=1184), 12, S27.full)),
