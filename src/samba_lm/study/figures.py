@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIZE = (9.6, 4.4)
+NEAR = 30.0
+"""Percent: differences up to this decide what the figure shows; curves that are wholly above it are named so."""
 FAR = 10.0
 """Perplexities above so many times the lowest are cut off: how bad is in the table."""
 
@@ -43,8 +45,6 @@ def difference_figure(results: Results, models: Sequence[Found], evaluation: Eva
     ours = reference.cells(evaluation)
     curves = []
     for style, each in enumerate(models):
-        if each is reference:
-            continue
         points = [
             (cell.length, difference(cell, ours[cell.length]))
             for cell in each.cells(evaluation).values()
@@ -55,9 +55,10 @@ def difference_figure(results: Results, models: Sequence[Found], evaluation: Eva
                 [percent(value) for value in column]
                 for column in zip(*((mean.low, mean.mean, mean.high) for _, mean in points), strict=True)
             )
-            curves.append(Curve(each.title, [length for length, _ in points], means, lows, highs, style))
-    near = [y for curve in curves for y in curve.y if abs(y) < 30]
-    if not near:
+            name = each.title if min(means) < NEAR else f"{each.title} (above)"
+            curves.append(Curve(name, [length for length, _ in points], means, lows, highs, style))
+    near = [y for curve in curves for y in curve.y if abs(y) < NEAR]
+    if len(curves) < 2 or not near:
         return None
     reach = max(near) - min(0.0, *near)
     limits = (min(0.0, *near) - 0.15 * reach, max(0.0, *near) + 0.15 * reach)

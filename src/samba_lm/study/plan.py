@@ -155,6 +155,8 @@ class Planner:
                 lr, reason = best_rate(sweep, records)
                 if "sweep" in self.stages:
                     jobs |= {job.key: job for job in sweep}
+                elif lr is None and not reason:
+                    reason = f"{family.name}'s sweep is not done: add it with --stage sweep,final"
             if "final" not in self.stages:
                 continue
             if lr is None:

@@ -91,6 +91,7 @@ class Runner:
         self.answered = False
         """Whether a worker has ever told anything: where none can, what follows would only fail too."""
         self.broken = False
+        self.ending = False
 
     def run(self) -> Outcome:
         """Do all that can be done. Raises UserError when the folder is another's or in use."""
@@ -177,7 +178,8 @@ class Runner:
         if event is None:
             code = happening.process.returncode
             worker.process = None
-            record = None if code == STOPPED else self._crashed(worker, job, code)
+            # One that is asked to stop while it still imports ends by the signal itself.
+            record = None if self.ending or code == STOPPED else self._crashed(worker, job, code)
             self.broken = self.broken or not self.answered
         else:
             record = read_record(record_path(self.out, job.key))
@@ -204,6 +206,7 @@ class Runner:
 
     def _end(self, workers: Sequence[WorkerProcess]) -> None:
         """Stop what still runs, so that it can be continued, and wait for it."""
+        self.ending = True
         running = [worker for worker in workers if worker.job is not None]
         if running:
             self.view.message(f"Stopping {len(running)} job(s), each after its step, with a checkpoint.")
@@ -279,6 +282,8 @@ def check_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose a folder with --out.")
     if out.is_dir() and any(path.name != ".lock" for path in out.iterdir()):
+        if not (out / STUDY_FILE).exists():
+            raise UserError(f"{out} holds something else than a study: choose another folder with --out.")
         read_study_file(out)
 
 

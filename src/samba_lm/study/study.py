@@ -245,9 +245,7 @@ class StudyData:
                 else:
                     self._opened[key] = TokenDataset.open(folder)
             except UserError as error:
-                raise UserError(
-                    f"{what}: {error}" + ("" if Path(folder).exists() else " (`samba-lm data prepare` makes it)")
-                ) from None
+                raise UserError(f"{what}: {error}") from None
         return self._opened[key]
 
     def check(self, study: Study, recipes: dict[str, Recipe], names: set[str]) -> None:

@@ -84,15 +84,15 @@ class StudyView(View):
     def ended(self, job: Job, record: Record | None) -> None:
         running = self.running.pop(job.key)
         seconds = duration(time.monotonic() - running.began)
-        self.say(f"{job.key}: {ending(record)}, {seconds}")
+        self.say(f"{job.key} ({seconds}): {ending(record)}")
 
     def message(self, text: str) -> None:
         self.say(text)
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        # Not wrapped: a log line stays one line; a terminal folds it.
-        self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+        # A log line stays one line; on a terminal words are not torn apart.
+        self.console.print(text, soft_wrap=not self.console.is_terminal, highlight=False, markup=False)
 
     def __enter__(self) -> StudyView:
         return self

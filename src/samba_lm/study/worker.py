@@ -99,7 +99,8 @@ class Work:
             self._evaluate(record, device, write)
             record.status, record.reason = "done", ""
         except NonFiniteError as error:
-            record.status, record.reason = "diverged", one_line(str(error))
+            # What train() adds, where the last checkpoint is, is soon untrue.
+            record.status, record.reason = "diverged", one_line(str(error.__context__ or error))
         except (UserError, torch.OutOfMemoryError, OSError) as error:
             record.status, record.reason = "failed", reason_of(error)
         record.finished = now()
