@@ -1,36 +1,46 @@
-"""``samba-lm eval perplexity``: a checkpoint's perplexity against context length, as a table and as JSON."""
+"""``samba-lm eval perplexity``: checkpoints' perplexity against context length, as a table, a figure and JSON."""
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from tyro.conf import Positional, UseAppendAction
+from tyro.conf import UseAppendAction
 
-from samba_lm.cli.eval import Lengths
-from samba_lm.cli.model import CheckpointName, Dtype, Quantize, load
-from samba_lm.cli.output import JsonFile, write_json
+from samba_lm.cli.eval import (
+    STOPPED,
+    Checkpoints,
+    Lengths,
+    Output,
+    OutputOptions,
+    about,
+    check_checkpoints,
+    label,
+    progress,
+    resolved,
+)
+from samba_lm.cli.model import Runtime, RuntimeOptions, load
 from samba_lm.cli.parse import parse
-from samba_lm.data.shards import META_FILE, TokenDataset, file_sha256, is_dataset, open_splits, token_dtype
-from samba_lm.data.sources import OnError, ReadOptions, find_files, read_file
+from samba_lm.cli.perplexity_results import Measured, PerplexityResults
+from samba_lm.cli.perplexity_table import print_lengths, print_models, say
+from samba_lm.cli.results import Model
+from samba_lm.data.shards import META_FILE, TokenDataset, file_sha256, is_dataset, open_splits
+from samba_lm.data.sources import OnError, ReadOptions, find_files
 from samba_lm.errors import UserError
-from samba_lm.eval.protocols import MEANING, Protocol, Settings
+from samba_lm.eval.protocols import MEANING, OF_DOCUMENTS, Protocol, Settings
+from samba_lm.eval.protocols import Documents as Chosen
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
+    from samba_lm.eval.losses import OnProgress
     from samba_lm.eval.perplexity import LengthResult
+    from samba_lm.eval.text import Tokens
     from samba_lm.model import SambaLM
     from samba_lm.tokenizer import Tokenizer
 
@@ -39,8 +49,8 @@ PROG = "samba-lm eval perplexity"
 
 @dataclass(frozen=True)
 class Perplexity:
-    checkpoint: Positional[CheckpointName]
-    """A checkpoint folder, or a training run's (its newest step)."""
+    checkpoints: Checkpoints
+    """Checkpoint folders, or training runs' (their newest steps)."""
     data: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FOLDER|FILE ...")]
     """One folder made by `samba-lm data prepare` (of train and val, val), or text files and folders of them."""
     lengths: Lengths = (512, 1024, 2048, 4096, 8192)
@@ -50,25 +60,21 @@ class Perplexity:
     stride: int | None = None
     """Tokens between windows, or scored in each: see above."""
     window: int | None = None
-    """Of sliding-window: most tokens read at once; by default the length the checkpoint was trained on, if it tells."""
+    """Of sliding-window: most tokens read at once; by default the length trained on, if checkpoints tell."""
+    documents: Chosen = "same"
+    """Of prefix and stream: measure all lengths on the same documents, or each on every one that is long enough."""
     max_tokens: int | None = None
     """Stop after about so many tokens of text at each length, to bound the time; one window is always read."""
     batch: int | None = None
     """Windows read at once; by default as many as make 2,048 tokens (32,768 on a GPU). Changes no result."""
-    device: str = "auto"
-    """Where to run: auto (the GPU if there is one), cpu, cuda or cuda:N."""
-    dtype: Dtype | None = None
-    """What the matrix products are computed in; by default what the checkpoint says."""
-    quantize: Quantize | None = None
-    """Keep the large weights in 8 or 4 bits a number, to see what that costs."""
     field: str = "text"
     """Of text files: the text's field in JSON lines, or column in Parquet."""
     suffix: UseAppendAction[tuple[str, ...]] = ()
     """Of text files: take this ending too from folders, as plain text, such as .py; may be given several times."""
     errors: OnError = "strict"
     """Of text files, on bytes that are not UTF-8: stop and say where, or put the replacement character there."""
-    json: JsonFile = None
-    """Write the figures, and all that is needed to measure them again, to this file."""
+    runtime: RuntimeOptions = dataclasses.field(default_factory=Runtime)
+    output: OutputOptions = dataclasses.field(default_factory=Output)
 
 
 DESCRIPTION = "Measure perplexity against context length L, by one of these protocols:\n\n" + "\n\n".join(
@@ -76,217 +82,232 @@ DESCRIPTION = "Measure perplexity against context length L, by one of these prot
 )
 
 
-@dataclass(frozen=True)
-class _Data:
-    """What is measured, and the facts that identify it."""
-
-    tokens: TokenDataset | list[NDArray[np.unsignedinteger]]
-    facts: dict[str, object]
-
-
 def main(argv: list[str]) -> None:
     """Run ``samba-lm eval perplexity`` with these arguments (the first is ``perplexity``)."""
     options = parse(Perplexity, argv[1:], prog=PROG, description=DESCRIPTION)
-    settings = _settings(options)  # a mistake in them is told before anything is read
-    from samba_lm.eval.perplexity import perplexity  # only now: --help should not wait for torch
+    # Mistakes in the settings, the files' names and the checkpoints are told before anything is read.
+    options.output.check()
+    check_checkpoints(options.checkpoints, tokenizer=False)
+    settings = _settings(options)
+    source = _Source(options)
+    from samba_lm.eval.perplexity import measure  # only now: --help should not wait for torch
 
-    model, tokenizer = load(options.checkpoint, options.device, options.dtype, options.quantize)
-    data = _read(options, tokenizer)
-    began = time.perf_counter()
-    with _progress() as tell:
-        results = perplexity(
-            model,
-            data.tokens,
-            settings.lengths,
-            protocol=settings.protocol,
-            stride=settings.stride,
-            window=settings.window,
-            max_tokens=settings.max_tokens,
-            tokenizer=tokenizer,
-            batch=options.batch,
-            progress=tell,
-        )
-    seconds = time.perf_counter() - began
-    name = options.checkpoint if model.quantized is None else f"{options.checkpoint} in {model.quantized}"
-    _print(Console(), name, settings, results)
-    if options.json is not None:
-        write_json(options.json, _record(options, settings, model, tokenizer, data, results, seconds))
-    wrong = [result for result in results if result.windows and math.isnan(result.loss)]
-    if wrong:
-        raise UserError(f"{wrong[0].note[0].upper()}{wrong[0].note[1:]}.")
+    output, runtime, names = options.output, options.runtime, options.checkpoints
+    results: PerplexityResults | None = None
+    models: list[Model] = []
+    console = Console()
+    try:
+        for i, name in enumerate(names):
+            model, tokenizer = load(name, runtime.device, runtime.dtype, runtime.quantize)
+            data = source.of(name, tokenizer)
+            if results is None:
+                results = PerplexityResults(output.json, settings, data.sha256, data.facts)
+            models.append(_about(name, model, tokenizer, data))
+            kept = {item.result.length for item in results.of(models[-1])}
+            shown = label(name, names)
+            with progress(shown if len(names) == 1 else f"{shown} ({i + 1} of {len(names)})") as tell:
+                found = measure(
+                    model,
+                    data.tokens,
+                    settings,
+                    without=kept,
+                    tokenizer=tokenizer,
+                    batch=options.batch,
+                    progress=_share(tell),
+                )
+                for result in found:
+                    results.add(models[-1], Measured(result, data.names_at(result.starts, settings)))
+            if kept:
+                many = f"{len(kept)} of {len(settings.lengths)} lengths were measured before"
+                say(console, f"{many}." if len(names) == 1 else f"{shown}: {many}.")
+    except KeyboardInterrupt:
+        if results is not None:
+            _print(console, settings, results, models, names)
+            if output.json is not None:
+                say(console, STOPPED)
+        raise
+    finally:
+        if results is not None:
+            results.save()
+    assert results is not None
+    _print(console, settings, results, models, names)
+    if output.csv is not None:
+        results.write_csv(output.csv, models)
+    if output.figure is not None:
+        _draw(output.figure, settings, results, models, names)
+    _check_finite(results, models)
+
+
+def _share(tell: Callable[[float], None]) -> OnProgress:
+    return lambda read, total: tell(read / total)
 
 
 def _settings(options: Perplexity) -> Settings:
     window = options.window
     if options.protocol == "sliding-window" and window is None:
-        window = _trained_length(options.checkpoint)
-        if window is None:
-            raise UserError(
-                f"{options.checkpoint} does not tell the length it was trained on: give it with --window N."
-            )
+        trained = {name: trained_length(resolved(name)) for name in options.checkpoints}
+        unknown = [name for name, length in trained.items() if length is None]
+        if unknown:
+            raise UserError(f"{unknown[0]} does not tell the length it was trained on: give it with --window N.")
+        if len(set(trained.values())) > 1:
+            told = ", ".join(f"{name} {length}" for name, length in trained.items())
+            raise UserError(f"The checkpoints were trained on different lengths ({told}): give one with --window N.")
+        window = trained[options.checkpoints[0]]
     return Settings.of(
-        options.protocol, options.lengths, stride=options.stride, window=window, max_tokens=options.max_tokens
+        options.protocol,
+        options.lengths,
+        stride=options.stride,
+        window=window,
+        max_tokens=options.max_tokens,
+        documents=options.documents,
     )
 
 
-def _trained_length(folder_or_name: str) -> int | None:
+def trained_length(folder: Path) -> int | None:
     """Tokens of a training row, where the checkpoint is one of our runs'."""
-    from samba_lm.train.checkpoints import read_state
-
-    folder = _resolved(folder_or_name)
     if not (folder / "trainer.json").is_file():
         return None
+    from samba_lm.train.checkpoints import read_state
+
     return int(read_state(folder).recipe["train"]["length"])
 
 
-def _resolved(folder_or_name: str) -> Path:
-    """The folder with the weights: a run's is its newest step."""
-    from samba_lm import checkpoint
+@dataclass(frozen=True)
+class _Data:
+    """What is measured with one tokenizer, and the facts that identify it.
 
-    folder = Path(folder_or_name)
-    return checkpoint.latest_step(folder) or folder
+    Attributes:
+        sha256: the same where the text is, whatever the tokenizer.
+        facts: of the text, whatever the tokenizer.
+        mine: more facts, with this tokenizer.
+        names: of the documents, where they have names.
+        begins: where documents begin in the stream.
+    """
 
+    tokens: Tokens
+    sha256: str
+    facts: dict[str, object]
+    mine: dict[str, object]
+    names: Sequence[str]
+    begins: np.ndarray
 
-def _read(options: Perplexity, tokenizer: Tokenizer | None) -> _Data:
-    prepared = [path for path in options.data if is_dataset(path)]
-    if prepared and len(options.data) > 1:
-        raise UserError(
-            f"--data {prepared[0]} is prepared data, and {len(options.data) - 1} more were given: give it alone, or "
-            "text files only."
-        )
-    return _open(prepared[0], tokenizer) if prepared else _encode(options, tokenizer)
-
-
-def _open(folder: Path, tokenizer: Tokenizer | None) -> _Data:
-    first, held_out = open_splits(folder)
-    dataset = held_out or first
-    if tokenizer is not None and dataset.tokenizer.fingerprint() != tokenizer.fingerprint():
-        raise UserError(
-            f"{dataset.folder} was made with another tokenizer than the checkpoint's: prepare the text again with "
-            "--tokenizer CHECKPOINT, or give the text files themselves."
-        )
-    facts: dict[str, object] = {
-        "paths": [dataset.folder],
-        "tokens": dataset.num_tokens,
-        "documents": dataset.num_documents,
-        "tokenizer": dataset.tokenizer.fingerprint(),
-        "meta_sha256": file_sha256(dataset.folder / META_FILE),
-    }
-    return _Data(dataset, facts)
+    def names_at(self, starts: Sequence[int], settings: Settings) -> tuple[str, ...]:
+        """The names of the documents that begin at these places, where the protocol reads documents."""
+        if settings.protocol not in OF_DOCUMENTS:
+            return ()
+        places = np.searchsorted(self.begins, starts)
+        return tuple(self.names[i] if self.names else f"document {i + 1}" for i in places)
 
 
-def _encode(options: Perplexity, tokenizer: Tokenizer | None) -> _Data:
-    """The documents of text files, each with its separator, as `data prepare` would write them."""
-    files = find_files(options.data, options.suffix)
-    if tokenizer is None:
-        raise UserError(
-            f"{options.checkpoint} has no tokenizer to read text with: give data prepared with the model's tokenizer."
-        )
-    dtype = token_dtype(tokenizer.vocab_size)
-    documents = []
-    parts: list[NDArray[np.unsignedinteger]] = []
-    for file in files:
-        for piece in read_file(file, ReadOptions(field=options.field, errors=options.errors)):
-            if parts or not piece.end or piece.text.strip():
-                parts.append(tokenizer.encode(piece.text).astype(dtype))
-                if piece.end:
-                    documents.append(np.concatenate([*parts, np.array([tokenizer.eos_id], dtype)]))
-                    parts = []
-    if not documents:
-        raise UserError(f"No text in the input: {files[0].path} and the others hold only white space.")
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(document.tobytes())
-    facts: dict[str, object] = {
-        "paths": list(options.data),
-        "files": len(files),
-        "tokens": sum(document.size for document in documents),
-        "documents": len(documents),
-        "tokenizer": tokenizer.fingerprint(),
-        "tokens_sha256": digest.hexdigest(),
-    }
-    return _Data(documents, facts)
+class _Source:
+    """What ``--data`` names, as tokens of one tokenizer after the other."""
+
+    def __init__(self, options: Perplexity) -> None:
+        self._options = options
+        self._read: tuple[str, _Data] | None = None
+        prepared = [path for path in options.data if is_dataset(path)]
+        if prepared and len(options.data) > 1:
+            raise UserError(
+                f"--data {prepared[0]} is prepared data, and {len(options.data) - 1} more were given: give it alone, "
+                "or text files only."
+            )
+        self._dataset: TokenDataset | None = None
+        if prepared:
+            first, held_out = open_splits(prepared[0])
+            self._dataset = held_out or first
+        else:
+            self._files = find_files(options.data, options.suffix)
+
+    def of(self, name: str, tokenizer: Tokenizer | None) -> _Data:
+        """The tokens for the checkpoint of this name; encoded once for checkpoints that follow one another."""
+        if self._dataset is not None:
+            return self._open(self._dataset, name, tokenizer)
+        if tokenizer is None:
+            raise UserError(
+                f"{name} has no tokenizer to read text with: give data prepared with the model's tokenizer."
+            )
+        if self._read is None or self._read[0] != tokenizer.fingerprint():
+            self._read = tokenizer.fingerprint(), self._encode(tokenizer)
+        return self._read[1]
+
+    def _open(self, dataset: TokenDataset, name: str, tokenizer: Tokenizer | None) -> _Data:
+        if tokenizer is not None and dataset.tokenizer.fingerprint() != tokenizer.fingerprint():
+            raise UserError(
+                f"{dataset.folder} was made with another tokenizer than that of {name}: prepare the text again with "
+                f"--tokenizer {name}, or give the text files themselves."
+            )
+        digest = file_sha256(dataset.folder / META_FILE)
+        facts: dict[str, object] = {"paths": [str(dataset.folder)], "documents": dataset.num_documents}
+        mine: dict[str, object] = {"tokens": dataset.num_tokens, "tokenizer": dataset.tokenizer.fingerprint()}
+        ends = dataset.document_ends(0, dataset.num_tokens) + 1
+        return _Data(dataset, digest, facts, mine, (), np.append(0, ends[:-1]))
+
+    def _encode(self, tokenizer: Tokenizer) -> _Data:
+        from samba_lm.eval.text import Documents
+
+        options = self._options
+        read = Documents.read(self._files, tokenizer, ReadOptions(field=options.field, errors=options.errors))
+        sizes = [document.size for document in read.tokens]
+        facts: dict[str, object] = {
+            "paths": [str(path) for path in options.data],
+            "files": len(self._files),
+            "documents": len(read.tokens),
+            "bytes": read.text_bytes,
+        }
+        mine: dict[str, object] = {"tokens": sum(sizes), "tokenizer": tokenizer.fingerprint()}
+        return _Data(read.tokens, read.sha256, facts, mine, read.names, np.append(0, np.cumsum(sizes)[:-1]))
 
 
-def _print(console: Console, name: str, settings: Settings, results: Sequence[LengthResult]) -> None:
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False)
-
-    say(f"{name}: perplexity, protocol {settings.protocol}{_values(settings)}")
-    table = Table(show_edge=False, pad_edge=False)
-    wide = console.width >= 70
-    for heading in ("length", "perplexity", "loss", "±", *(("bits/byte", "windows", "tokens") if wide else ())):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for result in results:
-        if not result.windows:
-            continue
-        more = (_figure(result.bits_per_byte, 4), f"{result.windows:,}", f"{result.tokens:,}") if wide else ()
-        table.add_row(
-            _span(settings, result),
-            _figure(result.perplexity, 3),
-            _figure(result.loss, 4),
-            _figure(result.standard_error, 4),
-            *more,
-        )
-    console.print(table)
-    for result in results:
-        if result.note:
-            say(f"{'Not finite' if result.windows else 'Skipped'}: {result.note}.")
-
-
-def _values(settings: Settings) -> str:
-    named = {"window": settings.window, "stride": settings.stride, "max tokens": settings.max_tokens}
-    return "".join(f", {name} {value:,}" for name, value in named.items() if value is not None)
-
-
-def _span(settings: Settings, result: LengthResult) -> str:
-    """The length; for buckets, where it begins too."""
-    low, high = result.positions
-    return f"{0 if low == 1 else low}-{high}" if settings.protocol == "stream" else str(result.length)
-
-
-def _figure(value: float | None, digits: int) -> str:
-    if value is None or math.isnan(value):
-        return "-"
-    return f"{value:.{digits}f}" if value < 1e6 else f"{value:.3g}"
-
-
-def _record(
-    options: Perplexity,
-    settings: Settings,
-    model: SambaLM,
-    tokenizer: Tokenizer | None,
-    data: _Data,
-    results: Sequence[LengthResult],
-    seconds: float,
-) -> dict[str, object]:
-    from samba_lm.checkpoint import WEIGHTS
+def _about(name: str, model: SambaLM, tokenizer: Tokenizer | None, data: _Data) -> Model:
     from samba_lm.quantization import weight_bytes
 
-    weights = _resolved(options.checkpoint) / WEIGHTS
-    return {
-        "checkpoint": weights.parent,
-        "weights_sha256": file_sha256(weights) if weights.is_file() else None,
-        "model": model.config.to_dict(),
-        "tokenizer": None if tokenizer is None else tokenizer.fingerprint(),
-        "data": data.facts,
-        "settings": asdict(settings),
-        "meaning": MEANING[settings.protocol],
-        "batch": options.batch,
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "quantized": model.quantized,
-        "weight_bytes": weight_bytes(model),
-        "seconds": seconds,
-        "results": [asdict(result) for result in results],
-    }
+    facts = about(name, model, tokenizer)
+    trained = trained_length(Path(str(facts["checkpoint"])))
+    return {**facts, "weight_bytes": weight_bytes(model), "trained_length": trained, "text": data.mine}
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """Yield a function to be told of the tokens read; draws a bar on stderr, if that is a terminal."""
-    columns = (TextColumn("measuring"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("measuring", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+def _print(
+    console: Console, settings: Settings, results: PerplexityResults, models: Sequence[Model], names: Sequence[str]
+) -> None:
+    found = {_title(facts, names): _results(results, facts) for facts in models}
+    if len(names) == 1:
+        for title, rows in found.items():
+            print_lengths(console, title, settings, rows)
+    elif found:
+        print_models(console, settings, found, bits=_tokenizers(models) > 1)
+
+
+def _results(results: PerplexityResults, facts: Model) -> list[LengthResult]:
+    return [item.result for item in results.of(facts)]
+
+
+def _title(facts: Model, names: Sequence[str]) -> str:
+    name = str(facts["name"])
+    shown = name if len(names) == 1 else label(name, names)
+    return shown if facts["quantized"] is None else f"{shown} in {facts['quantized']}"
+
+
+def _tokenizers(models: Sequence[Model]) -> int:
+    """How many tokenizers the models have: of two, figures a token are not comparable."""
+    return len({facts["tokenizer"] for facts in models} - {None})
+
+
+def _draw(
+    path: Path, settings: Settings, results: PerplexityResults, models: Sequence[Model], names: Sequence[str]
+) -> None:
+    from samba_lm.eval.perplexity_figure import Line, draw
+    from samba_lm.figures import write_png
+
+    lines = []
+    for facts in models:
+        trained = facts["trained_length"]
+        known = trained if isinstance(trained, int) else None
+        lines.append(Line(_title(facts, names), _results(results, facts), known))
+    write_png(path, draw(settings.protocol, lines, bits=_tokenizers(models) > 1))
+
+
+def _check_finite(results: PerplexityResults, models: Sequence[Model]) -> None:
+    for facts in models:
+        for result in _results(results, facts):
+            if result.windows and math.isnan(result.loss):
+                raise UserError(f"{facts['name']}: {result.note}.")

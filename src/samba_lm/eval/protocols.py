@@ -105,6 +105,8 @@ class Settings:
         """What decides the result at one length, but for the text: results with other facts are of other tokens."""
         facts = asdict(self)
         del facts["lengths"]
+        if self.protocol not in OF_DOCUMENTS:
+            del facts["documents"]
         if self.protocol == "stream":  # a row begins where the one before it ends
             facts["lengths"] = list(self.lengths)
         elif self.protocol == "last-stride" or (self.protocol == "prefix" and self.documents == "same"):

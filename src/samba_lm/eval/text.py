@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from samba_lm.data.shards import TokenDataset
+from samba_lm.data.shards import TokenDataset, token_dtype
+from samba_lm.data.sources import ReadOptions, SourceFile, read_file
 from samba_lm.errors import UserError
 from samba_lm.tokenizer import Tokenizer
 
@@ -87,3 +89,48 @@ class Text:
         cuts = [*range(start, stop, _DECODED_AT_ONCE), stop]
         parts = (tokenizer.decode(self.read(a, b)) for a, b in pairwise(cuts))
         return sum(len(part.encode()) for part in parts)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of text files, as ``data prepare`` would write them: each with the separator at its end.
+
+    Attributes:
+        tokens: of each document, in the smallest type that holds them.
+        names: of each document: its file, with its number there (from 1) where the file has several.
+        text_bytes: size of all text in UTF-8.
+        sha256: of the text and its division into documents, whatever the tokenizer.
+    """
+
+    tokens: list[NDArray[np.unsignedinteger]]
+    names: list[str]
+    text_bytes: int
+    sha256: str
+
+    @classmethod
+    def read(cls, files: Sequence[SourceFile], tokenizer: Tokenizer, options: ReadOptions) -> Documents:
+        """Read and encode files. Raises UserError where one cannot be read, or all hold only white space."""
+        dtype = token_dtype(tokenizer.vocab_size)
+        end = np.array([tokenizer.eos_id], dtype)
+        tokens: list[NDArray[np.unsignedinteger]] = []
+        names: list[str] = []
+        size, digest = 0, hashlib.sha256()
+        for file in files:
+            first = len(tokens)
+            parts: list[NDArray[np.unsignedinteger]] = []
+            for piece in read_file(file, options):
+                if not parts and piece.end and not piece.text.strip():
+                    continue  # a document of white space is none
+                parts.append(tokenizer.encode(piece.text).astype(dtype))
+                text = piece.text.encode()
+                size += len(text)
+                digest.update(text)
+                if piece.end:
+                    tokens.append(np.concatenate([*parts, end]))
+                    digest.update(b"\xff")  # which no text holds
+                    parts = []
+            count = len(tokens) - first
+            names += [str(file.path)] if count == 1 else [f"{file.path}:{i + 1}" for i in range(count)]
+        if not tokens:
+            raise UserError(f"No text in the input: {files[0].path} and the others hold only white space.")
+        return cls(tokens, names, size, digest.hexdigest())
