@@ -119,7 +119,7 @@ def test_the_small_study_compares_equal_sizes(name: str, within: float) -> None:
 
 @pytest.mark.parametrize("name", ["swa-7m", "mamba-7m"])
 def test_the_7m_twins_are_the_same_size(name: str) -> None:
-    assert abs(zoo.get(name).parameters() / zoo.get("samba-7m").parameters() - 1) < 0.02
+    assert abs(zoo.get(name).parameters() / zoo.get("samba-7m").parameters() - 1) < 0.03
 
 
 @pytest.mark.parametrize("size", ["micro", "tiny"])
