@@ -54,8 +54,9 @@ def test_the_whole_story(small: None, tmp_path: Path, capsys: pytest.CaptureFixt
         assert loaded.config.name == twin.name
         assert tokenizer is not None
     assert len(result.sample.encode()) > 0
-    assert html.count("data:image/png;base64,") == 2
-    assert not re.search(r'(src|href)="(?!data:)', html), "the page needs nothing else"
+    assert len(re.findall(r'<svg class="plot (?:wide|narrow)"', html)) == 4
+    assert all((out / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("loss", "perplexity"))
+    assert not re.search(r'(src|href)="(?!#)', html), "the page needs nothing else"
     plain = json.loads(json.dumps(report.record(result)))
     assert plain["twins"][0]["perplexity"]["256"] == result.twins[0].results[-1].perplexity
     clean(out, [tmp_path / "texts"])

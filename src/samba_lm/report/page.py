@@ -64,12 +64,12 @@ def table(headings: Sequence[object], rows: Sequence[Sequence[object]], *, texts
     return tag("div", inside, class_="scroll", tabindex=0, role="region", aria_label="table")
 
 
-def grid(corner: str, columns: Sequence[object], rows: Sequence[object], cells: Sequence[Sequence[object]]) -> Html:
-    """A table with names on two sides, ``cells`` by rows; turned round where it would be too wide otherwise."""
+def grid(unit: str, columns: Sequence[object], rows: Sequence[object], cells: Sequence[Sequence[object]]) -> Html:
+    """A table of models in ``rows`` by something counted in ``unit``; turned round where it would be too wide."""
     if len(columns) > max(10, len(rows)):
         columns, rows = rows, columns
         cells = [list(column) for column in zip(*cells, strict=True)]
-    return table([corner, *columns], [[name, *row] for name, row in zip(rows, cells, strict=True)])
+    return table([f"model / {unit}", *columns], [[name, *row] for name, row in zip(rows, cells, strict=True)])
 
 
 def with_note(value: object, note: object, *, best: bool = False) -> Html:

@@ -94,8 +94,8 @@ def _made_by(path: str, record: dict[str, Any], entries: Sequence[dict[str, Any]
 
 
 def environment(path: str, record: dict[str, Any], entries: Sequence[dict[str, Any]] = ()) -> list[tuple[str, object]]:
-    """Device, dtype, versions and time, as far as a file tells them."""
-    found: list[tuple[str, object]] = [("file", path)]
+    """Device, dtype, versions and time, as far as the record in the file ``path`` tells them."""
+    found: list[tuple[str, object]] = [("file", path)] if path else []
     for name in ("device", "dtype"):
         values = dict.fromkeys(str(entry[name]) for entry in entries if entry.get(name)) or (
             dict.fromkeys([str(record[name])]) if record.get(name) else {}

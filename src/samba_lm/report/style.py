@@ -37,8 +37,8 @@ th { font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--ground);
   padding-right: 1rem; }
 th.text, td.text { text-align: left; }
-td.long { white-space: normal; text-align: left; min-width: 12rem; max-width: 28rem; }
-td small { display: block; color: var(--faint); font-size: .82em; line-height: 1.25; }
+td.long { white-space: normal; text-align: left; min-width: 9rem; max-width: 28rem; }
+td small, th small { display: block; color: var(--faint); font-size: .82em; line-height: 1.25; }
 td.best { font-weight: 650; }
 td.best small { font-weight: 400; }
 .name { white-space: nowrap; }
