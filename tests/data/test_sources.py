@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import lzma
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -48,6 +50,7 @@ def test_text_is_one_document(tmp_path: Path) -> None:
     assert read(write(tmp_path / "bom.txt", "\ufeff" + text)) == [text]
     assert read(write(tmp_path / "a.txt.gz", gzip.compress(text.encode()))) == [text]
     assert read(write(tmp_path / "a.TXT.XZ", lzma.compress(text.encode()))) == [text]
+    assert read(write(tmp_path / "a.txt.bz2", bz2.compress(text.encode()))) == [text]
 
 
 def test_long_text_is_streamed_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +122,8 @@ def test_jsonl(tmp_path: Path) -> None:
     lines = "\n".join(json.dumps(row) for row in rows) + "\n\n"
     for name in ("a.jsonl", "a.ndjson"):
         assert read(write(tmp_path / name, lines)) == [row["text"] for row in rows]
-    assert read(write(tmp_path / "a.jsonl.gz", gzip.compress(lines.encode()))) == [row["text"] for row in rows]
+    for name, pack in (("a.jsonl.gz", gzip.compress), ("a.jsonl.xz", lzma.compress), ("a.ndjson.bz2", bz2.compress)):
+        assert read(write(tmp_path / name, pack(lines.encode()))) == [row["text"] for row in rows]
     assert read(write(tmp_path / "b.jsonl", '\ufeff{"body": "x"}\n{"body": "y"}'), field="body") == ["x", "y"]
 
 
@@ -188,9 +192,11 @@ def test_parquet_without_pyarrow(tmp_path: Path) -> None:
     assert 'UserError: a.parquet needs pyarrow to be read: pip install "samba-lm[parquet]"' in run.stderr
 
 
-@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.xz"])
-def test_damaged_archives(tmp_path: Path, name: str) -> None:
-    packed = (gzip if name.endswith("gz") else lzma).compress(b"some text " * 1000)
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip), (".xz", lzma), (".bz2", bz2)])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_damaged_archives(tmp_path: Path, name: str, suffix: str, pack: Any) -> None:
+    name += suffix
+    packed = pack.compress(b'{"text": "some"}\n' * 1000)
     for content in (packed[:-20], b"not packed at all", packed[:12] + b"\0" * 20):
         path = write(tmp_path / name, content)
         with pytest.raises(UserError, match=f"{path} is not a whole"):
@@ -204,13 +210,24 @@ def test_refused_kinds(tmp_path: Path, name: str) -> None:
 
 
 def test_folders(tmp_path: Path) -> None:
-    for name in ("b/2.txt", "b/10.jsonl", "a.txt.gz", "z.py", "b/.hidden.txt", ".git/x.txt", "c/d/e.ndjson", "n.bin"):
+    for name in (
+        "b/2.txt",
+        "b/10.jsonl",
+        "a.txt.gz",
+        "c/d/f.jsonl.bz2",
+        "c/d/g.txt.xz",
+        "z.py",
+        "b/.hidden.txt",
+        ".git/x.txt",
+        "c/d/e.ndjson",
+        "n.bin",
+    ):
         write(tmp_path / name, "x")
 
     def names(*inputs: Path, suffixes: tuple[str, ...] = ()) -> list[str]:
         return [str(file.path.relative_to(tmp_path)) for file in find_files(inputs, suffixes)]
 
-    assert names(tmp_path) == ["a.txt.gz", "b/10.jsonl", "b/2.txt", "c/d/e.ndjson"]
+    assert names(tmp_path) == ["a.txt.gz", "b/10.jsonl", "b/2.txt", "c/d/e.ndjson", "c/d/f.jsonl.bz2", "c/d/g.txt.xz"]
     assert names(tmp_path, suffixes=("py",)) == names(tmp_path, suffixes=(".PY",))
     assert "z.py" in names(tmp_path, suffixes=("py",))
     assert names(tmp_path / "z.py", tmp_path / "b", tmp_path / "b/2.txt") == ["z.py", "b/10.jsonl", "b/2.txt"]

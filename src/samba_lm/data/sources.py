@@ -7,6 +7,7 @@ begins a new word anyway, so that the cut cannot be seen in the tokens.
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import contextlib
 import gzip
@@ -24,19 +25,18 @@ from typing import IO, Literal
 from samba_lm.errors import UserError, did_you_mean
 
 OnError = Literal["strict", "replace"]
-Stream = IO[bytes] | gzip.GzipFile | lzma.LZMAFile
+Stream = IO[bytes] | gzip.GzipFile | lzma.LZMAFile | bz2.BZ2File
 
 PIECE_CHARS = 2**18
 TEXT_SUFFIXES = (".txt",)
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET_SUFFIX = ".parquet"
-PACKED_SUFFIXES = (".gz", ".xz")
+PACKED_SUFFIXES = (".gz", ".xz", ".bz2")
 _BLOCK_BYTES = 2**18
 _PARQUET_ROWS = 256
 _REFUSED = {
     ".json": "write one JSON object a line into a .jsonl file",
     ".zst": "unpack it first (zstd -d), or pack it as .gz or .xz",
-    ".bz2": "unpack it first (bunzip2), or pack it as .gz or .xz",
     ".zip": "unpack it first and give the folder",
     ".tar": "unpack it first and give the folder",
     ".npy": "give the text it was made from",
@@ -84,8 +84,8 @@ def find_files(inputs: Sequence[str | os.PathLike[str]], suffixes: Iterable[str]
     """Return the files to read: those named, and those in the folders named, recursively and in sorted order.
 
     A named file is read whatever its suffix; in folders, files whose suffix is known (``.txt``, ``.jsonl``,
-    ``.ndjson``, ``.parquet``, the first three also with ``.gz`` or ``.xz``) or among ``suffixes`` (read as plain text).
-    Hidden files and folders are left out; a file found twice is read once.
+    ``.ndjson``, ``.parquet``, the first three also with ``.gz``, ``.xz`` or ``.bz2``) or among ``suffixes`` (read as
+    plain text). Hidden files and folders are left out; a file found twice is read once.
 
     Raises:
         UserError: an input is missing or empty, a folder has nothing to read, or nothing was named.
@@ -140,6 +140,8 @@ def read_file(file: SourceFile, options: ReadOptions) -> Iterator[Piece]:
     except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
         raise UserError(f"{file.path} is not a whole {file.path.suffix} file ({error}): copy it again.") from error
     except OSError as error:
+        if error.errno is None:  # bz2's own; the system's have a number
+            raise UserError(f"{file.path} is not a whole {file.path.suffix} file ({error}): copy it again.") from error
         raise UserError(f"Cannot read {file.path}: {error.strerror or error}.") from error
 
 
@@ -149,6 +151,8 @@ def _unpacked(path: Path, raw: IO[bytes]) -> Stream:
             return gzip.open(raw)
         case ".xz":
             return lzma.open(raw)
+        case ".bz2":
+            return bz2.open(raw)
     return raw
 
 
