@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from pathlib import Path
 
 import numpy
 import pytest
@@ -21,6 +22,21 @@ def seeds() -> None:
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def nano(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for the model that comes with the package: as small as can be, untrained, kept as that one is kept."""
+    import samba_lm
+    from samba_lm import checkpoint, shipped
+
+    model = samba_lm.create("samba-micro", seed=1)
+    samba_lm.save(
+        checkpoint.place(model, "cpu", torch.bfloat16), tmp_path / "shipped" / "samba-nano", samba_lm.ByteTokenizer()
+    )
+    (tmp_path / "shipped" / "samba-nano" / "README.md").write_text("# samba-nano\n\nA stand-in.\n")
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "shipped")
+    return tmp_path / "shipped" / "samba-nano"
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

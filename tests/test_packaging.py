@@ -32,6 +32,8 @@ SOURCES = [
     if path.is_file() and "__pycache__" not in path.parts
 ]
 
+STAND_IN = [f"samba_lm/shipped/stand-in/{name}" for name in ("config.json", "model.safetensors", "README.md")]
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -41,6 +43,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE", *(f"src/{path}" for path in SOURCES)):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
+    for name in STAND_IN:  # what is shipped is packed, whether or not this checkout has any
+        (source / "src" / name).parent.mkdir(exist_ok=True)
+        (source / "src" / name).write_text("{}")
     build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder)]
     _run([sys.executable, "-m", "pip", *build, str(source)])
     (built,) = folder.glob("*.whl")
@@ -81,9 +86,13 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         names = archive.namelist()
         licence = archive.read(next(name for name in names if name.endswith("licenses/LICENSE"))).decode()
     inside = {name for name in names if ".dist-info/" not in name}
-    assert {
-        name for name in SOURCES if name.endswith((".py", ".toml", ".cuh", "py.typed")) or "/page/" in name
-    } == inside
+    data = ("/page/", "/shipped/")
+    ours = {
+        name
+        for name in SOURCES
+        if name.endswith((".py", ".toml", ".cuh", "py.typed")) or any(folder in name for folder in data)
+    }
+    assert {*ours, *STAND_IN} == inside
     assert "samba_lm/py.typed" in inside
     assert any(name.endswith(".toml") for name in inside), "no recipes"
     assert any(name.endswith(".cuh") for name in inside), "no CUDA kernels"
@@ -104,7 +113,8 @@ def test_the_installed_command_runs(python: Path) -> None:
     command = str(python.with_name("samba-lm"))
     assert _run([command, "--version"]) == f"samba-lm {samba_lm.__version__}\n"
     assert "samba-lm COMMAND" in _run([command])
-    assert "samba-tiny" in _run([command, "models"])
+    assert "samba-tiny" in _run([command, "models", "samba-tiny"])
+    assert "stand-in" in _run([str(python), "-c", "import samba_lm.shipped; print(samba_lm.shipped.names())"])
     assert "runs/samba-421m" in _run([command, "train", "samba-421m", "--help"])  # the recipe's own train.out
 
 

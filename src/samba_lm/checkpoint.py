@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from samba_lm import zoo
+from samba_lm import shipped, zoo
 from samba_lm.config import ModelConfig
 from samba_lm.errors import UserError, did_you_mean
 from samba_lm.files import atomic_folder, read_json, recover_folder
@@ -108,23 +108,33 @@ def load(
 ) -> tuple[SambaLM, Tokenizer | None]:
     """Read a checkpoint folder, or the newest step of a training run's folder: (model, tokenizer or None).
 
-    The name of a zoo model gives that model with fresh random weights (and a byte tokenizer where it fits).
-    ``dtype``: of the parameters; None keeps the file's. ``max_context``: replaces the config's, for full attention.
+    The name of a model that comes with the package (`samba_lm.shipped`) gives that one, a name of the zoo a model with
+    fresh random weights (and a byte tokenizer where it fits). A folder of that name is taken first.
+    ``dtype``: of the parameters; None keeps the file's, but for a model that comes with the package: it has 16 bits in
+    its file, to be small, and is fp32 in memory. ``max_context``: replaces the config's, for full attention.
     Raises UserError for a missing, truncated, foreign or mismatched checkpoint.
     """
     if not os.fspath(folder_or_name):
         raise UserError("An empty name is no checkpoint: give a folder, or a model of the zoo.")
-    folder = Path(folder_or_name)
-    recover_folder(folder)
-    if not folder.exists():
+    recover_folder(Path(folder_or_name))
+    folder = find(folder_or_name)
+    if folder is None:
         return _from_name(str(folder_or_name), device, dtype)
-    folder = latest_step(folder) or folder
+    if dtype is None and shipped.find(folder_or_name) is not None:
+        dtype = torch.float32
     config, tokenizer_hash = read_config(folder)
     if max_context is not None:
         config = config.with_overrides(max_context=max_context)
     model = build(config, read_weights(folder, config))
     tokenizer = _read_tokenizer(folder, config, tokenizer_hash)
     return place(model, device, dtype).eval(), tokenizer
+
+
+def find(folder_or_name: str | os.PathLike[str]) -> Path | None:
+    """Where the checkpoint lies that :func:`load` reads: a folder, a training run's newest step, or one that comes with
+    the package; None where there is none of that name."""
+    folder = Path(folder_or_name)
+    return latest_step(folder) or folder if folder.exists() else shipped.find(folder_or_name)
 
 
 def latest_step(run: Path) -> Path | None:
@@ -237,8 +247,13 @@ def _read_tokenizer(folder: Path, config: ModelConfig, expected: str | None) -> 
 
 
 def _from_name(name: str, device: str | torch.device, dtype: torch.dtype | None) -> tuple[SambaLM, Tokenizer | None]:
+    if name == shipped.DEFAULT:
+        raise UserError(
+            f"This installation does not bring {name}, the model that is taken where none is named: give a checkpoint."
+        )
     if name not in zoo.ZOO:
-        near = " Check the path." if "/" in name or "." in name else did_you_mean(name, zoo.ZOO)
+        known = [*shipped.names(), *zoo.ZOO]
+        near = " Check the path." if "/" in name or "." in name else did_you_mean(name, known)
         raise UserError(f"There is no folder {name!r}, and no model of that name in the zoo.{near}")
     model = create(name, device=device, dtype=dtype).eval()
     byte = ByteTokenizer()

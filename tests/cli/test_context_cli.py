@@ -160,10 +160,23 @@ def test_a_question_is_answered_from_a_context_a_text_both_or_nothing(
     assert ask("--context", book, "--wording", r" Q {question}\nA") == expected(TEXT + " Q Is it salt?\nA", "\nQ")
     assert len({ask("--context", book), ask("--context", book), ask()}) == 2
 
+    def begun(*words: object) -> str:
+        return run(capsys, "ask", checkpoint, "Is it salt? It is", *words, *GREEDY)[0]
+
+    assert TEXT.endswith("\n")
+    assert begun("--file", text) == expected(TEXT + "Is it salt? It is", "\n"), "one line break, not two"
+    stdin(TEXT.rstrip())
+    assert begun("--file", "-") == expected(TEXT + "Is it salt? It is", "\n")
+    assert begun() == expected("Is it salt? It is", "\n")
+
 
 def test_the_wording() -> None:
     assert worded(WORDING, "Who?") == ("\n\nQuestion: Who?\nAnswer:", ("\nQuestion:",))
     assert worded("{question}", r" a\nb ") == (r"a\nb", ())  # what was asked stays as it is
+    for question in ("Who?", "Who is it", "Who? Where?", "Who? ", "Tell me."):
+        assert worded(None, question) == worded(WORDING, question)
+    assert worded(None, "Who is it? It is ") == ("\nWho is it? It is", ("\n",)), "its answer is begun"
+    assert worded(WORDING, "Who is it? It is")[0].startswith("\n\nQuestion: Who is it? It is\n")
     with pytest.raises(UserError, match="has no place for the question"):
         worded("Question:", "Who?")
 

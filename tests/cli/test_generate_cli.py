@@ -68,7 +68,7 @@ def test_the_prompt_may_come_from_a_file_or_from_stdin(checkpoint: Path, capsys,
     file = tmp_path / "prompt.txt"
     file.write_text(text, encoding="utf-8")
     outputs = []
-    for source in (["--prompt", text], ["--prompt-file", str(file)], ["--prompt-file", "-"], ["-"]):
+    for source in (["--prompt", text], [text], ["--prompt-file", str(file)], ["--prompt-file", "-"], ["-"]):
         stdin(text.encode())
         assert main(["generate", str(checkpoint), *source, *GREEDY]) == 0
         outputs.append(capsys.readouterr().out)
@@ -108,7 +108,8 @@ def test_sampling_options_reach_the_sampler(checkpoint: Path, capsys) -> None:
         (["--temprature", "1"], "--temperature"),
         (["--prompt", "a", "--prompt-file", "f"], "--prompt and --prompt-file were both given"),
         (["--prompt", "a", "-"], "- and --prompt were both given"),
-        (["Once upon a time"], "'Once upon a time': a prompt is given as --prompt TEXT"),
+        (["Once upon a time", "--prompt", "a"], "PROMPT and --prompt were both given"),
+        (["Once", "upon"], "Unexpected argument 'upon'"),
         (["--prompt-file", "no/such/file"], "no/such/file"),
         (["--device", "tpu"], "'tpu'"),
         (["--chunk", "0"], "chunk=0"),

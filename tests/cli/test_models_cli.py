@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from samba_lm import zoo
+from samba_lm import shipped, zoo
 from samba_lm.cli import models
 from samba_lm.cli.main import main
 from samba_lm.errors import UserError
@@ -18,8 +18,10 @@ def test_the_list_has_every_model(tmp_path: Path, capsys: pytest.CaptureFixture[
     models.main(["--json", str(tmp_path / "m.json")])
     told = capsys.readouterr().out
     record = json.loads((tmp_path / "m.json").read_text())
-    assert [row["name"] for row in record["models"]] == zoo.names()
-    for row in record["models"]:
+    rows = [row for row in record["models"] if not row["trained"]]
+    assert [row["name"] for row in rows] == zoo.names()
+    assert [row["name"] for row in record["models"] if row["trained"]] == shipped.names()
+    for row in rows:
         assert row["name"] in told
         config = zoo.get(row["name"])
         assert row["parameters"] == config.parameters()
@@ -35,6 +37,24 @@ def test_every_stack_is_drawn(name: str, capsys: pytest.CaptureFixture[str]) -> 
     assert f"{zoo.get(name).parameters():,} parameters" in told
     for spec in zoo.get(name).layers:
         assert spec.kind in told
+
+
+def test_what_comes_with_the_package_is_shown(
+    nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    models.main(["--json", str(tmp_path / "m.json")])
+    told = capsys.readouterr().out
+    assert "samba-nano is trained and comes with samba-lm" in told
+    first = json.loads((tmp_path / "m.json").read_text())["models"][0]
+    assert (first["name"], first["trained"]) == ("samba-nano", True)
+    assert first["parameters"] == zoo.get("samba-micro").parameters()
+    models.main(["samba-nano"])
+    told = capsys.readouterr().out
+    assert "a trained samba-micro that comes with samba-lm" in told
+    assert str(nano / "README.md") in told
+    with pytest.raises(UserError, match="Did you mean 'samba-nano'"):
+        models.main(["samba-nanno"])
 
 
 def test_the_pattern_is_found() -> None:

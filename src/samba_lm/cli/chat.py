@@ -7,22 +7,21 @@ from dataclasses import dataclass, field
 
 from tyro.conf import OmitArgPrefixes, Positional
 
+from samba_lm import shipped
 from samba_lm.cli.chat_commands import complete, is_command, run_command
 from samba_lm.cli.chat_input import Entry, History, Prompt, history_path
 from samba_lm.cli.chat_room import FIRST, Conversation, Room
 from samba_lm.cli.chat_view import View
 from samba_lm.cli.generate import SamplingOptions, open_stdin
 from samba_lm.cli.main import for_people
-from samba_lm.cli.model import CheckpointName, ContextFile, Runtime, RuntimeOptions, load_context
+from samba_lm.cli.model import ContextFile, OptionalCheckpoint, Runtime, RuntimeOptions, base_note, load_context
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError
 from samba_lm.generation.params import DEFAULT_CHUNK
 
 HINT = "Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands."
-BASE = (
-    "A base model: it was trained to continue texts, not to follow what you ask. What you say is written as "
-    "'User:', and it goes on after 'Assistant:'."
-)
+WRITTEN = "What you say is written as 'User:', and it goes on after 'Assistant:'."
+BASE = f"A base model: it was trained to continue texts, not to follow what you ask. {WRITTEN}"
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,8 @@ class Chat:
     On a pipe each line is a message.
     """
 
-    checkpoint: Positional[CheckpointName]
-    """A checkpoint folder, or a training run's: its newest checkpoint."""
+    checkpoint: Positional[OptionalCheckpoint] = shipped.DEFAULT
+    """A checkpoint folder, or a training run's: its newest checkpoint; samba-nano comes along."""
     system: str | None = None
     """What stands before the first message."""
     context: ContextFile = None
@@ -67,9 +66,12 @@ def main(argv: list[str]) -> None:
     history = History(history_path() if command.history and stdin.isatty() else None)
     prompt = Prompt(stdin, history, lambda line: complete(line, room), view.colour)
     room = Room(model, tokenizer, view, prompt, {FIRST: Conversation(session, context)})
+    note = base_note(command.checkpoint)
     if prompt.interactive:
-        view.note(BASE)
+        view.note(BASE if note is None else f"{note} {WRITTEN}")
         view.note(HINT)
+    elif note is not None:
+        print(f"samba-lm: {note}", file=sys.stderr)
     _talk(room, history)
 
 

@@ -16,8 +16,9 @@ from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional
 
+from samba_lm import shipped
 from samba_lm.cli.generate import file_share, open_stdin
-from samba_lm.cli.model import CheckpointName, ContextFile, Dtype, Quantize, load_context, load_with_tokenizer
+from samba_lm.cli.model import ContextFile, Dtype, OptionalCheckpoint, Quantize, load_context, load_with_tokenizer
 from samba_lm.cli.output import JsonFile, output_file, write_json
 from samba_lm.cli.parse import parse
 from samba_lm.contexts.file import check_replaceable
@@ -34,12 +35,12 @@ class Save:
     Going on from the file with `ask`, `generate` or `chat` costs the same whatever was read.
     """
 
-    checkpoint: Positional[CheckpointName]
-    """A checkpoint folder, or a training run's: its newest checkpoint."""
     source: Annotated[Path, tyro.conf.arg(name="from", metavar="FILE")]
     """The UTF-8 text to read; `-` is the standard input."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")]
     """The file to write, such as book.ctx. It can only be read by you."""
+    checkpoint: Positional[OptionalCheckpoint] = shipped.DEFAULT
+    """A checkpoint folder, or a training run's: its newest checkpoint; samba-nano comes along."""
     title: str | None = None
     """What to call it; by default the name of the text's file."""
     context: ContextFile = None

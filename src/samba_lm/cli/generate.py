@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,8 @@ from rich.console import Console
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 from tyro.constructors import PrimitiveConstructorSpec
 
-from samba_lm.cli.model import CheckpointName, ContextFile, Runtime, RuntimeOptions, load_context
+from samba_lm import shipped
+from samba_lm.cli.model import ContextFile, Runtime, RuntimeOptions, is_checkpoint, load_context
 from samba_lm.cli.output import JsonFile, write_json
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError
@@ -59,15 +61,16 @@ class SamplingOptions(SamplingParams):
 class Generate:
     """Continue a prompt: the new text goes to stdout as it is made, what it cost to stderr.
 
-    Prompts of any length are read in constant memory. An empty prompt starts a new document.
+    Prompts of any length are read in constant memory. An empty prompt starts a new document. One argument alone is the
+    prompt if it holds a space or is `-`, else the checkpoint (as the name of a folder that is there always is).
     """
 
-    checkpoint: Positional[CheckpointName]
-    """A checkpoint folder, or a training run's: its newest checkpoint."""
-    stdin: Positional[Annotated[str | None, tyro.conf.arg(metavar="[-]")]] = None
-    """`-` reads the prompt from the standard input."""
+    checkpoint: Positional[Annotated[str | None, tyro.conf.arg(metavar="[CKPT]")]] = None
+    """A checkpoint folder, or a training run's: its newest checkpoint; by default samba-nano, which comes along."""
+    text: Positional[Annotated[str | None, tyro.conf.arg(metavar="[PROMPT]")]] = None
+    """The text to continue, between quotes; `-` reads the standard input."""
     prompt: str | None = None
-    """The text to continue."""
+    """The text to continue, whatever it is."""
     prompt_file: Path | None = None
     """A UTF-8 file to continue; `-` is the standard input. It is read in pieces, never whole."""
     context: ContextFile = None
@@ -79,16 +82,21 @@ class Generate:
     json: JsonFile = None
     """Write the figures of the last line to this file too."""
 
+    @property
+    def name(self) -> str:
+        """Of the checkpoint."""
+        return self.checkpoint or shipped.DEFAULT
+
 
 def main(argv: list[str]) -> None:
     """Run ``samba-lm generate`` with these arguments."""
-    command = parse(Generate, argv, prog="samba-lm generate")
+    command = _sorted(parse(Generate, argv, prog="samba-lm generate"))
     with contextlib.ExitStack() as stack:
         path = None if command.prompt_file == Path("-") else command.prompt_file
         file = _open_prompt(command, stack)
-        model, tokenizer = command.runtime.load(command.checkpoint)
+        model, tokenizer = command.runtime.load(command.name)
         if file is None:
-            prompt: Prompt = command.prompt or ""
+            prompt: Prompt = command.prompt or command.text or ""
         else:
             prompt = encode_pieces(read_text(file, str(path or "The standard input")), tokenizer)
         context = load_context(command.context, model, tokenizer)
@@ -96,21 +104,33 @@ def main(argv: list[str]) -> None:
         write_continuation(command, model, tokenizer, prompt, command.sampling, told, context)
 
 
+def _sorted(command: Generate) -> Generate:
+    """Tell which of the two arguments a lone one is."""
+    word = command.checkpoint
+    if word is None or command.text is not None or is_checkpoint(word):
+        return command
+    if word in ("", "-") or any(map(str.isspace, word)):
+        return dataclasses.replace(command, checkpoint=None, text=word)
+    raise UserError(
+        f"{word[:60]!r} is no checkpoint: neither a folder that is there nor a model's name. To continue it as a text: "
+        f"--prompt {shlex.quote(word[:60])}."
+    )
+
+
 def _open_prompt(command: Generate, stack: contextlib.ExitStack) -> BinaryIO | None:
     """Open what the prompt is read from; None when it is on the command line, or empty."""
-    if command.stdin not in (None, "-"):
-        raise UserError(
-            f"Unexpected argument {command.stdin[:60]!r}: a prompt is given as --prompt TEXT or --prompt-file FILE; "
-            "`-` reads the standard input."
-        )
     given = [
         name
-        for name, value in (("-", command.stdin), ("--prompt", command.prompt), ("--prompt-file", command.prompt_file))
+        for name, value in (
+            ("-" if command.text == "-" else "PROMPT", command.text),
+            ("--prompt", command.prompt),
+            ("--prompt-file", command.prompt_file),
+        )
         if value is not None
     ]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} were both given: say once where the prompt comes from.")
-    if command.stdin or command.prompt_file == Path("-"):
+    if command.text == "-" or command.prompt_file == Path("-"):
         return open_stdin().buffer
     return None if command.prompt_file is None else stack.enter_context(command.prompt_file.open("rb"))
 
@@ -126,7 +146,7 @@ class Command(Protocol):
     """What is asked of a command that writes a text, besides the text."""
 
     @property
-    def checkpoint(self) -> str: ...
+    def name(self) -> str: ...
     @property
     def chunk(self) -> int: ...
     @property
@@ -209,7 +229,7 @@ def _report(
     )
     if command.json is not None:
         record = {
-            "checkpoint": command.checkpoint,
+            "checkpoint": command.name,
             "device": str(device),
             "dtype": command.runtime.dtype,
             "quantize": command.runtime.quantize,

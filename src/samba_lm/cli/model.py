@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from samba_lm import shipped
 from samba_lm.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,8 +24,24 @@ Dtype = Literal["float32", "bfloat16"]
 Quantize = Literal["int8", "int4"]
 """The option ``--quantize``, for :func:`load`."""
 CheckpointName = Annotated[str, tyro.conf.arg(metavar="CKPT")]
+OptionalCheckpoint = Annotated[str, tyro.conf.arg(metavar="[CKPT]")]
+"""An argument that may be left out, for the model that comes with the package."""
 ContextFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 """The option ``--context``, for :func:`load_context`."""
+
+
+def is_checkpoint(word: str) -> bool:
+    """Whether a word on the command line names a checkpoint: a folder, or a model by its name."""
+    from samba_lm import zoo
+
+    return bool(word) and (Path(word).is_dir() or word in (shipped.DEFAULT, *shipped.names(), *zoo.names()))
+
+
+def base_note(name: str) -> str | None:
+    """What is said where a model that comes with the package is asked something; None for other checkpoints."""
+    if shipped.find(name) is None:
+        return None
+    return f"{name} is a small base model: it continues texts, and was never taught to answer or to converse."
 
 
 @dataclass(frozen=True)
@@ -62,7 +79,7 @@ def load(
         from samba_lm import checkpoint
         from samba_lm.train.parallel import pick_device
 
-        untrained = not Path(name).exists()  # then it is a name of the zoo, or an error
+        untrained = checkpoint.find(name) is None  # then it is a name of the zoo, or an error
         wanted = None if dtype is None else getattr(torch, dtype)
         loaded = checkpoint.load(name, device=pick_device(device), dtype=wanted)
         if quantize is not None:

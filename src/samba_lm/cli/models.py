@@ -9,11 +9,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from samba_lm import zoo
+from samba_lm import shipped, zoo
 from samba_lm.cli.output import JsonFile, write_json
 from samba_lm.cli.parse import parse
 from samba_lm.config import LayerSpec, ModelConfig
-from samba_lm.errors import UserError
+from samba_lm.errors import UserError, did_you_mean
+from samba_lm.files import read_json
 from samba_lm.train.progress import count
 
 MAX_CONTEXT = 10**12
@@ -21,7 +22,8 @@ MAX_CONTEXT = 10**12
 
 @dataclass(frozen=True)
 class Models:
-    """List the named architectures with their sizes, or draw the stack of one."""
+    """List the named architectures with their sizes, or draw the stack of one. Names are also those of trained models
+    that come with samba-lm."""
 
     name: Annotated[str | None, tyro.conf.Positional] = None
     """The model to draw; all are listed without it."""
@@ -34,26 +36,40 @@ class Models:
 def main(argv: list[str]) -> None:
     """Run the command."""
     args = parse(Models, argv, prog="samba-lm models")
-    names = zoo.names() if args.name is None else [args.name]
+    names = [*shipped.names(), *zoo.names()] if args.name is None else [args.name]
     if not 1 <= args.context <= MAX_CONTEXT:
         shown = args.context if abs(args.context) < 10**30 else "with so many digits"
         raise UserError(f"--context {shown} must be from 1 to {MAX_CONTEXT} tokens.")
-    configs = [zoo.get(name) for name in names]
+    rows = [
+        (facts(name, config, args.context), config) for name, config in zip(names, map(_config, names), strict=True)
+    ]
     console = Console()
     if args.name is None:
-        _list(console, configs, args.context)
+        _list(console, rows, args.context)
     else:
-        _draw(console, configs[0], args.context)
+        _draw(console, *rows[0], args.context)
     if args.json is not None:
-        rows = [facts(config, args.context) for config in configs]
-        write_json(args.json, {"context": args.context, "models": rows})
+        write_json(args.json, {"context": args.context, "models": [row for row, _ in rows]})
 
 
-def facts(config: ModelConfig, context: int) -> dict[str, Any]:
+def _config(name: str) -> ModelConfig:
+    if name not in shipped.names():
+        near = did_you_mean(name, shipped.names())
+        if name not in zoo.ZOO and "mean" in near:
+            raise UserError(f"Unknown model {name!r}.{near}")
+        return zoo.get(name)
+    header = read_json(shipped.FOLDER / name / "config.json")
+    assert isinstance(header, dict), "what comes with the package is whole"
+    return ModelConfig.from_dict(header["model"])
+
+
+def facts(name: str, config: ModelConfig, context: int) -> dict[str, Any]:
     """The figures of one model; bytes of state with bf16 activations."""
+    trained = name in shipped.names()
     return {
-        "name": config.name,
-        "paper": zoo.ZOO[config.name].paper,
+        "name": name,
+        "paper": "trained" if trained else zoo.ZOO[name].paper,
+        "trained": trained,
         "parameters": config.parameters(),
         "layers": len(config.layers),
         "d_model": config.d_model,
@@ -64,7 +80,7 @@ def facts(config: ModelConfig, context: int) -> dict[str, Any]:
     }
 
 
-def _list(console: Console, configs: list[ModelConfig], context: int) -> None:
+def _list(console: Console, rows: list[tuple[dict[str, Any], ModelConfig]], context: int) -> None:
     wide = console.width >= 78  # a narrow terminal keeps what tells models apart
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("name", no_wrap=True)
@@ -72,23 +88,24 @@ def _list(console: Console, configs: list[ModelConfig], context: int) -> None:
         table.add_column("paper")
     for column in ("params", "layers", "FLOPs/token", "state")[: None if wide else 1]:
         table.add_column(column, justify="right", no_wrap=True)
-    for config in configs:
-        row = facts(config, context)
+    for row, config in rows:
         size, flops = count(row["parameters"]), count(row["flops_per_token"], "KMGT")
         if wide:
             table.add_row(row["name"], row["paper"], size, str(row["layers"]), flops, _state(config, context))
         else:
             table.add_row(row["name"], size)
     console.print(table)
+    if shipped.DEFAULT in shipped.names():
+        console.print(f"{shipped.DEFAULT} is trained and comes with samba-lm: commands take it where none is named.")
     console.print(
         f"FLOPs: forward, mean over {context} tokens. State: bytes a sequence, activations in bf16 and sums in fp32; "
         f"+ grows with the text (given at {context} tokens). `samba-lm models NAME` draws one."
     )
 
 
-def _draw(console: Console, config: ModelConfig, context: int) -> None:
-    row = facts(config, context)
-    console.print(f"[bold]{config.name}[/bold]  ({row['paper']})", highlight=False)
+def _draw(console: Console, row: dict[str, Any], config: ModelConfig, context: int) -> None:
+    origin = f"a trained {config.name} that comes with samba-lm" if row["trained"] else row["paper"]
+    console.print(f"[bold]{row['name']}[/bold]  ({origin})", highlight=False)
     console.print(
         f"{row['parameters']:,} parameters, {row['layers']} layers, width {config.d_model}; "
         f"{count(row['flops_per_token'], 'KMGT')} FLOPs a token at {context}; "
@@ -105,6 +122,9 @@ def _draw(console: Console, config: ModelConfig, context: int) -> None:
         console.print(f"  │ + {spec.kind:<11} {spec.describe()}  [dim]{size}{times}[/dim]", highlight=False)
     console.print("  └", highlight=False)
     console.print(f"  norm, head  RMSNorm, logits over {config.vocab_size}", highlight=False)
+    if row["trained"]:
+        card = shipped.FOLDER / row["name"] / "README.md"
+        console.print(f"\n  its card: {card}", highlight=False, markup=False, soft_wrap=True)
     console.print(
         "\n  +: x + layer(RMSNorm(x)); the last column counts a layer's parameters", highlight=False, style="dim"
     )

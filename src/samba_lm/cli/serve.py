@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tyro.conf import Positional, UseAppendAction
 
-from samba_lm.cli.model import CheckpointName, Runtime, RuntimeOptions
+from samba_lm import shipped
+from samba_lm.cli.model import OptionalCheckpoint, Runtime, RuntimeOptions, base_note
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError
 
@@ -21,8 +22,8 @@ class Serve:
     or SIGTERM ends it when what runs is done, a second one at once.
     """
 
-    checkpoint: Positional[CheckpointName]
-    """A checkpoint folder, or a training run's: its newest checkpoint."""
+    checkpoint: Positional[OptionalCheckpoint] = shipped.DEFAULT
+    """A checkpoint folder, or a training run's: its newest checkpoint; samba-nano comes along."""
     host: str = "127.0.0.1"
     """The address to listen at; 0.0.0.0 lets other machines in."""
     port: int = 8000
@@ -78,7 +79,7 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"The server needs the package {error.name}: install it with `pip install 'samba-lm[serve]'`."
         ) from error
-    folder = Path(command.checkpoint).resolve()
+    folder = (shipped.find(command.checkpoint) or Path(command.checkpoint)).resolve()
     keys = Keys() if command.api_key_file is None else Keys.read(command.api_key_file)
     settings = Settings(
         model_name=command.name or folder.name,
@@ -101,6 +102,8 @@ def main(argv: list[str]) -> None:
     )
     model, tokenizer = command.runtime.load(command.checkpoint)
     service = open_service(model, tokenizer, folder, settings, keys)
+    if note := base_note(command.checkpoint):
+        print(f"samba-lm: {note}", file=sys.stderr)
     if command.host not in LOOPBACK and not keys.needed:
         print(
             f"samba-lm: whoever reaches {command.host} may use this server: --api-key-file limits it to who has a key.",

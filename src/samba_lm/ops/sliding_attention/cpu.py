@@ -13,7 +13,7 @@ from samba_lm.ops.backend import compute_dtype
 
 BLOCK = 256
 """Queries whose scores are held at once where a window does not say it."""
-SMALLEST_BLOCK = 32
+SMALLEST_BLOCK = 64
 """Queries of a block at least. With a window, blocks are a quarter of it: fewer scores outside of it, more calls."""
 
 
