@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,17 @@ from tolerances import assert_close
 
 from samba_lm import zoo
 from samba_lm.checkpoint import create
-from samba_lm.config import Attention, LayerSpec, Mamba, MegaS6, ModelConfig, SelfExtend, SwiGLU
+from samba_lm.config import (
+    Attention,
+    GatedParallel,
+    LayerSpec,
+    Mamba,
+    MegaS6,
+    ModelConfig,
+    Parallel,
+    SelfExtend,
+    SwiGLU,
+)
 from samba_lm.errors import UserError
 from samba_lm.eval import entropy
 from samba_lm.eval.entropy import Entropy, Heads, Sample, attention_entropy, entropies, measure, selection_entropy
@@ -22,6 +31,7 @@ from samba_lm.mixers.attention import AttentionMixer
 from samba_lm.mixers.mamba import S6
 from samba_lm.model import SambaLM
 from samba_lm.ops.selective_scan.reference import scan_reference
+from samba_lm.quantization import quantize
 from samba_lm.span import Span
 from samba_lm.tokenizer import ByteTokenizer
 
@@ -82,6 +92,29 @@ def test_the_weights_make_the_layers_output(name: str) -> None:
     assert_close(mixer.out_proj(made.flatten(1)[None]), output, name)
 
 
+def test_megas_weights_make_the_layers_output() -> None:
+    model = _model(MegaS6(z_dim=8, chunk=9, state=4))
+    mixer: Any = model.layers[0].mixer  # type: ignore[union-attr]
+    seen: dict[str, Any] = {}
+    parts = {"v": mixer.v_proj, "mx": mixer.mx_proj}
+    hooks = [
+        part.register_forward_hook(lambda _, x, y, name=name: seen.update({name: y})) for name, part in parts.items()
+    ]
+    (heads,), _, layers = _watched(model, _ids())
+    for hook in hooks:
+        hook.remove()
+    (x, *_), (_, output, _) = layers[0]
+    weights, first = heads.weights(0, LENGTH)
+    assert first == 0
+    later, first = heads.weights(20, 30)
+    assert first == 18
+    assert_close(later, weights[:, 20:30, 18:30], "weights of some queries")
+    u, _, r, hx = seen["mx"].split((16, 8, 16, 16), dim=-1)
+    o = weights[0] @ F.silu(seen["v"][0])
+    h = F.silu(hx + mixer.h_proj(o * F.silu(r)))
+    assert_close(torch.sigmoid(u) * (h - x), output, "output")
+
+
 def test_the_steps_make_the_scans_output() -> None:
     model = _model(Attention(heads=2, window=8), Mamba(state=4))
     s6 = next(part for part in model.modules() if isinstance(part, S6))
@@ -111,28 +144,31 @@ def test_the_steps_make_the_scans_output() -> None:
 
 def _written_out(heads: Heads, last: int) -> float:
     """H_a pair by pair."""
-    total, (length, count, width) = 0.0, heads.q.shape
+    total, (length, count, _) = 0.0, heads.q.shape
     share = count // heads.k.shape[1]
     for i in range(count):
         for j in range(length - last, length):
             seen = [k for k in range(j + 1) if heads.window is None or j - k < heads.window]
+            seen = [k for k in seen if heads.chunk is None or k // heads.chunk == j // heads.chunk]
             scores = []
             for k in seen:
                 q, key = (heads.q, heads.k) if heads.far is None or j - k < heads.neighbor else heads.far
-                scores.append(math.exp(float(q[j, i] @ key[k, i // share]) / math.sqrt(width)))
+                scores.append(math.exp(float(q[j, i] @ key[k, i // share]) * heads.scale))
             total -= sum(s / sum(scores) * math.log(s / sum(scores)) for s in scores)
     return total / (last * count)
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [*SPECS, "mega"])
 @pytest.mark.parametrize("last", [1, 13, LENGTH])
 def test_attention_against_the_formula(name: str, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    (heads,), _, _ = _watched(_model(SPECS[name]), _ids())
+    spec: Any = {**SPECS, "mega": MegaS6(z_dim=8, chunk=16, state=4)}[name]
+    (heads,), _, _ = _watched(_model(spec), _ids())
     found = attention_entropy(heads, last)
     assert found.nats == pytest.approx(_written_out(heads, last), rel=1e-9)
-    window = SPECS[name].window or LENGTH
-    assert found.most == pytest.approx(np.mean([math.log(min(j + 1, window)) for j in range(LENGTH - last, LENGTH)]))
-    assert 0 < found.share < (1 if last < LENGTH else 1 + 1e-12)
+    for j, sight in enumerate(heads.in_sight(torch.arange(LENGTH)).tolist()):
+        assert sight == (j % 16 + 1 if name == "mega" else min(j + 1, spec.window or LENGTH))
+    assert found.most == pytest.approx(heads.in_sight(torch.arange(LENGTH - last, LENGTH)).double().log().mean())
+    assert 0 < found.share < 1
     for scores in (1, 50, 700):  # cut into ever other blocks
         monkeypatch.setattr(entropy, "SCORES_AT_ONCE", scores)
         assert attention_entropy(heads, last).nats == pytest.approx(found.nats, rel=1e-12)
@@ -157,11 +193,11 @@ def test_the_two_ends() -> None:
     once = torch.zeros(8, 3)
     once[2] = 5.0
     assert selection_entropy(once).nats == selection_entropy(torch.zeros(8, 3)).nats == 0.0
-    flat = Heads(torch.zeros(9, 2, 4), torch.zeros(9, 1, 4), window=4)
+    flat = Heads(torch.zeros(9, 2, 4), torch.zeros(9, 1, 4), 0.5, window=4)
     assert attention_entropy(flat, 5) == Entropy(pytest.approx(math.log(4)), pytest.approx(math.log(4)))
-    sharp = Heads(torch.full((9, 2, 4), 1e4), torch.eye(9)[:, None, :4], window=None)
+    sharp = Heads(torch.full((9, 2, 4), 1e4), torch.eye(9)[:, None, :4], 0.5)
     assert attention_entropy(sharp, 1).nats == pytest.approx(math.log(4))  # the four keys that score alike
-    assert math.isnan(attention_entropy(Heads(flat.q[:1], flat.k[:1], None), 1).share)
+    assert math.isnan(attention_entropy(Heads(flat.q[:1], flat.k[:1], 0.5), 1).share)
 
 
 def _shrunk(name: str) -> ModelConfig:
@@ -188,7 +224,7 @@ FAMILIES = {
     "llama2-swa-438m": ["attention"] * 4,
     "mistral-1.6b": ["attention"] * 4,
     "self-extend-llama3-1.6b": ["attention"] * 4,
-    "mega-s6-422m": ["selection"] * 4,
+    "mega-s6-422m": ["attention", "selection"] * 4,
     "mlp2-swa-mlp-417m": ["attention"] * 2,
     "sliding-gla-438m": ["attention"] * 2,
     "sliding-retnet-446m": ["attention"] * 2,
@@ -206,7 +242,30 @@ def test_every_family(name: str) -> None:
     assert all(0 < value.share <= 1 + 1e-6 for value in reading.entropies.values())
     silent = set(range(sum(spec.is_mixer for spec in model.config.layers))) - {block for block, _ in where}
     assert silent <= set(entropy.left_out(model))
-    assert bool(entropy.left_out(model)) == (bool(silent) or "mega" in name)
+    assert bool(entropy.left_out(model)) == bool(silent)
+
+
+@pytest.mark.parametrize("kind", [Parallel, GatedParallel])
+def test_two_paths_in_one_layer_are_both_seen(kind: Any) -> None:
+    model = _model(SwiGLU(width=8), kind(mamba=Mamba(state=4), attention=Attention(heads=4, kv_heads=2, window=7)))
+    assert entropy.places(model) == [(0, "attention"), (0, "selection")]
+    (heads,), (steps,), _ = _watched(model, _ids())
+    assert entropies(model, _ids(), 9) == {
+        (0, "attention"): attention_entropy(heads, 9),
+        (0, "selection"): selection_entropy(steps),
+    }
+    assert attention_entropy(heads, 9).nats == pytest.approx(_written_out(heads, 9))
+
+
+def test_weights_in_a_few_bits() -> None:
+    """The products are then other modules, and what they give is what is seen."""
+    config = _model(Mamba(), Attention(heads=2, window=8), d_model=128).config
+    model, rough = create(config, seed=0), create(config, seed=0)
+    quantize(rough, "int8")
+    exact, found = entropies(model, _ids(), 20), entropies(rough, _ids(), 20)
+    for key, value in exact.items():
+        assert found[key].nats == pytest.approx(value.nats, rel=0.01)
+        assert found[key].nats != value.nats
 
 
 def test_reading_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

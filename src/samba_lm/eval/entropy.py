@@ -117,25 +117,26 @@ def by_block(readings: Sequence[Reading]) -> list[Block]:
     return found
 
 
+_MEASURED: dict[Kind, tuple[type[nn.Module], ...]] = {"attention": (AttentionMixer, MegaS6Mixer), "selection": (S6,)}
+
+
 def places(model: SambaLM) -> list[Where]:
     """Where the model has an entropy. A block is a mixer, counted from 0, and the MLP after it; it may have both."""
     found: list[Where] = []
     for block, _, module in _mixers(model):
-        kinds = {_kind(part) for part in module.modules()}
-        found += [(block, kind) for kind in KINDS if kind in kinds]
+        parts = list(module.modules())
+        found += [(block, kind) for kind in KINDS if any(isinstance(part, _MEASURED[kind]) for part in parts)]
     return found
 
 
 def left_out(model: SambaLM) -> dict[int, str]:
-    """Blocks with a mixer that has no entropy, or one that is not measured, and why."""
+    """Blocks with a mixer that has no entropy, and why."""
     found = {}
     for block, spec, module in _mixers(model):
         parts = list(module.modules())
-        if any(isinstance(part, MegaS6Mixer) for part in parts):
-            found[block] = "mega_s6: of its two, only the selection's is measured"
-        elif any(isinstance(part, LinearAttentionMixer) for part in parts):
+        if any(isinstance(part, LinearAttentionMixer) for part in parts):
             found[block] = f"{spec.kind}: linear attention has no weights that sum to one"
-        elif not any(_kind(part) for part in parts):
+        elif not any(isinstance(part, kind) for kind in _MEASURED.values() for part in parts):
             found[block] = f"{spec.kind}: it neither attends nor selects"
     return found
 
@@ -146,12 +147,6 @@ def _mixers(model: SambaLM) -> Iterator[tuple[int, LayerSpec, nn.Module]]:
     mixers = ((spec, layer) for spec, layer in both if spec.is_mixer)
     for block, (spec, layer) in enumerate(mixers):
         yield block, spec, layer
-
-
-def _kind(part: nn.Module) -> Kind | None:
-    if isinstance(part, AttentionMixer):
-        return "attention"
-    return "selection" if isinstance(part, S6) else None
 
 
 def samples(records: Sequence[Record], tokenizer: Tokenizer, question: str, answer: str) -> list[Sample]:
@@ -231,13 +226,17 @@ class Heads:
 
     Attributes:
         q: [L, H, K]. k: [L, G, K], H a multiple of G.
+        scale: of the scores.
         window: keys that a query sees, its own included; None: all.
+        chunk: a query sees the keys of its own chunk of so many positions; None: there are no chunks.
         far: q and k for keys at a distance of ``neighbor`` or more (SelfExtend); None: there are no others.
     """
 
     q: torch.Tensor
     k: torch.Tensor
-    window: int | None
+    scale: float
+    window: int | None = None
+    chunk: int | None = None
     far: tuple[torch.Tensor, torch.Tensor] | None = None
     neighbor: int = 0
 
@@ -246,41 +245,41 @@ class Heads:
 
         In fp32 at least, as the mixers compute them; 0 where a query does not see a key.
         """
-        first = 0 if self.window is None else max(0, start - self.window + 1)
         device = self.q.device
-        i, j = torch.arange(start, stop, device=device), torch.arange(first, stop, device=device)
-        distance = i[:, None] - j
-        scores = _scores(self.q[start:stop], self.k[first:stop])
+        i = torch.arange(start, stop, device=device)[:, None]
+        oldest = i + 1 - self.in_sight(i)
+        first = max(0, start + 1 - int(self.in_sight(torch.tensor(start))))
+        j = torch.arange(first, stop, device=device)
+        scores = self._scores(self.q[start:stop], self.k[first:stop])
         if self.far is not None:
             q, k = self.far
-            scores = torch.where(distance < self.neighbor, scores, _scores(q[start:stop], k[first:stop]))
-        hidden = distance < 0
-        if self.window is not None:
-            hidden = hidden | (distance >= self.window)
-        return scores.masked_fill(hidden, -math.inf).softmax(dim=-1), first
+            scores = torch.where(i - j < self.neighbor, scores, self._scores(q[start:stop], k[first:stop]))
+        return scores.masked_fill((j > i) | (j < oldest), -math.inf).softmax(dim=-1), first
 
+    def in_sight(self, i: torch.Tensor) -> torch.Tensor:
+        """How many keys the queries at positions ``i`` see, their own included."""
+        seen = i + 1 if self.chunk is None else i % self.chunk + 1
+        return seen if self.window is None else seen.clamp(max=self.window)
 
-def _scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """[H, queries, keys] of q [queries, H, K] and k [keys, G, K]."""
-    dtype, groups = state_dtype(q.dtype), k.shape[1]
-    grouped = q.to(dtype).unflatten(1, (groups, -1))
-    return torch.einsum("ighk,jgk->ghij", grouped, k.to(dtype)).flatten(0, 1) * q.shape[-1] ** -0.5
+    def _scores(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """[H, queries, keys] of q [queries, H, K] and k [keys, G, K]."""
+        dtype, groups = state_dtype(q.dtype), k.shape[1]
+        grouped = q.to(dtype).unflatten(1, (groups, -1))
+        return torch.einsum("ighk,jgk->ghij", grouped, k.to(dtype)).flatten(0, 1) * self.scale
 
 
 def attention_entropy(heads: Heads, last: int) -> Entropy:
     """H_a of the last ``last`` queries: the mean over them and the heads of -sum_k A_k log A_k. The most it could be is
     the mean logarithm of the number of keys in sight."""
     length, count = heads.q.shape[:2]
-    reach = length if heads.window is None else min(length, heads.window)
+    sizes = heads.in_sight(torch.arange(length - last, length))
+    reach = int(sizes.max())
     rows = min(reach, max(1, SCORES_AT_ONCE // (count * 2 * reach)))  # so many queries see less than 2 reach keys
     total = 0.0
     for start in range(length - last, length, rows):
         weights, _ = heads.weights(start, min(start + rows, length))
         total += float(torch.special.entr(weights).sum(dtype=torch.float64))
-    seen = np.arange(length - last, length) + 1
-    if heads.window is not None:
-        seen = np.minimum(seen, heads.window)
-    return Entropy(total / (count * last), float(np.log(seen).mean()))
+    return Entropy(total / (count * last), float(sizes.double().log().mean()))
 
 
 def selection_entropy(steps: torch.Tensor) -> Entropy:
@@ -323,10 +322,20 @@ def watching(
 
         return hook
 
+    def attends_in_chunks(block: int, mixer: MegaS6Mixer) -> Callable[..., None]:
+        def hook(_: nn.Module, __: object, projected: torch.Tensor) -> None:
+            z = F.silu(projected[..., mixer.width : mixer.width + mixer.spec.z_dim])
+            q, k = mixer.queries_keys(z, span.in_chunks(mixer.spec.chunk))
+            looked(block, Heads(q[0], k[0], 1.0, chunk=mixer.spec.chunk))
+
+        return hook
+
     for block, _, layer in _mixers(model):
         for part in layer.modules():
             if isinstance(part, AttentionMixer):
                 hooks.append(part.qkv.register_forward_hook(attends(block, part)))
+            elif isinstance(part, MegaS6Mixer):
+                hooks.append(part.mx_proj.register_forward_hook(attends_in_chunks(block, part)))
             elif isinstance(part, S6):
                 hooks.append(part.dt_proj.register_forward_hook(selects(block, part)))
     try:
@@ -338,9 +347,10 @@ def watching(
 
 def _heads(mixer: AttentionMixer, x: torch.Tensor, qkv: torch.Tensor, span: Span) -> Heads:
     """Of what enters the mixer, x [1, L, D], and its projection."""
+    scale = mixer.head_dim**-0.5
     if isinstance(mixer, SelfExtendMixer):
         (q, k, _), (far_q, far_k, _) = mixer.rotated(qkv, span)
-        return Heads(q[0], k[0], None, (far_q[0], far_k[0]), mixer.spec.neighbor_window)
+        return Heads(q[0], k[0], scale, far=(far_q[0], far_k[0]), neighbor=mixer.spec.neighbor_window)
     nothing_read = mixer.init_tensors(1, x.device, x.dtype)
     (q, k, _), _ = mixer.project(x, nothing_read, span, mixer.spec.rope)
-    return Heads(q[0], k[0], mixer.spec.window)
+    return Heads(q[0], k[0], scale, mixer.spec.window)

@@ -49,16 +49,22 @@ class MegaS6Mixer(Mixer):
         moved, s6_state = self.s6(n, None, tensors, span)
         u, zr, hx = self.mx_proj(F.silu(moved)).split((D, Z + D, D), dim=-1)
         z, r = F.silu(zr).split((Z, D), dim=-1)
-        q = (z * self.gamma[0].to(x.dtype) + self.beta[0].to(x.dtype)) * Z**-0.5
-        k = z * self.gamma[1].to(x.dtype) + self.beta[1].to(x.dtype)
         chunks = span.in_chunks(self.spec.chunk)
-        cos, sin = (t[:, :, 0] for t in chunks.angles(Z, 10_000.0))
-        q_bias, k_bias = (rotate(p.to(x.dtype), cos, sin) for p in (self.position_alpha, self.position_beta))
-        q = torch.cat((q, q_bias.expand_as(q)), dim=-1)[:, :, None]  # one head: [B, L, 1, 2 Z]
-        k = torch.cat((k, k_bias.expand_as(k)), dim=-1)[:, :, None]
+        q, k = self.queries_keys(z, chunks)
         o, cache = attend(q, k, v[:, :, None], tensors, chunks, self.spec.chunk, scale=1.0)
         h = F.silu(hx + self.h_proj(o[:, :, 0] * r))
         return torch.sigmoid(u) * (h - x), {**s6_state, **cache}
+
+    def queries_keys(self, z: torch.Tensor, chunks: Span) -> tuple[torch.Tensor, torch.Tensor]:
+        """q, k [B, L, 1, 2 Z] of z [B, L, Z]: one head, whose scores are their products, the position bias in them."""
+        width, dtype = self.spec.z_dim, z.dtype
+        q = (z * self.gamma[0].to(dtype) + self.beta[0].to(dtype)) * width**-0.5
+        k = z * self.gamma[1].to(dtype) + self.beta[1].to(dtype)
+        cos, sin = (t[:, :, 0] for t in chunks.angles(width, 10_000.0))
+        q_bias, k_bias = (rotate(p.to(dtype), cos, sin) for p in (self.position_alpha, self.position_beta))
+        q = torch.cat((q, q_bias.expand_as(q)), dim=-1)[:, :, None]
+        k = torch.cat((k, k_bias.expand_as(k)), dim=-1)[:, :, None]
+        return q, k
 
     def init_tensors(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensors:
         cache = kv_cache.empty_cache(batch, self.spec.chunk, 1, 2 * self.spec.z_dim, self.width, device, dtype)
