@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError, field_validator, model_validator
@@ -65,6 +66,14 @@ class LayerSpec(BaseModel):
     def describe(self) -> str:
         """The settings in a few words, for the drawing of the stack."""
         return ""
+
+    def parts(self) -> tuple[LayerSpec, ...]:
+        """The layers that this one is made of; itself, where it is one."""
+        return (self,)
+
+    def changed(self, change: Callable[[LayerSpec], LayerSpec]) -> LayerSpec:
+        """A copy with ``change`` done to each of its parts."""
+        return change(self)
 
 
 class SwiGLU(LayerSpec):
@@ -336,11 +345,17 @@ class TwoPaths(LayerSpec):
         return self.mamba.context_flops(d_model, context) + self.attention.context_flops(d_model, context)
 
     def state_elements(self, d_model: int, context: int) -> tuple[int, int]:
-        light, heavy = zip(*(p.state_elements(d_model, context) for p in (self.mamba, self.attention)), strict=True)
+        light, heavy = zip(*(p.state_elements(d_model, context) for p in self.parts()), strict=True)
         return sum(light), sum(heavy)
 
     def describe(self) -> str:
         return f"{self.mamba.describe()} | {self.attention.describe()}"
+
+    def parts(self) -> tuple[LayerSpec, ...]:
+        return self.mamba, self.attention
+
+    def changed(self, change: Callable[[LayerSpec], LayerSpec]) -> LayerSpec:
+        return self.model_copy(update={"mamba": change(self.mamba), "attention": change(self.attention)})
 
 
 class Parallel(TwoPaths):

@@ -13,6 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import samba_lm
 from samba_lm import zoo
+from samba_lm.bench.curve import cut
+from samba_lm.bench.training import narrow
 from samba_lm.checkpoint import place
 from samba_lm.cli import main as cli
 from samba_lm.config import Attention, GatedParallel, LayerSpec, Mamba, ModelConfig, Parallel, SelfExtend, SwiGLU
@@ -350,6 +352,19 @@ def test_the_parts_are_the_known_mixers() -> None:
         assert type(model.layers[0].mixer) is cls
         kinds = [type(module) for module in model.modules()]
         assert kinds.count(MambaMixer) == kinds.count(AttentionMixer) == 2
+
+
+@pytest.mark.parametrize("name", ["parallel-27m", "gated-27m"])
+def test_benchmarks_make_it_small(name: str) -> None:
+    """Down to the parts: a window that short texts fill, heads that fit the width."""
+    config = zoo.get(name)
+    for small in (narrow(config), cut(config, layers=2, d_model=64, head_dim=16, mlp=80, window=9, vocab_size=64)):
+        mamba, attention = small.layers[0].parts()
+        assert mamba == Mamba()
+        assert isinstance(attention, Attention)
+        assert attention.window in (70, 9)
+        assert small.layers[0].kind == config.layers[0].kind
+        assert small.parameters() < 1e6
 
 
 def test_a_drawn_stack(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

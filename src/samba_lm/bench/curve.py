@@ -115,7 +115,7 @@ def cut(
             return spec.model_copy(update={**fewer, "window": None if spec.window is None else window})
         return spec.model_copy(update={"width": mlp}) if isinstance(spec, SwiGLU) else spec
 
-    stack = tuple(resized(spec).model_dump() for spec in config.layers[:layers])
+    stack = tuple(spec.changed(resized).model_dump() for spec in config.layers[:layers])
     return config.with_overrides(name=f"{config.name} cut", d_model=d_model, vocab_size=vocab_size, layers=stack)
 
 

@@ -34,7 +34,7 @@ TOP_KERNELS = 30
 
 def narrow(config: ModelConfig) -> ModelConfig:
     """A small model with the first layers of ``config`` (of Samba: one block of each kind) and its head sizes."""
-    heads = [spec for spec in config.layers if isinstance(spec, Attention)]
+    heads = [part for spec in config.layers for part in spec.parts() if isinstance(part, Attention)]
     width = 256
     if heads:
         share = heads[0].heads // heads[0].groups
@@ -49,7 +49,7 @@ def narrow(config: ModelConfig) -> ModelConfig:
             return spec.model_copy(update={**few, "window": None if spec.window is None else 70})
         return spec.model_copy(update={"width": width}) if isinstance(spec, SwiGLU) else spec
 
-    layers = tuple(smaller(spec).model_dump() for spec in config.layers[:4])
+    layers = tuple(spec.changed(smaller).model_dump() for spec in config.layers[:4])
     return config.with_overrides(name=f"narrow {config.name}", d_model=width, vocab_size=512, layers=layers)
 
 

@@ -298,10 +298,9 @@ def full_attention_bytes(config: ModelConfig, tokens: int, itemsize: int) -> int
 
     With as many key/value heads as the model's own attention has, or the model's width where it has none.
     """
-    widths = [spec.groups * spec.head_dim(config.d_model) for spec in config.layers if isinstance(spec, Attention)] or [
-        config.d_model
-    ]
-    return 2 * tokens * config.n_mixers * widths[0] * itemsize
+    parts = [part for spec in config.layers for part in spec.parts()]
+    widths = [part.groups * part.head_dim(config.d_model) for part in parts if isinstance(part, Attention)]
+    return 2 * tokens * config.n_mixers * (widths or [config.d_model])[0] * itemsize
 
 
 def _speed(tokens: int, seconds: float) -> str:
