@@ -355,9 +355,10 @@ def test_the_parts_are_the_known_mixers() -> None:
 
 
 @pytest.mark.parametrize("name", ["parallel-27m", "gated-27m"])
-def test_benchmarks_make_it_small(name: str) -> None:
-    """Down to the parts: a window that short texts fill, heads that fit the width."""
+def test_the_small_study_s_models(name: str) -> None:
+    """As large as the model with the two in series; benchmarks make them small, their parts too."""
     config = zoo.get(name)
+    assert config.parameters() == pytest.approx(zoo.get("mamba-swa-mlp-27m").parameters(), rel=1e-3)  # in series
     for small in (narrow(config), cut(config, layers=2, d_model=64, head_dim=16, mlp=80, window=9, vocab_size=64)):
         mamba, attention = small.layers[0].parts()
         assert mamba == Mamba()
