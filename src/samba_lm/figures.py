@@ -75,9 +75,9 @@ def draw_curves(
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     axes = figure.subplots()
     plot(axes, found, x, y, marks=marks)
-    if legend and found:
-        columns = 1 if len(found) <= 6 else 2
-        axes.legend(frameon=False, fontsize=8.5, ncols=columns)
+    handles, _ = axes.get_legend_handles_labels()
+    if legend and handles:
+        axes.legend(frameon=False, fontsize=8.5, ncols=1 if len(handles) <= 6 else 2)
     return figure
 
 
@@ -106,6 +106,12 @@ def write_png(path: Path, figure: Figure) -> None:
         tmp.write_bytes(buffer.getvalue())
 
 
+def as_text(name: str) -> str:
+    """A name for matplotlib to show as it is: no formula between dollars, and not hidden for its first letter."""
+    plain = name.replace("$", r"\$")
+    return f"\u200b{plain}" if plain.startswith("_") else plain
+
+
 def short(size: float) -> str:
     """4096 as "4K"."""
     whole = round(size)
@@ -129,7 +135,7 @@ def _plot_one(axes: Any, curve: Curve, x: Axis, y: Axis) -> None:
     xs, ys, lows, highs = ([point[i] for point in kept] for i in range(4))
     many = len(kept) > MANY_POINTS
     axes.plot(
-        xs, ys, color=colour, label=curve.name, gid=f"named {curve.name}", linewidth=1.4,
+        xs, ys, color=colour, label=as_text(curve.name), gid=f"named {curve.name}", linewidth=1.4,
         linestyle=DASHES[curve.style // len(PALETTE) % len(DASHES)],
         marker="" if many else MARKERS[curve.style % len(MARKERS)], markersize=4.2,
     )  # fmt: skip
@@ -140,7 +146,7 @@ def _plot_one(axes: Any, curve: Curve, x: Axis, y: Axis) -> None:
     elif any(map(math.isfinite, lows)):
         below = [max(0.0, value - end) for value, end in zip(ys, lows, strict=True)]
         above = [max(0.0, end - value) for value, end in zip(ys, highs, strict=True)]
-        axes.errorbar(xs, ys, yerr=(below, above), fmt="none", ecolor=colour, elinewidth=0.9, capsize=2)
+        axes.errorbar(xs, ys, yerr=(below, above), fmt="none", color=colour, elinewidth=0.9, capsize=2)
 
 
 def _set_axis(axes: Any, which: str, axis: Axis, values: Sequence[float]) -> None:

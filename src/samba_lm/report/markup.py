@@ -15,8 +15,10 @@ class Html(str):
 
 
 def escape(value: object) -> Html:
-    """``value`` as text of a page; what is Html already stays."""
-    return value if isinstance(value, Html) else Html(html.escape(str(value)))
+    """``value`` as text of a page; what is Html already stays. Letters that no file can hold become question marks."""
+    if isinstance(value, Html):
+        return value
+    return Html(html.escape(str(value)).encode("utf-8", "replace").decode())
 
 
 def join(parts: Iterable[object], between: str = "") -> Html:

@@ -38,7 +38,7 @@ def name_models(entries: Sequence[dict[str, Any]]) -> dict[Key, Model]:
     names = shortest([str(facts.get("name") or facts.get("checkpoint") or "?") for facts in first.values()])
     labels = _told_apart(names, list(first.values()))
     return {
-        who: Model(label, style, facts)
+        who: Model("".join(letter if letter.isprintable() else "?" for letter in label), style, facts)
         for style, ((who, facts), label) in enumerate(zip(first.items(), labels, strict=True))
     }
 

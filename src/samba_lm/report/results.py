@@ -18,8 +18,9 @@ from samba_lm.report.page import named, page, paragraph, section, table
 from samba_lm.report.part import Entry, Group, Task, provenance
 from samba_lm.report.perplexity import PERPLEXITY
 from samba_lm.report.recall import PASSKEY, PHONEBOOK
+from samba_lm.report.summaries import SUMMARIES
 
-TASKS: dict[str, Task[Any]] = {task.name: task for task in (PERPLEXITY, PASSKEY, PHONEBOOK, ENTROPY)}
+TASKS: dict[str, Task[Any]] = {task.name: task for task in (PERPLEXITY, PASSKEY, PHONEBOOK, ENTROPY, SUMMARIES)}
 """In the page's order."""
 LOOKED_FOR = (
     "files that `samba-lm eval ... --json FILE` wrote, metrics.jsonl of `samba-lm train`, and the records of a study"
