@@ -52,6 +52,8 @@ Tell = Callable[[Mapping[str, object]], None]
 TELL_EVERY = 0.3
 """Seconds between two lines about a job's steps."""
 
+WORSE = 0.25
+"""Nats a token that the loss must have risen over a training for it to have diverged, where it stayed finite."""
 MOST_MEANS = 512
 """Windows whose own losses a record keeps, for comparing two models window by window."""
 
@@ -135,7 +137,7 @@ class Work:
 
     def _check_loss(self, first: float, last: float | None) -> None:
         """A loss may stay finite and yet be worse than that of random weights."""
-        if self.job.recipe.model.init_from is None and last is not None and last > first:
+        if self.job.recipe.model.init_from is None and last is not None and last > first + WORSE:
             raise NonFiniteError(
                 f"the training loss rose from {first:.3f} to {last:.3f}: the learning rate {self.job.lr:g} is too high"
             )
