@@ -38,7 +38,7 @@ KINDS: tuple[Kind, ...] = ("attention", "selection")
 Where = tuple[int, Kind]
 """A block and what is measured in it."""
 
-SCORES_AT_ONCE = 1 << 24
+SCORES_AT_ONCE = 1 << 22
 """Numbers of the largest matrix made at once: attention is seen some queries at a time, steps some channels."""
 MEANING = (
     "attention: -(1/(l h)) sum over heads, the l positions of the answer and keys of A log A. selection: of the steps "
