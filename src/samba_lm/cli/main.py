@@ -44,6 +44,7 @@ COMMANDS = (
     Command("eval perplexity", "measure perplexity against context length", "samba_lm.cli.eval_perplexity"),
     Command("eval passkey", "measure what is found again in long texts: a key", "samba_lm.cli.eval_recall"),
     Command("eval phonebook", "measure what is found again: a phonebook's numbers", "samba_lm.cli.eval_recall"),
+    Command("eval harness", "measure tasks of lm-evaluation-harness", "samba_lm.cli.eval_harness"),
     Command("eval entropy", "measure how widely attention and Mamba look, by block", "samba_lm.cli.eval_entropy"),
     Command("eval summarize", "score summaries of long texts by ROUGE", "samba_lm.cli.eval_summarize"),
     Command("report", "one HTML page that compares the models of a folder's results", "samba_lm.cli.report"),

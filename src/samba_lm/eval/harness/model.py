@@ -6,7 +6,8 @@ a model: see ``__main__.py`` beside this file for its command with ours in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from tqdm import tqdm
 
 from samba_lm import checkpoint
 from samba_lm.errors import UserError, did_you_mean
@@ -70,7 +72,8 @@ class HarnessLM(TemplateLM):
         chunk: int = 4096,
     ) -> None:
         super().__init__()
-        self.name, self._chat = "a model", None
+        self.name = "The model"
+        self.chat: ChatTemplate | None = None
         if isinstance(pretrained, SambaLM):
             model = pretrained
         else:
@@ -82,7 +85,7 @@ class HarnessLM(TemplateLM):
             raise UserError(f"{self.name} has no tokenizer, so it cannot read text: put its tokenizer.json there.")
         if not isinstance(pretrained, SambaLM):
             folder = Path(self.name)
-            self._chat = find_chat_template(checkpoint.latest_step(folder) or folder, tokenizer)
+            self.chat = find_chat_template(checkpoint.latest_step(folder) or folder, tokenizer)
         self.samba, self._own = model.eval(), tokenizer
         self._device = model.device
         self._batch = None if batch_size in (None, "auto") else _whole("batch_size", batch_size)
@@ -93,7 +96,7 @@ class HarnessLM(TemplateLM):
         self._scorer = Scorer(model, batch=self._batch, chunk=_whole("chunk", chunk))
         self._templated = False
         self.progress: OnProgress | None = None
-        """Told of the share that is done of each kind of request."""
+        """Told of the share that is done of each kind of request; None: a bar of the harness's kind shows it."""
 
     # What TemplateLM asks for.
 
@@ -115,19 +118,25 @@ class HarnessLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids; none is added. Special tokens are such only in what the chat template wrote."""
-        if self._templated and self._chat is not None:
-            return self._chat.encode(string)
+        if self._templated and self.chat is not None:
+            return self.chat.encode(string)
         ids: list[int] = self._own.encode(string).tolist()
         return ids
 
     def tok_decode(self, tokens: Sequence[int], **_: Any) -> str:
         return self._own.decode(tokens)
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """How likely continuations are after contexts; the harness's rules say where the one ends in tokens."""
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         questions = [Question(self._fit(context, len(after)), after) for _, context, after in requests]
-        return [(answer.logprob, answer.greedy) for answer in self._scorer.ask(questions, self.progress)]
+        with self._told("likelihoods") as tell:
+            return [(answer.logprob, answer.greedy) for answer in self._scorer.ask(questions, tell)]
 
     def _fit(self, context: list[int], room: int) -> list[int]:
         """As much of the end of a context as is read before ``room`` tokens."""
@@ -149,8 +158,9 @@ class HarnessLM(TemplateLM):
             questions += windows
             owners += [i] * len(windows)
         sums = [0.0] * len(requests)
-        for i, answer in zip(owners, self._scorer.ask(questions, self.progress), strict=True):
-            sums[i] += answer.logprob
+        with self._told("rolling likelihoods") as tell:
+            for i, answer in zip(owners, self._scorer.ask(questions, tell), strict=True):
+                sums[i] += answer.logprob
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -169,7 +179,17 @@ class HarnessLM(TemplateLM):
                     )
                 ids = ids[-most:]
             prompts.append(Prompt(ids, params))
-        return write(self.samba, self._own, prompts, slots=self._batch, progress=self.progress)
+        with self._told("texts") as tell:
+            return write(self.samba, self._own, prompts, slots=self._batch, progress=tell)
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[OnProgress]:
+        """Yield what is to be told of the progress."""
+        if self.progress is not None:
+            yield self.progress
+            return
+        with tqdm(total=100, desc=what, unit="%", disable=None) as bar:  # None: only on a terminal
+            yield lambda share: bar.update(100 * share - bar.n) and None
 
     # Conversations, and what the harness writes down.
 
@@ -182,17 +202,17 @@ class HarnessLM(TemplateLM):
         return self._template().source if chat_template else None
 
     def _template(self) -> ChatTemplate:
-        if self._chat is None:
+        if self.chat is None:
             raise UserError(
                 f"{self.name} has no chat template, being a base model: leave apply_chat_template out, or put a "
                 "chat_template.jinja beside its tokenizer."
             )
         self._templated = True
-        return self._chat
+        return self.chat
 
     @property
     def tokenizer_name(self) -> str:
-        template = "" if self._chat is None else f"-{self._chat.sha256[:16]}"
+        template = "" if self.chat is None else f"-{self.chat.sha256[:16]}"
         return f"samba_lm-{self._own.fingerprint()[:16]}{template}"
 
     def get_model_info(self) -> dict[str, Any]:

@@ -6,21 +6,27 @@ import contextlib
 import io
 import json
 import logging
+import math
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
 from samba_lm.errors import UserError, did_you_mean, one_line
 from samba_lm.eval.harness.tasks import TASKS, Written
-from samba_lm.eval.intervals import student, wilson
+from samba_lm.eval.intervals import mean_interval, student, wilson
 
 if TYPE_CHECKING:
     from samba_lm.eval.harness.model import HarnessLM
 
 SHARES = ("acc", "acc_norm", "exact_match")
 """Metrics that are shares of documents that were right."""
+SEED = 1234
 RESAMPLES = 1000
 """Draws for the standard errors of what has no formula for it."""
 
@@ -29,8 +35,8 @@ RESAMPLES = 1000
 class Metric:
     """A figure of a task: the harness's name and filter of it, and the ends of its 95% interval (None: not known).
 
-    Of a share the interval is Wilson's, which does not shrink to a point where nothing was right; of other figures it
-    is the harness's standard error times Student's t.
+    Of a share the interval is Wilson's, which does not shrink to a point where nothing was right; of a perplexity that
+    of the mean loss; of other figures it is the harness's standard error times Student's t.
     """
 
     name: str
@@ -39,6 +45,11 @@ class Metric:
     stderr: float | None
     low: float | None
     high: float | None
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it is a share of documents."""
+        return self.name in SHARES or self.name.startswith("pass@")
 
 
 @dataclass(frozen=True)
@@ -81,13 +92,13 @@ class Options:
         limit: documents of a task at most (of each of a group's), the first ones.
         num_fewshot: worked examples in each prompt.
         chat: write prompts out by the checkpoint's chat template.
-        seed: of drawn answers and worked examples.
+        seed: of drawn answers and worked examples; by default the harness's.
     """
 
     limit: int | None = None
     num_fewshot: int | None = None
     chat: bool = False
-    seed: int = 0
+    seed: int = SEED
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -121,39 +132,48 @@ class Harness:
         ``samples``: with each document's. Raises UserError where the data cannot be had, or there are too few worked
         examples.
         """
-        if written is not None and (options.num_fewshot or 0) > written.examples:
-            raise UserError(
-                f"{name} has {written.examples} worked examples to show, not {options.num_fewshot}: ask for fewer with "
-                "--num-fewshot, or put a train.jsonl into its folder."
-            )
+        if written is not None and options.num_fewshot is not None:
+            written.check_examples(options.num_fewshot)
         began = time.perf_counter()
         with _quietly():
-            from lm_eval import simple_evaluate
+            from lm_eval.evaluator import evaluate
 
             try:
-                found = simple_evaluate(
-                    lm,
-                    tasks=[name],
-                    task_manager=self._manager,
-                    limit=options.limit,
-                    num_fewshot=options.num_fewshot,
-                    apply_chat_template=options.chat,
-                    bootstrap_iters=RESAMPLES,
-                    log_samples=samples,
-                    random_seed=options.seed,
-                    numpy_random_seed=options.seed,
-                    torch_random_seed=options.seed,
-                    fewshot_random_seed=options.seed,
-                )
+                tasks = self._manager.load([name])
             except (OSError, ImportError) as error:
-                if isinstance(error, UserError):
-                    raise
                 raise UserError(
                     f"The harness cannot load {name} ({one_line(str(error))[:200]}): give its data with --data-dir, or "
                     "connect to the network."
                 ) from error
+            for task in tasks["tasks"].values():
+                _set_examples(task, options)
+            random.seed(0)
+            np.random.seed(options.seed)
+            torch.manual_seed(options.seed)
+            found = evaluate(
+                lm,
+                tasks,
+                limit=options.limit,
+                bootstrap_iters=RESAMPLES,
+                log_samples=True,
+                apply_chat_template=options.chat,
+                fewshot_as_multiturn=options.chat,
+            )
         assert found is not None, "there is one process"
-        return _score(name, found, written, time.perf_counter() - began), plain(found)
+        told = plain({**found, "config": {**lm.get_model_info(), **asdict(options)}})
+        score = _score(name, told, written, time.perf_counter() - began)
+        if not samples:
+            del told["samples"]
+        return score, told
+
+
+def _set_examples(task: Any, options: Options) -> None:
+    """How many worked examples prompts have, and which; as the harness's own command sets them."""
+    if options.num_fewshot is not None and task.get_config("num_fewshot") != 0:  # 0: the task never has any
+        task.set_config(key="num_fewshot", value=options.num_fewshot)
+    elif task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=options.seed)
 
 
 def _score(name: str, found: dict[str, Any], written: Written | None, seconds: float) -> Score:
@@ -168,7 +188,9 @@ def _score(name: str, found: dict[str, Any], written: Written | None, seconds: f
         metric, _, filtered = key.partition(",")
         if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
-        metrics.append(_metric(metric, filtered, float(value), figures.get(f"{metric}_stderr,{filtered}"), documents))
+        stderr = figures.get(f"{metric}_stderr,{filtered}")
+        samples = [one for leaf in leaves for one in found["samples"][leaf] if one["filter"] == filtered]
+        metrics.append(_metric(metric, filtered, float(value), stderr, documents, samples))
     wanted = TASKS[name].metric if name in TASKS else metrics[0].name if metrics else ""
     metrics.sort(key=lambda metric: metric.name != wanted)  # stable: the harness's order otherwise
     parts = {}
@@ -191,15 +213,22 @@ def _under(task: str, group: str, children: dict[str, list[str]]) -> bool:
     return any(child == task or _under(task, child, children) for child in children.get(group, ()))
 
 
-def _metric(name: str, filtered: str, value: float, stderr: Any, documents: int) -> Metric:
+def _metric(name: str, filtered: str, value: float, stderr: Any, documents: int, samples: list[Any]) -> Metric:
     known = float(stderr) if isinstance(stderr, int | float) else None
     low = high = None
-    if name in SHARES and 0 <= value <= 1:
+    if name in SHARES and documents and 0 <= value <= 1:
         low, high = wilson(round(value * documents), documents)
+    elif name == "perplexity" and documents > 1:  # of documents' log-likelihoods, whose mean has an interval
+        loss = mean_interval([-float(one[name]) for one in samples])
+        low, high = _exp(loss.low), _exp(loss.high)
     elif known is not None and documents > 1:
         reach = student(documents - 1) * known
         low, high = value - reach, value + reach
     return Metric(name, filtered, value, known, low, high)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
 
 
 def plain(found: dict[str, Any]) -> dict[str, Any]:

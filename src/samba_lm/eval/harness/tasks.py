@@ -160,6 +160,14 @@ class Written:
     sha256: str
     examples: int
 
+    def check_examples(self, wanted: int) -> None:
+        """Raise UserError where there are fewer worked examples than are wanted."""
+        if wanted > self.examples:
+            raise UserError(
+                f"{self.name} has {self.examples} worked examples for its prompts, not {wanted}: ask for fewer with "
+                "--num-fewshot, or put a train.jsonl into its folder."
+            )
+
 
 def find_task(name: str) -> OfflineTask:
     """A task by its name. Raises UserError for one that no data folder can hold."""
