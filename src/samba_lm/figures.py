@@ -174,11 +174,15 @@ def powers_of_2(low: float, high: float) -> list[float]:
 
 
 def nice(values: Sequence[float]) -> list[float]:
-    """Round numbers over the span of ``values``, ten at most."""
+    """Round numbers within the span of ``values``, eight at most; its ends where there are none."""
     low, high = min(values), max(values)
-    for steps in ((1, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
-        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-        found = [s * 10.0**e for e in range(first, last + 1) for s in steps if low / 1.1 <= s * 10.0**e <= high * 1.1]
-        if len(found) <= 10:
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ladders: list[Sequence[float]] = [
+        [i * step / 100 for i in range(100 // step, 1000 // step)] for step in (1, 2, 5, 10, 20, 50)
+    ]
+    ladders += [(1, 1.5, 2, 3, 4, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)]
+    for steps in ladders:
+        found = [s * 10.0**e for e in decades for s in steps if low / 1.01 <= s * 10.0**e <= high * 1.01]
+        if len(found) <= 8:
             break
     return found if len(found) > 1 else sorted({float(f"{low:.3g}"), float(f"{high:.3g}")})

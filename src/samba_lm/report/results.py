@@ -12,6 +12,7 @@ from samba_lm.errors import UserError
 from samba_lm.report import study, training
 from samba_lm.report.entropy import ENTROPY
 from samba_lm.report.found import Found, Problem, ResultFile, search
+from samba_lm.report.harness import HARNESS
 from samba_lm.report.markup import Html, join, tag
 from samba_lm.report.models import Key, Model, key, name_models
 from samba_lm.report.page import named, page, paragraph, section, table
@@ -20,7 +21,9 @@ from samba_lm.report.perplexity import PERPLEXITY
 from samba_lm.report.recall import PASSKEY, PHONEBOOK
 from samba_lm.report.summaries import SUMMARIES
 
-TASKS: dict[str, Task[Any]] = {task.name: task for task in (PERPLEXITY, PASSKEY, PHONEBOOK, ENTROPY, SUMMARIES)}
+TASKS: dict[str, Task[Any]] = {
+    task.name: task for task in (PERPLEXITY, PASSKEY, PHONEBOOK, HARNESS, SUMMARIES, ENTROPY)
+}
 """In the page's order."""
 LOOKED_FOR = (
     "files that `samba-lm eval ... --json FILE` wrote, metrics.jsonl of `samba-lm train`, and the records of a study"

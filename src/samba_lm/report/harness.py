@@ -1,0 +1,70 @@
+"""Scores of lm-evaluation-harness's tasks and of HumanEval, a row for each task and a column for each model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from samba_lm.eval.harness.run import Metric, Score
+from samba_lm.report.markup import Html, join, tag
+from samba_lm.report.page import named, paragraph, table, with_note
+from samba_lm.report.part import Group, Task, interval, number, percent
+
+Row = tuple[str, str, str, int, str, str | None]
+"""A task, its metric and filter, worked examples, version and data: figures of two are never in one row."""
+LOW_IS_GOOD = ("perplexity", "bits_per_byte", "word_perplexity", "byte_perplexity")
+
+
+def read(entry: dict[str, Any]) -> list[Score]:
+    """A model's entry of a file of ``eval harness``."""
+    return [Score.of(row) for row in entry["tasks"]]
+
+
+def _render(group: Group[list[Score]]) -> Html:
+    found: dict[Row, dict[int, tuple[Score, Metric]]] = {}
+    for i, entry in enumerate(group.entries):
+        for score in entry.figures:
+            for metric in score.metrics:
+                row = score.task, metric.name, metric.filter, score.fewshot, score.version, score.data_sha256
+                found.setdefault(row, {})[i] = score, metric
+    several = {row[:4] for row in found if sum(other[:4] == row[:4] for other in found) > 1}
+    rows = []
+    for row, scores in sorted(found.items(), key=lambda item: (item[0][0], list(found).index(item[0]))):
+        best = (min if row[1] in LOW_IS_GOOD else max)(metric.value for _, metric in scores.values())
+        cells = [_cell(scores.get(i), best if len(scores) > 1 else math.nan) for i in range(len(group.entries))]
+        rows.append([_called(row, next(iter(scores.values()))[0], row[:4] in several), *cells])
+    heading = ["task", *(named(entry.model.label, entry.model.style) for entry in group.entries)]
+    words = "Small: the 95% interval over the documents. Bold: the best."
+    return join([table(heading, rows), paragraph(words)])
+
+
+def _called(row: Row, score: Score, several: bool) -> Html:
+    task, metric, chosen, shots, version, data = row
+    words = [metric if chosen == "none" else f"{metric} ({chosen})", f"{score.documents:,} documents"]
+    words += [f"{shots} shots"] if shots else []
+    words += [f"version {version}, data {(data or 'of the hub')[:8]}"] if several else []
+    return tag("td", task, tag("small", ", ".join(words)))
+
+
+def _cell(found: tuple[Score, Metric] | None, best: float) -> object:
+    if found is None:
+        return "-"
+    metric = found[1]
+    value = percent(metric.value) if metric.is_share else number(metric.value)
+    ends = interval(metric.low, metric.high, *((1, 100) if metric.is_share else (2, 1)))
+    return with_note(value, ends, best=metric.value == best)
+
+
+def _heading(group: Group[list[Score]]) -> str:
+    limit = group.settings.get("limit")
+    return f"Only the first {limit} documents of each task" if isinstance(limit, int) else ""
+
+
+HARNESS = Task(
+    "harness",
+    "Downstream tasks",
+    "Tasks of lm-evaluation-harness, with its own prompts and metrics; HumanEval's programs are run in a sandbox.",
+    read,
+    _heading,
+    _render,
+)
