@@ -136,6 +136,7 @@ def children(parent: int) -> list[int]:
     return [int(line.split()[0]) for line in listed.stdout.splitlines() if "samba_lm.study.worker" in line]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_its_job_alone_and_that_is_done_next_time(study: Path) -> None:
     (study / "base.toml").write_text((study / "base.toml").read_text().replace("steps = 12", "steps = 60"))
 
@@ -164,7 +165,7 @@ def test_a_killed_command_leaves_no_process_and_goes_on(study: Path) -> None:
     workers = children(process.pid)
     assert len(workers) == 2
     process.kill()
-    process.wait()
+    process.communicate()
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 30)
     steps = {path.parent.name: path.name for path in (study / "out").glob("*/*/step-*")}
     again = start(study, "--workers", "2", "--stage", "sweep", "--seconds", "12")

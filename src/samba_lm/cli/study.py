@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from samba_lm.study.runner import Outcome
 
 PROG = "samba-lm study"
+STUDIES = {path.parent.name: path.parent for path in sorted(Path(__file__).parent.glob("recipes/*/study.toml"))}
+"""The studies that come with samba-lm, by name."""
 
 
 def _names(words: list[str]) -> tuple[str, ...]:
@@ -36,7 +38,7 @@ Names = Annotated[tuple[str, ...], several("NAME,NAME,...", _names)]
 @dataclass(frozen=True)
 class StudyCommand:
     study: Annotated[Positional[Path], tyro.conf.arg(metavar="STUDY")]
-    """A study's folder (with a study.toml) or file."""
+    """A study's folder (with a study.toml) or file, or the name of one that comes with samba-lm."""
     out: Path | None = None
     """Folder for what comes of it: a JSON file for each training. By default runs/ and the study's name."""
     only: Names = ()
@@ -62,8 +64,9 @@ class TableCommand:
     """Folder for tables and figures; by default DIR/tables."""
 
 
-DESCRIPTION = """Train every recipe that STUDY names, first shortly at several learning rates, then whole at the best of
-them, and measure each. STUDY is a folder with a study.toml, or such a file (docs/studies.md tells what stands in it).
+DESCRIPTION = f"""Train every recipe that STUDY names, first shortly at several learning rates, then whole at the best of
+them, and measure each. STUDY is a folder with a study.toml, such a file (docs/studies.md tells what stands in it), or
+one that comes with samba-lm: {", ".join(STUDIES)}.
 
 A training is a process that writes one JSON file into OUT/RUN/. What is there is not done again; what was stopped,
 however that was, goes on where it was with the same command. One that fails does not stop the others.
@@ -75,10 +78,18 @@ def main(argv: list[str]) -> None:
     """Run the command. Exits with 1 when trainings failed or diverged, with 128 + the signal when one stopped it."""
     if argv and argv[0] == "table":
         return _table(argv[1:])
-    if argv and not argv[0].startswith("-") and not Path(argv[0]).exists():
-        near = did_you_mean(argv[0], ["table"])
-        raise UserError(f"There is no study {argv[0]!r}.{near if 'mean' in near else ''} Give a folder or a TOML file.")
     return _run(parse(StudyCommand, argv, prog=PROG, description=DESCRIPTION), argv)
+
+
+def find_study(name: Path) -> Path:
+    """The study's folder or file: ``name`` is its path, or one of :data:`STUDIES`. Raises UserError."""
+    if name.exists():
+        return name
+    if str(name) in STUDIES:
+        return STUDIES[str(name)]
+    near = did_you_mean(str(name), [*STUDIES, "table"])
+    hint = near if "mean" in near else f" Known: {', '.join(STUDIES)}."
+    raise UserError(f"There is no study {str(name)[:80]!r}.{hint} Give a folder with a study.toml, or such a file.")
 
 
 def _run(command: StudyCommand, argv: list[str]) -> None:
@@ -94,9 +105,10 @@ def _run(command: StudyCommand, argv: list[str]) -> None:
             raise UserError(f"{option} = {value}: at least {least}.")
     if command.seconds is not None and not command.seconds > 0:
         raise UserError(f"--seconds = {command.seconds:g}: more than 0.")
-    study, recipes = read_study(command.study)
+    path = find_study(command.study)
+    study, recipes = read_study(path)
     check_recipes(study, recipes)
-    out = command.out or Path("runs") / _name(command.study)
+    out = command.out or Path("runs") / _name(path)
     check_folder(out)
     planner = Planner(study, recipes, out, StudyData(), stages, frozenset(command.only))
     planner.data.check(study, recipes, planner.data_of())

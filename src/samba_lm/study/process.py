@@ -111,7 +111,7 @@ class WorkerProcess:
         self.happenings.put(Happening(self, process, None))
 
     def retire(self) -> None:
-        """Let the process end after what it does now; the next job gets a new one."""
+        """Let the process end, if it has not, after what it does now; the next job gets a new one."""
         if self.process is not None and self.process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self.process.stdin.close()

@@ -166,9 +166,11 @@ class Runner:
     def _happened(self, happening: Happening) -> bool:
         """Take note of what a worker told; whether a job ended."""
         worker, job = happening.worker, happening.worker.job
-        if happening.process is not worker.process or job is None:
-            if happening.event is None and happening.process is worker.process:
-                worker.process = None
+        if happening.process is not worker.process:
+            return False
+        if happening.event is None:
+            worker.retire()
+        if job is None:
             return False
         event = happening.event
         self.answered = self.answered or event is not None
@@ -177,7 +179,6 @@ class Runner:
             return False
         if event is None:
             code = happening.process.returncode
-            worker.process = None
             # One that is asked to stop while it still imports ends by the signal itself.
             record = None if self.ending or code == STOPPED else self._crashed(worker, job, code)
             self.broken = self.broken or not self.answered
@@ -224,6 +225,7 @@ class Runner:
                 break
         for worker in running:
             worker.signal(signal.SIGKILL)
+            worker.retire()
         for process in idle:
             process.wait(PATIENCE)
 
