@@ -164,7 +164,7 @@ def test_a_model_that_neither_attends_nor_selects(capsys: pytest.CaptureFixture[
         (["mute"], "mute has no tokenizer"),
         (["model", "--samples=0"], "--samples is 0"),
         (["model", "--seed=-1"], "--seed is -1"),
-        (["model", "--question=q"], "line 1 has no field 'q'"),
+        (["model", "--question=q"], "has no field 'q'. Known: answer, question."),
         (["model", "--data=absent.jsonl"], "There is no file absent.jsonl"),
         (["model", "--data=model"], "model is a folder"),
         (["model", "--data=empty.jsonl"], "empty.jsonl has no rows"),

@@ -163,5 +163,10 @@ def test_means_count_texts() -> None:
     found = means([*some, Summary(8, 9, skipped="out of memory")])
     assert (found["rouge1"].mean, found["rouge1"].count) == (pytest.approx(3.5 / 8), 8)
     assert (found["rouge2"].low, found["rouge2"].high) == (0.5, 0.5)
+    apart = means(
+        [Summary(0, 0, rouge1=0.1, rouge2=0.0, rougeL=0.9), Summary(1, 1, rouge1=0.2, rouge2=0.0, rougeL=0.8)]
+    )
+    assert (apart["rouge1"].low, apart["rougeL"].high) == (0.0, 1.0)
+    assert math.isnan(means(some[:2])["rouge1"].low)
     assert math.isnan(means([])["rougeL"].mean)
     assert list(found) == list(summaries.METRICS)

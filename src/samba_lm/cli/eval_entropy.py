@@ -115,11 +115,11 @@ def main(argv: list[str]) -> None:
 
 
 def _drawn(rows: Sequence[Record], options: EntropyOptions) -> list[Record]:
-    """The rows to read, in the file's order; those of fewer samples are among those of more."""
+    """The rows to read, in the order in which they are drawn: more samples begin with those of fewer."""
     import numpy as np
 
     order = np.random.RandomState(options.seed).permutation(len(rows))
-    chosen = [rows[i] for i in sorted(order[: options.samples])]
+    chosen = [rows[i] for i in order[: options.samples]]
     for record in chosen:  # a mistake in the fields' names is told before a model is loaded
         record.text(options.question)
         record.text(options.answer)

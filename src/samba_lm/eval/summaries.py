@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from itertools import groupby
@@ -67,10 +67,11 @@ def score(written: str, references: Sequence[str]) -> dict[str, float]:
 
 def means(summaries: Sequence[Summary]) -> dict[str, Mean]:
     """Of each of :data:`METRICS` over the summaries that were not skipped, with 95% intervals in which questions about
-    one text do not count as independent."""
+    one text do not count as independent; none reaches beyond 0 and 1."""
     read = [summary for summary in summaries if not summary.skipped]
     documents = [summary.document for summary in read]
-    return {name: grouped_interval([getattr(summary, name) for summary in read], documents) for name in METRICS}
+    found = {name: grouped_interval([getattr(summary, name) for summary in read], documents) for name in METRICS}
+    return {name: replace(mean, low=max(mean.low, 0.0), high=min(mean.high, 1.0)) for name, mean in found.items()}
 
 
 @cache
