@@ -18,7 +18,7 @@ from samba_lm.checkpoint import create, save
 from samba_lm.cli.main import main
 from samba_lm.config import Attention, Mamba, ModelConfig
 from samba_lm.data.prepare import prepare
-from samba_lm.eval.perplexity import LengthResult, perplexity
+from samba_lm.eval.perplexity import LengthResult, difference, perplexity
 from samba_lm.eval.protocols import MEANING
 from samba_lm.model import SambaLM
 from samba_lm.tokenizer import BpeSpec, ByteTokenizer, train_bpe
@@ -176,6 +176,8 @@ def test_other_settings_texts_and_files_are_refused(folder: Path, capsys: pytest
     capsys.readouterr()
     assert _run("--lengths=16,64", "--stride=4", "--json=out.json") == 2
     assert "out.json holds results with stride = None, not 4" in _error(capsys)
+    assert _run("--lengths=16,64", "--protocol=prefix", "--json=out.json") == 2
+    assert "protocol = 'full-window', not 'prefix'" in _error(capsys)
     assert _run("--lengths=16", "--json=out.json", data="text/a.txt") == 2
     assert "out.json holds results with data_sha256 = " in _error(capsys)
     for text in ("[]", "{}", '{"task": "passkey"}', "{", '{"task": "perplexity", "settings_sha256": 3}'):
@@ -218,6 +220,30 @@ def test_checkpoints_with_different_tokenizers_are_compared_by_bits_a_byte(
     assert bpe["bits_per_byte"] != pytest.approx(byte["bits_per_byte"], rel=0.01)
     tokens = [model["text"]["tokens"] for model in _read()["models"]]
     assert tokens[1] < tokens[0] == 522
+
+
+@pytest.mark.parametrize("columns", [40, 100])
+def test_checkpoints_are_compared_with_one_of_them(
+    folder: Path, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    save(_model(1), folder / "other", ByteTokenizer())
+    save(_model(vocab_size=280), folder / "bpe", train_bpe([TEXT], 280))
+    command = ["other", "model", "bpe", "--lengths=16,64", "--against=model", "--json=out.json"]
+    for _ in range(2):  # the second time from the file
+        assert _run(*command) == 0
+        out = capsys.readouterr().out
+        assert max(map(len, out.splitlines())) <= columns
+        told = out[out.index("Perplexity against that of model") :]
+        ours, theirs = _expected([16], _model(1)), _expected([16])
+        change = difference(ours[0], theirs[0])
+        assert _row(told, "other")[0] == (
+            f"{100 * math.expm1(change.mean):+.2f}% ±{50 * (math.exp(change.high) - math.exp(change.low)):.2f}"
+        )
+        assert "bpe has another tokenizer" in told
+        assert not any(line.startswith(("model", "bpe ")) and "│" in line for line in told.splitlines())
+    assert _run("other", "--lengths=16", "--against=model") == 2
+    assert "--against model is none of the checkpoints" in _error(capsys)
 
 
 def test_documents_are_told_apart(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -21,7 +22,7 @@ from samba_lm.data.shards import TokenDataset
 from samba_lm.errors import UserError
 from samba_lm.eval import losses
 from samba_lm.eval import perplexity as module
-from samba_lm.eval.perplexity import LengthResult, measure, perplexity
+from samba_lm.eval.perplexity import LengthResult, difference, measure, perplexity
 from samba_lm.eval.protocols import OF_DOCUMENTS, Protocol, Settings
 from samba_lm.memory import free_memory
 from samba_lm.model import SambaLM
@@ -362,8 +363,8 @@ from samba_lm.memory import peak_memory
 torch.set_num_threads(1)
 layers = (Mamba(expand=1, state=2), Attention(heads=1, window=16))
 model = create(ModelConfig(name="tiny", d_model=8, vocab_size=512, layers=layers))
-tokens = np.zeros(1 << 18, dtype=np.uint16)
-for length in (1 << 13, 1 << 18):
+tokens = np.zeros(1 << 17, dtype=np.uint16)
+for length in (1 << 13, 1 << 17):
     for protocol in ("full-window", "stream"):
         perplexity(model, tokens, [length], protocol=protocol, max_tokens=length)
     print(peak_memory())
@@ -373,7 +374,7 @@ for length in (1 << 13, 1 << 18):
 def test_memory_does_not_grow_with_the_length() -> None:
     told = subprocess.run([sys.executable, "-c", _READ], capture_output=True, text=True, check=True).stdout
     short, long = map(int, told.split())
-    assert long - short < 20 * 2**20, told  # the logits of 2**18 tokens alone would be 512 MiB
+    assert long - short < 20 * 2**20, told  # the logits of 2**17 tokens alone would be 256 MiB
 
 
 @pytest.mark.parametrize(
@@ -410,6 +411,20 @@ def test_mistakes_are_told_in_one_line(model: SambaLM, change: dict, message: st
     with pytest.raises(UserError, match=message) as error:
         perplexity(model, arguments.pop("tokens"), arguments.pop("lengths"), **arguments)
     assert "\n" not in str(error.value)
+
+
+def test_two_models_are_compared_window_by_window(model: SambaLM) -> None:
+    other = _model(Mamba(state=4), SwiGLU(width=24))
+    tokens = _tokens(400)
+    (one,), (two,) = (perplexity(each, tokens, [16]) for each in (model, other))
+    change = difference(one, two)
+    gaps = np.array(one.means) - two.means
+    assert change.mean == pytest.approx(one.loss - two.loss)
+    assert change.reach == pytest.approx(2.0638986 * np.std(gaps, ddof=1) / math.sqrt(25))
+    assert difference(one, one).mean == difference(one, one).reach == 0
+    for unlike in (perplexity(model, tokens, [8])[0], perplexity(model, tokens[:99], [16])[0]):
+        assert math.isnan(difference(one, unlike).mean)
+    assert math.isnan(difference(one, replace(two, means=())).mean)
 
 
 @pytest.mark.parametrize("protocol", ["full-window", "prefix", "stream"])

@@ -26,10 +26,10 @@ from samba_lm.cli.eval import (
     progress,
     resolved,
 )
-from samba_lm.cli.model import Runtime, RuntimeOptions, load
+from samba_lm.cli.model import CheckpointName, Runtime, RuntimeOptions, load
 from samba_lm.cli.parse import parse
 from samba_lm.cli.perplexity_results import Measured, PerplexityResults
-from samba_lm.cli.perplexity_table import print_lengths, print_models, say
+from samba_lm.cli.perplexity_table import print_changes, print_lengths, print_models, say
 from samba_lm.cli.results import Model
 from samba_lm.data.shards import META_FILE, TokenDataset, file_sha256, is_dataset, open_splits
 from samba_lm.data.sources import OnError, ReadOptions, find_files
@@ -63,6 +63,8 @@ class Perplexity:
     """Of sliding-window: most tokens read at once; by default the length trained on, if checkpoints tell."""
     documents: Chosen = "same"
     """Of prefix and stream: measure all lengths on the same documents, or each on every one that is long enough."""
+    against: CheckpointName | None = None
+    """One of the checkpoints: tell how the others differ from it window by window, which is much more exact."""
     max_tokens: int | None = None
     """Stop after about so many tokens of text at each length, to bound the time; one window is always read."""
     batch: int | None = None
@@ -88,6 +90,8 @@ def main(argv: list[str]) -> None:
     # Mistakes in the settings, the files' names and the checkpoints are told before anything is read.
     options.output.check()
     check_checkpoints(options.checkpoints, tokenizer=False)
+    if options.against is not None and options.against not in options.checkpoints:
+        raise UserError(f"--against {options.against} is none of the checkpoints: give it among them too.")
     settings = _settings(options)
     source = _Source(options)
     from samba_lm.eval.perplexity import measure  # only now: --help should not wait for torch
@@ -131,6 +135,8 @@ def main(argv: list[str]) -> None:
             results.save()
     assert results is not None
     _print(console, settings, results, models, names)
+    if options.against is not None and len(names) > 1:
+        _print_changes(console, settings, results, models, options.against, names)
     if output.csv is not None:
         results.write_csv(output.csv, models)
     if output.figure is not None:
@@ -275,6 +281,24 @@ def _print(
             print_lengths(console, title, settings, rows)
     elif found:
         print_models(console, settings, found, bits=_tokenizers(models) > 1)
+
+
+def _print_changes(
+    console: Console,
+    settings: Settings,
+    results: PerplexityResults,
+    models: Sequence[Model],
+    against: str,
+    names: Sequence[str],
+) -> None:
+    base = next(facts for facts in models if facts["name"] == against)
+    alike = [facts for facts in models if facts["tokenizer"] == base["tokenizer"]]
+    print_changes(
+        console, settings, {_title(facts, names): _results(results, facts) for facts in alike}, _title(base, names)
+    )
+    for facts in models:
+        if facts not in alike:
+            say(console, f"{_title(facts, names)} has another tokenizer, so its windows are not the same text.")
 
 
 def _results(results: PerplexityResults, facts: Model) -> list[LengthResult]:

@@ -14,7 +14,7 @@ from samba_lm.eval.protocols import MEANING, Settings
 if TYPE_CHECKING:
     from samba_lm.eval.perplexity import LengthResult
 
-MOST_MEANS = 1000
+MOST_MEANS = 2000
 """Windows whose own means are written; of more, only the mean of all."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -65,18 +65,52 @@ def print_models(
     say(console, f"{what[0].upper()}{what[1:]} (± 95%), {_protocol(settings)}")
     if bits:
         say(console, "The tokenizers differ, so perplexities a token cannot be compared.")
-    rows = {name: {result.length: result for result in results} for name, results in found.items()}
-    lengths = sorted({length for results in rows.values() for length, result in results.items() if result.windows})
-    columns = []
     digits = 4 if bits else 3 if any(r.perplexity < 10 for results in found.values() for r in results) else 2
-    for length in lengths:
+    _print_columns(console, settings, found, lambda result: _cell(result, digits, bits=bits))
+    for name, results in found.items():
+        for reason, some in _reasons(results).items():
+            say(console, f"{name}: {reason}.{'' if not some else f' Skipped: {some}.'}")
+
+
+def print_changes(
+    console: Console, settings: Settings, found: Mapping[str, Sequence[LengthResult]], against: str
+) -> None:
+    """By how many percent each checkpoint's perplexity is above that of one of them, window by window."""
+    from samba_lm.eval.perplexity import difference
+
+    base = {result.length: result for result in found[against]}
+
+    def cell(result: LengthResult) -> str:
+        if result.length not in base:
+            return "-"
+        change = difference(result, base[result.length])
+        if math.isnan(change.mean):
+            return "-"
+        reach = 50 * (math.exp(min(change.high, 700)) - math.exp(change.low))
+        told = f"{100 * (math.exp(min(change.mean, 700)) - 1):+.2f}%"
+        return told + (f" ±{figure(reach, 2)}" if math.isfinite(reach) else "")
+
+    say(console, f"Perplexity against that of {against}, the same windows compared (± 95%)")
+    others = {name: results for name, results in found.items() if name != against}
+    _print_columns(console, settings, others, cell)
+
+
+def _print_columns(
+    console: Console,
+    settings: Settings,
+    found: Mapping[str, Sequence[LengthResult]],
+    cell: Callable[[LengthResult], str],
+) -> None:
+    """A row for each name, and a column for each length that was measured, in as many tables as the width needs."""
+    rows = {name: {result.length: result for result in results} for name, results in found.items()}
+    spans = {r.length: _span(settings, r) for results in found.values() for r in results if r.windows}
+    columns = []
+    for length in sorted(spans):
         here = [results.get(length) for results in rows.values()]
-        heading = next(_span(settings, result) for result in here if result is not None)
-        columns.append([heading, *(_cell(result, digits, bits=bits) for result in here)])
-    width = max(
-        SHORTEST_NAME, console.width - RULE - max((len(cell) for column in columns for cell in column), default=0)
-    )
-    names = [name if len(name) <= width else "…" + name[1 - width :] for name in rows]
+        columns.append([spans[length], *("-" if r is None or not r.windows else cell(r) for r in here)])
+    widest = max((len(word) for column in columns for word in column), default=0)
+    most = max(SHORTEST_NAME, console.width - RULE - widest)
+    names = [name if len(name) <= most else "…" + name[1 - most :] for name in rows]
     while columns:
         room, taken = console.width - max(map(len, names)), 0
         for column in columns:
@@ -92,9 +126,6 @@ def print_models(
             table.add_row(name, *(column[i + 1] for column in columns[:taken]))
         console.print(table)
         del columns[:taken]
-    for name, results in found.items():
-        for reason, some in _reasons(results).items():
-            say(console, f"{name}: {reason}.{'' if not some else f' Skipped: {some}.'}")
 
 
 def figure(value: float | None, digits: int) -> str:
@@ -104,9 +135,7 @@ def figure(value: float | None, digits: int) -> str:
     return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
-def _cell(result: LengthResult | None, digits: int, *, bits: bool) -> str:
-    if result is None or not result.windows:
-        return "-"
+def _cell(result: LengthResult, digits: int, *, bits: bool) -> str:
     value, (low, high) = (result.bits_per_byte, result.bits_interval) if bits else (result.perplexity, result.interval)
     reach = (high - low) / 2
     return figure(value, digits) + (f" ±{figure(reach, digits)}" if math.isfinite(reach) else "")

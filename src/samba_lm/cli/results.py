@@ -157,7 +157,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def _difference(before: Any, now: Mapping[str, object]) -> str:
-    keys = [key for key in now if not isinstance(before, dict) or before.get(key) != now[key]]
-    if not isinstance(before, dict) or not keys:
+    if not isinstance(before, dict):
         return "other settings"
-    return ", ".join(f"{key} = {before.get(key)!r}, not {now[key]!r}" for key in keys[:2])
+    keys = [key for key in {**now, **before} if before.get(key) != now.get(key)]
+    return ", ".join(f"{key} = {before.get(key)!r}, not {now.get(key)!r}" for key in keys[:2]) or "other settings"

@@ -13,7 +13,7 @@ import numpy as np
 
 from samba_lm.data.shards import TokenDataset
 from samba_lm.errors import UserError
-from samba_lm.eval.intervals import student
+from samba_lm.eval.intervals import Mean, mean_interval, student
 from samba_lm.eval.losses import Meter, OnProgress, score
 from samba_lm.eval.protocols import Documents, Job, Protocol, Settings, choose_windows
 from samba_lm.eval.text import Text
@@ -175,6 +175,18 @@ def measure(
                 yield _summarise(job, i, losses, text, tokenizer, seconds)
             else:
                 yield _skipped(length, job.positions[i], reason)
+
+
+def difference(one: LengthResult, other: LengthResult) -> Mean:
+    """By how much the loss of ``one`` is above that of ``other``, nats a token, window by window.
+
+    The interval is that of the differences, which is much smaller than either loss's own: most of that is the text's.
+    Both must be of the same windows; a mean of NaN where that cannot be, or nothing is known of the windows.
+    """
+    alike = (one.length, one.positions, one.windows) == (other.length, other.positions, other.windows)
+    if not alike or not one.windows or len(one.means) != len(other.means):
+        return mean_interval([])
+    return mean_interval([a - b for a, b in zip(one.means, other.means, strict=True)])
 
 
 def _fitting(model: SambaLM, job: Job) -> tuple[int, str]:
