@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -521,3 +522,50 @@ def test_what_full_attention_would_take_is_compared_with_what_is_free(monkeypatc
     assert perplexity(recurrent, _tokens(512), [500])[0].windows == 1
     free = free_memory()
     assert sys.platform != "linux" or (free is not None and free > 1 << 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("protocol", ["full-window", "stream"])
+def test_a_gpu_gives_what_the_cpu_gives(protocol: Protocol) -> None:
+    layers = (Mamba(), SwiGLU(width=96), Attention(heads=2, window=96), SwiGLU(width=96))
+    model = create(ModelConfig(name="tiny", d_model=64, vocab_size=VOCAB, layers=layers))
+    documents = [_tokens(size, seed=size) for size in (5000, 3000, 4100)]
+    on_cpu = perplexity(model, documents, [512, 2048, 4096], protocol=protocol)
+    model.cuda()
+    for batch, chunk in ((None, None), (1, 700), (2, 4096)):
+        on_gpu = perplexity(model, documents, [512, 2048, 4096], protocol=protocol, batch=batch, chunk=chunk)
+        for ours, theirs in zip(on_gpu, on_cpu, strict=True):
+            assert ours.means == pytest.approx(theirs.means, rel=2e-4)
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_not_waited_for_between_pieces() -> None:
+    layers = (Mamba(), Attention(heads=2, window=96), SwiGLU(width=96))
+    model = create(ModelConfig(name="tiny", d_model=64, vocab_size=VOCAB, layers=layers)).cuda()
+    documents = [_tokens(8192, seed=seed) for seed in range(3)]
+
+    def waits(chunk: int) -> int:
+        perplexity(model, documents, [8192], protocol="stream", chunk=chunk)  # kernels are made ready
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                perplexity(model, documents, [8192], protocol="stream", chunk=chunk)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(each.message) for each in told)
+
+    assert waits(512) == waits(4096)
+
+
+@pytest.mark.gpu
+def test_a_gpu_without_room_for_all_keys_skips_the_length() -> None:
+    model = create(ModelConfig(name="full", d_model=1024, vocab_size=64, layers=(Attention(heads=8),) * 4)).cuda()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (1 << 29)) / total)
+    try:
+        some, none = perplexity(model, np.zeros(1 << 18, dtype=np.uint16), [4096, 1 << 18], max_tokens=1 << 18)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert some.windows == 64
+    assert none.note == "out of memory with 262,144 tokens"
