@@ -46,9 +46,9 @@ def test_sweeps_come_first_and_decide_the_learning_rate(study: Path) -> None:
         "samba/sweep-lr0.004-seed0",
         "llama/final-lr0.004-seed0",
     ]
-    assert [(each.run, each.seeds, each.family) for each in before.waiting] == [
-        ("samba", (0, 1), "samba"),
-        ("mamba", (0,), "samba"),
+    assert [(each.run, [job.seed for job in each.jobs], each.family) for each in before.waiting] == [
+        ("samba", [0, 1], "samba"),
+        ("mamba", [0], "samba"),
     ]
     assert [job.steps for job in before.jobs] == [6, 6, 12]
     assert before.jobs[0].evaluations == ()

@@ -18,7 +18,7 @@ from samba_lm.cli.parse import parse, several
 from samba_lm.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from samba_lm.study.plan import Planner
+    from samba_lm.study.plan import Estimates, Job, Planner
     from samba_lm.study.process import Place
     from samba_lm.study.record import Record
     from samba_lm.study.runner import Outcome
@@ -64,9 +64,9 @@ class TableCommand:
     """Folder for tables and figures; by default DIR/tables."""
 
 
-DESCRIPTION = f"""Train every recipe that STUDY names, first shortly at several learning rates, then whole at the best of
-them, and measure each. STUDY is a folder with a study.toml, such a file (docs/studies.md tells what stands in it), or
-one that comes with samba-lm: {", ".join(STUDIES)}.
+DESCRIPTION = f"""Train every recipe that STUDY names, first shortly at several learning rates, then whole at the best
+of them, and measure each. STUDY is a folder with a study.toml, such a file (docs/studies.md tells what stands in it),
+or one that comes with samba-lm: {", ".join(STUDIES)}.
 
 A training is a process that writes one JSON file into OUT/RUN/. What is there is not done again; what was stopped,
 however that was, goes on where it was with the same command. One that fails does not stop the others.
@@ -135,12 +135,11 @@ def _places(gpus: int | None, workers: int | None) -> list[Place]:
     if gpus is not None and gpus > len(visible):
         raise UserError(f"--gpus = {gpus}, but {len(visible)} found: give fewer, or 0 for the CPU.")
     used = visible[: len(visible) if gpus is None else gpus]
+    number = workers or len(used) or 1
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // number))
     if used:
-        return [
-            Place(f"GPU {used[i % len(used)]}", {"CUDA_VISIBLE_DEVICES": used[i % len(used)]})
-            for i in range(workers or len(used))
-        ]
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // (workers or 1)))
+        chosen = [used[i % len(used)] for i in range(number)]
+        return [Place(f"GPU {gpu}", {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": threads}) for gpu in chosen]
     return [Place("the CPU", {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads}) for _ in range(workers or 1)]
 
 
@@ -157,7 +156,6 @@ def _show(console: Console, planner: Planner, records: dict[str, Record]) -> Non
     """What would be done."""
     from samba_lm.study.plan import Estimates
     from samba_lm.study.view import summary
-    from samba_lm.train.progress import count, duration
 
     plan = planner.plan(records)
     estimates = Estimates(records)
@@ -166,19 +164,22 @@ def _show(console: Console, planner: Planner, records: dict[str, Record]) -> Non
     for heading in ("run", "stage", "lr", "seed", *(("steps", "tokens") if wide else ()), "about", "state"):
         table.add_column(heading, justify="left" if heading in ("run", "stage", "state") else "right", no_wrap=True)
     for job in plan.jobs:
-        seconds = estimates.seconds(job)
-        more = (f"{job.steps:,}", count(job.tokens)) if wide else ()
-        about = "" if seconds is None else duration(seconds)
-        row = (job.run, job.stage, f"{job.lr:g}", str(job.seed), *more, about)
-        table.add_row(*row, _state(job.settled(records.get(job.key)), records.get(job.key)))
+        state = _state(job.settled(records.get(job.key)), records.get(job.key))
+        table.add_row(job.run, job.stage, f"{job.lr:g}", str(job.seed), *_costs(job, estimates, wide), state)
     for each in plan.waiting:
-        blank = ("", "") if wide else ()
-        for seed in each.seeds:
-            table.add_row(
-                each.run, "final", "?", str(seed), *blank, "", each.reason or f"waits for {each.family}'s sweep"
-            )
+        for job in each.jobs:
+            state = each.reason or f"waits for {each.family}'s sweep"
+            table.add_row(job.run, job.stage, "?", str(job.seed), *_costs(job, estimates, wide), state)
     console.print(table)
     console.print(summary(plan, records, estimates, 1), highlight=False)
+
+
+def _costs(job: Job, estimates: Estimates, wide: bool) -> tuple[str, ...]:
+    from samba_lm.train.progress import count, duration
+
+    seconds = estimates.seconds(job)
+    about = "" if seconds is None else duration(seconds)
+    return (f"{job.steps:,}", count(job.tokens), about) if wide else (about,)
 
 
 def _state(settled: bool, record: Record | None) -> str:
@@ -200,7 +201,7 @@ def _close(console: Console, outcome: Outcome, out: Path, argv: list[str]) -> No
     for each in outcome.plan.waiting:
         if each.reason:
             say(f"not begun: {each.run}: {each.reason}")
-    unfinished = len(outcome.left) + sum(len(each.seeds) for each in outcome.plan.waiting)
+    unfinished = len(outcome.left) + sum(len(each.jobs) for each in outcome.plan.waiting)
     if outcome.interrupted is not None or outcome.out_of_time:
         why = "Stopped early" if outcome.interrupted is not None else "The time is over"
         say(f"{why}; {unfinished} job(s) to do. To go on: {shlex.join([*PROG.split(), *argv])}")

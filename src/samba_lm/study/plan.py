@@ -27,9 +27,6 @@ FREE = (
 )
 """Fields of [train] that may change without training again."""
 
-SWEEP_SHARE = 0.25
-"""Of a whole training, about: only the order of the jobs depends on it."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -103,9 +100,10 @@ class Waiting:
     """Whole trainings whose learning rate is not known yet."""
 
     run: str
-    seeds: tuple[int, ...]
     family: str
     """The run whose sweep is waited for."""
+    jobs: tuple[Job, ...]
+    """They, one for each seed, as they would be at the recipe's learning rate."""
     reason: str = ""
     """Why it will never be known."""
 
@@ -160,19 +158,20 @@ class Planner:
             if "final" not in self.stages:
                 continue
             if lr is None:
-                waiting.append(Waiting(run.name, self.study.seeds_of(run), family.name, reason))
-                continue
-            for seed in self.study.seeds_of(run):
-                job = self._final(run, lr, seed)
-                jobs[job.key] = job
+                waiting.append(Waiting(run.name, family.name, self._finals(run, self._own_rate(run)), reason))
+            else:
+                jobs |= {job.key: job for job in self._finals(run, lr)}
         return Plan(tuple(jobs.values()), tuple(waiting))
 
     def _decided(self, family: Run) -> tuple[float | None, str]:
         if family.lr is not None:
             return family.lr, ""
         if self.study.sweep is None:
-            return self.recipes[family.name].train.lr, ""
+            return self._own_rate(family), ""
         return None, ""
+
+    def _own_rate(self, run: Run) -> float:
+        return self.recipes[run.name].train.lr
 
     def _sweep(self, family: Run, records: Mapping[str, Record]) -> list[Job]:
         """The sweep's jobs, with those beyond its grid that earlier ones ask for."""
@@ -196,8 +195,9 @@ class Planner:
         steps = max(1, round(sweep.budget * self.recipes[run.name].train.total_steps))
         return self._job(run, "sweep", lr, sweep.seed, steps)
 
-    def _final(self, run: Run, lr: float, seed: int) -> Job:
-        return self._job(run, "final", lr, seed, self.recipes[run.name].train.total_steps)
+    def _finals(self, run: Run, lr: float) -> tuple[Job, ...]:
+        steps = self.recipes[run.name].train.total_steps
+        return tuple(self._job(run, "final", lr, seed, steps) for seed in self.study.seeds_of(run))
 
     def _job(self, run: Run, stage: Stage, lr: float, seed: int, steps: int) -> Job:
         key = job_key(run.name, stage, lr, seed)
@@ -318,9 +318,9 @@ def _median(measured: Mapping[str, list[float]], run: str) -> float | None:
 
 def priority(job: Job, plan: Plan, estimates: Estimates) -> float:
     """How long the chain of jobs is that begins with it: a sweep's comes before the whole trainings it decides."""
-    weight = estimates.weight(job)
-    waits = any(each.family == job.run for each in plan.waiting)
-    return weight + (weight / SWEEP_SHARE if job.stage == "sweep" and waits else 0.0)
+    decided = [each for waiting in plan.waiting if waiting.family == job.run for each in waiting.jobs]
+    after = max(map(estimates.weight, decided), default=0.0) if job.stage == "sweep" else 0.0
+    return estimates.weight(job) + after
 
 
 def now() -> str:

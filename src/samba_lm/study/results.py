@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,12 @@ class Results:
     def paper(self, group: str) -> PaperTable | None:
         return next((table for table in self.study.paper if table.group == group), None)
 
+    def beside(self, paper: PaperTable, name: str) -> list[float]:
+        """A run's perplexities at the lengths that stand beside a published table; NaN where there is none."""
+        evaluation = next((each for each in self.study.evaluations if each.name == paper.evaluation), None)
+        cells = {} if evaluation is None else self.of(name).cells(evaluation)
+        return [cells[length].perplexity if length in cells else math.nan for length in paper.lengths]
+
     @property
     def trained_length(self) -> int | None:
         """Tokens of a training row, where it is one for all."""
@@ -143,6 +150,15 @@ def difference(ours: Cell, reference: Cell) -> Mean:
         apart = ours.loss - reference.loss
         return Mean(apart, math.nan, math.nan, min(ours.windows, reference.windows))
     return mean_interval([a - b for a, b in zip(ours.means, reference.means, strict=True)])
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's: 1 where both have the same order, -1 where it is turned round; equal values share a rank.
+
+    NaN where one of them has no order.
+    """
+    ranks = [[sum(w < v for w in values) + sum(w == v for w in values) / 2 for v in values] for values in (a, b)]
+    return statistics.correlation(*ranks) if all(len(set(each)) > 1 for each in ranks) else math.nan
 
 
 def exp(loss: float) -> float:

@@ -42,6 +42,12 @@ class Sweep(Section):
     extend: int = Field(default=0, ge=0, le=8)
     """How many rates more are tried, one after the other, while the best is the lowest or the highest that was."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len({f"{lr:g}" for lr in self.lrs}) < len(self.lrs):
+            raise ValueError(f"lrs = {list(self.lrs)}: two of them are the same")
+        return self
+
 
 class Evaluation(Section):
     """Perplexity against context length, measured of every whole training."""
@@ -125,11 +131,13 @@ class PaperTable(Section):
     evaluation: str | None = None
     """Ours that stands beside it."""
     lengths: Annotated[tuple[int, ...], Field(strict=False)] = ()
-    """Of our evaluation; none: all of them."""
+    """Of our evaluation: those that stand beside the last so many columns."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name, row in self.rows.items():
+            if len(self.lengths) > len(self.columns):
+                raise ValueError(f"there are {len(self.lengths)} lengths for {len(self.columns)} columns")
             if len(row) != len(self.columns):
                 raise ValueError(f"row {name!r} has {len(row)} figures for {len(self.columns)} columns")
         return self

@@ -19,7 +19,7 @@ from samba_lm.figures import short, write_png
 from samba_lm.files import write_text
 from samba_lm.study.figures import difference_figure, percent, perplexity_figure, sweep_figure
 from samba_lm.study.record import Record, plain
-from samba_lm.study.results import Cell, Found, Results, difference, read_results
+from samba_lm.study.results import Cell, Found, Results, difference, rank_correlation, read_results
 from samba_lm.study.study import Evaluation, PaperTable
 from samba_lm.train.progress import count
 
@@ -88,6 +88,7 @@ def markdown(results: Results) -> str:
         paper = results.paper(group)
         if paper is not None:
             parts += ["### Beside the paper", f"The paper's figures: {paper.source}.", grid(*_paper(results, paper))]
+            parts += [line for line in [_agreement(results, paper)] if line]
     if results.sweeps:
         parts += [
             "## Learning rates",
@@ -232,15 +233,28 @@ def signed(value: float) -> str:
 
 
 def _paper(results: Results, paper: PaperTable) -> tuple[list[str], list[list[str]]]:
-    evaluation = next((each for each in results.study.evaluations if each.name == paper.evaluation), None)
-    lengths = () if evaluation is None else paper.lengths or evaluation.lengths
     rows = []
     for name, figures in paper.rows.items():
-        ours = results.of(name)
-        cells = {} if evaluation is None else ours.cells(evaluation)
-        mine = [number(cells[length].perplexity) if _measured(cells, length) else EMPTY for length in lengths]
-        rows.append([ours.title, *map(str, figures), *mine])
-    return ["model", *(f"paper {column}" for column in paper.columns), *(f"ours {short(n)}" for n in lengths)], rows
+        ours = [number(value) for value in results.beside(paper, name)]
+        rows.append([results.of(name).title, *map(str, figures), *ours])
+    lengths = [f"ours {short(length)}" for length in paper.lengths]
+    return ["model", *(f"paper {column}" for column in paper.columns), *lengths], rows
+
+
+def _agreement(results: Results, paper: PaperTable) -> str:
+    """How far the order of the models is the paper's."""
+    words = []
+    for i, length in enumerate(paper.lengths):
+        column = len(paper.columns) - len(paper.lengths) + i
+        pairs = [
+            (float(row[column]), ours)
+            for name, row in paper.rows.items()
+            if isinstance(row[column], int | float) and not math.isnan(ours := results.beside(paper, name)[i])
+        ]
+        if len(pairs) > 2:
+            found = rank_correlation([a for a, _ in pairs], [b for _, b in pairs])
+            words.append(f"{found:.2f} (paper {paper.columns[column]}, ours {short(length)}, {len(pairs)} models)")
+    return f"Rank correlation (Spearman's) of ours with the paper's: {'; '.join(words)}." if words else ""
 
 
 def _sweeps(results: Results) -> tuple[list[str], list[list[str]]]:

@@ -197,22 +197,19 @@ def summary(plan: Plan, records: Mapping[str, Record], estimates: Estimates, wor
     """``12 of 61 jobs done, 1 diverged, 8 wait for a sweep, about 35m left``."""
     settled = [job for job in plan.jobs if job.settled(records.get(job.key))]
     diverged = sum(records[job.key].status == "diverged" for job in settled)
-    failed = 0
-    left = 0.0
-    known = True
-    for job in plan.jobs:
-        if job in settled:
-            continue
-        record = records.get(job.key)
-        failed += record is not None and record.fingerprint == job.fingerprint and record.status == "failed"
-        seconds = estimates.seconds(job)
-        known = known and seconds is not None
-        left += seconds or 0.0
-    waiting = sum(len(each.seeds) for each in plan.waiting)
-    words = [f"{len(settled) - diverged} of {len(plan.jobs) + waiting} jobs done"]
+    rest = [job for job in plan.jobs if job not in settled]
+    failed = sum(
+        record.status == "failed" and record.fingerprint == job.fingerprint
+        for job in rest
+        if (record := records.get(job.key)) is not None
+    )
+    waiting = [job for each in plan.waiting for job in each.jobs]
+    words = [f"{len(settled) - diverged} of {len(plan.jobs) + len(waiting)} jobs done"]
     words += [f"{number} {what}" for number, what in ((diverged, "diverged"), (failed, "failed")) if number]
     if waiting:
-        words.append(f"{waiting} wait{'s' if waiting == 1 else ''} for a sweep")
-    if left and known:
-        words.append(f"about {duration(left / workers)} left" + (" besides" if waiting else ""))
+        words.append(f"{len(waiting)} wait{'s' if len(waiting) == 1 else ''} for a sweep")
+    left = [estimates.seconds(job) for job in (*rest, *waiting)]
+    known = [seconds for seconds in left if seconds is not None]
+    if left and len(known) == len(left):
+        words.append(f"about {duration(max(sum(known) / workers, *known))} left")
     return ", ".join(words)
