@@ -17,7 +17,7 @@ from samba_lm.checkpoint import create, save
 from samba_lm.cli.main import main
 from samba_lm.config import Attention, GatedLinearAttention, LayerSpec, Mamba, ModelConfig, SwiGLU
 from samba_lm.eval.intervals import mean_interval
-from samba_lm.tokenizer import ByteTokenizer
+from samba_lm.tokenizer import ByteTokenizer, train_bpe
 
 SAMBA = (Mamba(state=4), SwiGLU(width=8), Attention(heads=2, window=16), SwiGLU(width=8))
 
@@ -86,6 +86,16 @@ def test_the_table_and_the_files_tell_the_same(capsys: pytest.CaptureFixture[str
     ]  # fmt: skip
     assert float(rows[0]["share"]) == pytest.approx(block["share"])
     assert Path("a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_different_tokens_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    config = ModelConfig(name="tiny", d_model=16, vocab_size=300, layers=SAMBA)
+    texts = ["What is it and why? It is so because it is so. " * 9]
+    save(create(config, seed=0), Path("words"), train_bpe(texts, 300))
+    assert _run("model", "words", "--samples=2") == 0
+    assert "different tokens" in " ".join(capsys.readouterr().out.split())
+    assert _run("model", "--samples=2") == 0
+    assert "different tokens" not in capsys.readouterr().out
 
 
 def test_a_later_run_goes_on(capsys: pytest.CaptureFixture[str]) -> None:

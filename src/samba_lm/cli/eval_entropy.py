@@ -134,10 +134,12 @@ def _run(options: EntropyOptions, records: Sequence[Record], settings: dict[str,
     wanted = {record.row for record in records}
     results = EntropyResults(output.json, settings, {"meaning": MEANING, "data": options.data})
     found: dict[str, list[Block]] = {}
+    tokenizers = set()
     try:
         for name in names:
             model, tokenizer = options.runtime.load(name)
             facts = about(name, model, tokenizer)
+            tokenizers.add(facts["tokenizer"])
             kept = {reading.row for reading in results.of(facts)}
             missing = [record for record in records if record.row not in kept]
             texts = samples(missing, tokenizer, options.question, options.answer)
@@ -153,6 +155,11 @@ def _run(options: EntropyOptions, records: Sequence[Record], settings: dict[str,
         raise
     finally:
         results.save()
+    if len(tokenizers) > 1:
+        told = (
+            "These models cut texts into different tokens, and more tokens have a larger entropy: compare the shares."
+        )
+        console.print(told, markup=False, highlight=False)
     if output.csv is not None:
         rows = [{"checkpoint": name, **asdict(block)} for name, blocks in found.items() for block in blocks]
         write_rows(output.csv, rows)

@@ -33,12 +33,14 @@ def draw(found: Mapping[str, Sequence[Block]]) -> Figure:
     from matplotlib.figure import Figure
 
     rows = -(-len(found) // COLUMNS)
-    figure = Figure(figsize=(9.2, 3.7 + 0.2 * rows), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9.2, 3.9 + 0.2 * rows), dpi=150, layout="constrained")
     panels = figure.subplots(1, 2)
+    samples = max((block.samples for blocks in found.values() for block in blocks), default=0)
+    figure.suptitle(f"Entropy by block: means over {samples} texts, bars: 95% intervals", fontsize=10)
     shown: dict[str, Any] = {}
     for axes, (kind, (title, nothing)) in zip(panels, PANELS.items(), strict=True):
         curves = [_curve(name, i, blocks, kind) for i, (name, blocks) in enumerate(found.items())]
-        last = max((block.block for blocks in found.values() for block in blocks), default=0)
+        last = max((int(number) for curve in curves for number in curve.x), default=0)
         step = -(-(last + 1) // 12)
         plot(
             axes,
@@ -49,6 +51,7 @@ def draw(found: Mapping[str, Sequence[Block]]) -> Figure:
         axes.set_title(title, fontsize=10)
         shown |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         if not any(curve.x for curve in curves):
+            axes.set_xticks([])
             axes.set_yticks([])
             axes.text(0.5, 0.5, nothing, transform=axes.transAxes, ha="center", color=FAINT, fontsize=9)
     if shown:
