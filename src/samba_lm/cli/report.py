@@ -30,9 +30,11 @@ class Report:
 def main(argv: list[str]) -> None:
     """Run the command."""
     options = parse(Report, argv, prog="samba-lm report")
-    out = output_file(options.out or options.folder / "report.html", "--out", "report.html")
+    from samba_lm.report.found import check_folder
     from samba_lm.report.results import results_page
 
+    check_folder(options.folder)
+    out = output_file(options.out or options.folder / "report.html", "--out", "report.html")
     text, found = results_page(options.folder)
     write_text(out, text)
     errors = Console(stderr=True)

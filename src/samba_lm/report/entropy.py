@@ -9,7 +9,7 @@ from typing import Any
 from samba_lm.figures import Axis, Curve, draw_curves
 from samba_lm.report.markup import Html, join, tag
 from samba_lm.report.page import curves_figure, grid, named, paragraph, with_note
-from samba_lm.report.part import Group, Task, interval, number
+from samba_lm.report.part import Group, Task, interval, number, real, whole
 
 KINDS = {"attention": "Attention", "selection": "Selection of Mamba (S6)"}
 
@@ -33,13 +33,9 @@ def read(entry: dict[str, Any]) -> Blocks:
     """A model's entry of a file of ``eval entropy``."""
     found: Blocks = {kind: {} for kind in KINDS}
     for row in entry["blocks"]:
-        nats, low, high, share = (_value(row[name]) for name in ("nats", "low", "high", "share"))
-        found[row["kind"]][int(row["block"])] = Block(nats, low, high, share, int(row["samples"]))
+        nats, low, high, share = (real(row[name]) for name in ("nats", "low", "high", "share"))
+        found[row["kind"]][whole(row["block"])] = Block(nats, low, high, share, whole(row["samples"]))
     return found
-
-
-def _value(value: Any) -> float:
-    return math.nan if value is None else float(value)
 
 
 def _render(group: Group[Blocks]) -> Html:

@@ -85,15 +85,20 @@ class Found:
         return bool(self.results or self.trainings or self.studies)
 
 
+def check_folder(folder: Path) -> None:
+    """Raise UserError where ``folder`` is none."""
+    if not folder.exists():
+        raise UserError(f"There is no folder {folder}: give the one that holds your results.")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file: give the folder that holds it.")
+
+
 def search(folder: Path) -> Found:
     """Look through ``folder`` and the folders in it; hidden ones and links to folders are left out.
 
     Files of other kinds are passed over, damaged ones become problems. Raises UserError where ``folder`` is none.
     """
-    if not folder.exists():
-        raise UserError(f"There is no folder {folder}: give the one that holds your results.")
-    if not folder.is_dir():
-        raise UserError(f"{folder} is a file: give the folder that holds it.")
+    check_folder(folder)
     found = Found()
     for path in _files(folder):
         shown = path.relative_to(folder).as_posix()

@@ -30,8 +30,9 @@ def _render(group: Group[list[Score]]) -> Html:
     several = {row[:4] for row in found if sum(other[:4] == row[:4] for other in found) > 1}
     rows = []
     for row, scores in sorted(found.items(), key=lambda item: (item[0][0], list(found).index(item[0]))):
-        best = (min if row[1] in LOW_IS_GOOD else max)(metric.value for _, metric in scores.values())
-        cells = [_cell(scores.get(i), best if len(scores) > 1 else math.nan) for i in range(len(group.entries))]
+        values = {metric.value for _, metric in scores.values()}
+        best = (min if row[1] in LOW_IS_GOOD else max)(values) if len(values) > 1 else math.nan
+        cells = [_cell(scores.get(i), best) for i in range(len(group.entries))]
         rows.append([_called(row, next(iter(scores.values()))[0], row[:4] in several), *cells])
     heading = ["task", *(named(entry.model.label, entry.model.style) for entry in group.entries)]
     words = "Small: the 95% interval over the documents. Bold: the best."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -13,6 +14,8 @@ from samba_lm.report.models import Model
 from samba_lm.report.page import command, facts, how
 
 T = TypeVar("T")
+DAMAGED = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError)
+"""What comes of reading a file that holds something else than it should."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Task(Generic[T]):
         name: of the task.
         title: of its part of the page.
         about: a sentence or two on what is measured.
-        read: a model's entry of a file as figures. KeyError, TypeError, ValueError or AttributeError: it is damaged.
+        read: a model's entry of a file as figures. One of :data:`DAMAGED`: that is no such entry.
         heading: what tells a group from the task's others.
         render: a group's figures and tables.
     """
@@ -123,6 +126,20 @@ def when(time: object) -> str:
     except ValueError:
         return str(time)
     return there.astimezone(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC") if there.tzinfo else str(time)
+
+
+def whole(value: Any, least: int = 0) -> int:
+    """A count or a length of a file. Raises ValueError for what can be none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        raise ValueError(f"{value!r} is no whole number")
+    if not least <= value < 1 << 53:
+        raise ValueError(f"{value!r} is out of reach")
+    return int(value)
+
+
+def real(value: Any) -> float:
+    """A figure of a file, where NaN and infinities are null: NaN stands for them."""
+    return math.nan if value is None else float(value)
 
 
 def number(value: object, digits: int = 2) -> str:

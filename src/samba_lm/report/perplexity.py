@@ -10,7 +10,7 @@ from typing import Any
 from samba_lm.figures import Axis, Curve, draw_curves, short
 from samba_lm.report.markup import Html, join
 from samba_lm.report.page import curves_figure, grid, named, paragraph, with_note
-from samba_lm.report.part import Group, Task, interval, number, skipped
+from samba_lm.report.part import Group, Task, interval, number, real, skipped, whole
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,11 @@ def read(entry: dict[str, Any]) -> Lengths:
     """A model's entry of a file of ``eval perplexity``."""
     found = {}
     for row in entry["results"]:
-        perplexity = Figure(*(_value(row[name]) for name in ("perplexity", "low", "high")))
-        bits = Figure(*(_value(row[name]) for name in ("bits_per_byte", "bits_low", "bits_high")))
+        perplexity = Figure(*(real(row[name]) for name in ("perplexity", "low", "high")))
+        bits = Figure(*(real(row[name]) for name in ("bits_per_byte", "bits_low", "bits_high")))
         note = str(row["skipped"] or row["note"])
-        found[int(row["length"])] = AtLength(perplexity, bits, int(row["tokens"]), note)
+        found[whole(row["length"], 1)] = AtLength(perplexity, bits, whole(row["tokens"]), note)
     return found
-
-
-def _value(value: Any) -> float:
-    return math.nan if value is None else float(value)
 
 
 def _render(group: Group[Lengths]) -> Html:

@@ -11,7 +11,7 @@ from samba_lm.eval.recall_figure import Spot, heat_map, phonebook_curves, tally
 from samba_lm.figures import short
 from samba_lm.report.markup import Html, join, tag
 from samba_lm.report.page import curves_figure, grid, named, paragraph, with_note
-from samba_lm.report.part import Group, Task, interval, percent, skipped
+from samba_lm.report.part import Group, Task, interval, percent, skipped, whole
 from samba_lm.report.svg import inline
 
 
@@ -39,12 +39,12 @@ def read(entry: dict[str, Any]) -> Recall:
     spots = {}
     for cell in cells:
         depth = None if cell["depth"] is None else float(cell["depth"])
-        right, total = int(cell["right"]), int(cell["total"])
-        if not 0 <= right <= total:
-            raise ValueError
-        spots[int(cell["size"]), depth] = Spot(right, total)
-    skips = {int(cell["size"]): str(cell["skipped"]) for cell in cells if cell["skipped"]}
-    return Recall(spots, sum(int(cell["control_right"]) for cell in cells), skips)
+        right, total = whole(cell["right"]), whole(cell["total"])
+        if right > total or not 0 <= (depth or 0) <= 1:
+            raise ValueError(f"{right} of {total} at depth {depth} is no result")
+        spots[whole(cell["size"], 1), depth] = Spot(right, total)
+    skips = {whole(cell["size"]): str(cell["skipped"]) for cell in cells if cell["skipped"]}
+    return Recall(spots, sum(whole(cell["control_right"]) for cell in cells), skips)
 
 
 def _render_maps(group: Group[Recall]) -> Html:

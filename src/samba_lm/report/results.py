@@ -16,7 +16,7 @@ from samba_lm.report.harness import HARNESS
 from samba_lm.report.markup import Html, join, tag
 from samba_lm.report.models import Key, Model, key, name_models
 from samba_lm.report.page import named, page, paragraph, section, table
-from samba_lm.report.part import Entry, Group, Task, provenance
+from samba_lm.report.part import DAMAGED, Entry, Group, Task, provenance
 from samba_lm.report.perplexity import PERPLEXITY
 from samba_lm.report.recall import PASSKEY, PHONEBOOK
 from samba_lm.report.summaries import SUMMARIES
@@ -37,6 +37,7 @@ def results_page(folder: Path) -> tuple[str, Found]:
     """
     found = search(folder)
     groups, studies = _groups(found), _studies(found)
+    trainings = _trainings(found, folder.resolve().name)
     if not found:
         damaged = f" {len(found.problems)} damaged: {found.problems[0].why}" if found.problems else ""
         raise UserError(f"{folder} holds no results: it is searched for {LOOKED_FOR}.{damaged}")
@@ -48,9 +49,9 @@ def results_page(folder: Path) -> tuple[str, Found]:
         mine = [group for name, group in groups if name == task.name]
         if mine:
             parts.append((task.title, task.name, _part(task, mine)))
-    if found.trainings:
+    if trainings:
         styles = {label: model.style for label, model in models.items()}
-        parts.append(("Training", "training", training.part(found.trainings, styles)))
+        parts.append(("Training", "training", training.part(trainings, styles)))
     for i, (where, runs) in enumerate(studies.items()):
         files = [file for file in found.studies if file.study == where]
         about = study.About.of(where, found.study_files.get(where, {}))
@@ -71,7 +72,7 @@ def _groups(found: Found) -> list[tuple[str, Group[Any]]]:
             continue
         try:
             read[file.path] = [(facts, task.read(facts)) for facts in file.record["models"]]
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except DAMAGED:
             found.problems.append(Problem(file.path, f"is damaged, or no file of `eval {file.task}`: measure again"))
             continue
         kept.append(file)
@@ -93,7 +94,7 @@ def _studies(found: Found) -> dict[str, list[study.Run]]:
     for file in found.studies:
         try:
             run = study.read(file)
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except DAMAGED:
             found.problems.append(Problem(file.path, "is a damaged record of a study: run the study again"))
             continue
         kept.append(file)
@@ -103,6 +104,20 @@ def _studies(found: Found) -> dict[str, list[study.Run]]:
     if inside:
         found.trainings[:] = [each for each in found.trainings if not each.path.startswith(inside)]
     return studies
+
+
+def _trainings(found: Found, name: str) -> list[training.Run]:
+    """What was read of each training; damaged ones move to the problems. ``name``: of the folder itself."""
+    runs, kept = [], []
+    for each in found.trainings:
+        try:
+            runs.append(training.read(each, name if each.path == "." else each.path))
+        except DAMAGED:
+            found.problems.append(Problem(f"{each.path}/metrics.jsonl", "is damaged: train anew to have it whole"))
+            continue
+        kept.append(each)
+    found.trainings[:] = kept
+    return runs
 
 
 def _entries(

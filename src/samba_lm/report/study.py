@@ -12,7 +12,7 @@ from samba_lm.figures import Axis, Curve, draw_curves, short
 from samba_lm.report.found import StudyRun
 from samba_lm.report.markup import Html, join, tag
 from samba_lm.report.page import curves_figure, facts, grid, how, named, paragraph, section, table, with_note
-from samba_lm.report.part import environment, interval, number, when
+from samba_lm.report.part import environment, interval, number, when, whole
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class About:
 
 
 def read(found: StudyRun) -> Run:
-    """A record. KeyError, TypeError, ValueError or AttributeError: it is damaged."""
+    """A record. Raises one of :data:`samba_lm.report.part.DAMAGED` for what is none."""
     record = found.record
     return Run(
         name=str(record["run"]),
@@ -73,8 +73,8 @@ def read(found: StudyRun) -> Run:
         seed=int(record["seed"]),
         status=str(record["status"]),
         reason=str(record["reason"]),
-        parameters=int(record["parameters"]),
-        tokens=int(record["tokens"]),
+        parameters=whole(record["parameters"]),
+        tokens=whole(record["tokens"]),
         minutes=float(record["seconds"]) / 60,
         tokens_per_s=_maybe(record["tokens_per_s"]),
         train_loss=_maybe(record["train_loss"]),
@@ -96,7 +96,7 @@ def _lengths(rows: Sequence[dict[str, Any]]) -> dict[int, Measured]:
         loss, windows = float(row["loss"]), int(row["windows"])
         error = _maybe(row["standard_error"])
         reach = math.nan if error is None or windows < 2 else student(windows - 1) * error
-        found[int(row["length"])] = Measured(*map(_exp, (loss, loss - reach, loss + reach)))
+        found[whole(row["length"], 1)] = Measured(*map(_exp, (loss, loss - reach, loss + reach)))
     return found
 
 
@@ -221,7 +221,7 @@ def _sweep(sweep: Sequence[Run], styles: dict[str, int]) -> Html:
         lowest = min(losses.values(), default=None)
         cells.append([_rate(mine.get(rate), losses.get(rate), lowest) for rate in rates])
     shown = grid("rate", [f"{rate:g}" for rate in rates], [named(name, styles[name]) for name in names], cells)
-    words = "Validation loss, nats a token, after the sweep's short trainings. Bold: the rate that was taken."
+    words = "Validation loss, nats a token, after the sweep's short trainings. Bold: the lowest, whose rate is taken."
     return join([tag("h3", "Learning rates"), shown, paragraph(words)])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from samba_lm.report.markup import Html, join
 from samba_lm.report.page import named, paragraph, table, with_note
-from samba_lm.report.part import Group, Task, interval, number, skipped
+from samba_lm.report.part import Group, Task, interval, number, real, skipped, whole
 
 SCORES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 
@@ -30,9 +30,9 @@ def read(entry: dict[str, Any]) -> Summaries:
     scores = {}
     for name in SCORES if written else ():
         found = entry["scores"][name]
-        mean, low, high = (math.nan if found[part] is None else float(found[part]) for part in ("mean", "low", "high"))
+        mean, low, high = (real(found[part]) for part in ("mean", "low", "high"))
         scores[name] = mean, low, high
-    tokens = sum(int(sample["new_tokens"]) for sample in written) / max(1, len(written))
+    tokens = sum(whole(sample["new_tokens"]) for sample in written) / max(1, len(written))
     return Summaries(scores, len(written), tokens, skips)
 
 

@@ -13,7 +13,7 @@ from samba_lm.report.found import Training
 from samba_lm.report.markup import Html, join, tag
 from samba_lm.report.models import shortest
 from samba_lm.report.page import curves_figure, facts, how, named, paragraph, section, table
-from samba_lm.report.part import number
+from samba_lm.report.part import number, whole
 
 POINTS = 300
 """Of a curve, at most; each the mean of an equal share of the logged steps."""
@@ -22,39 +22,83 @@ TAIL = 0.05
 TOLD = ("batch_size", "length", "lr", "dtype", "seed", "device")
 """Values of a recipe's [train] that are shown."""
 
+Points = list[tuple[int, float]]
+"""Tokens read, and a loss in nats a token."""
+
 
 @dataclass(frozen=True)
-class Loss:
-    """A run's losses, nats a token, by the tokens read."""
+class Run:
+    """A training: its folder, its last step, tokens read, losses, speed, and its recipe's values."""
 
-    training: list[tuple[float, float]]
-    validation: list[tuple[float, float]]
+    path: str
+    steps: int
+    tokens: int
+    training: Points
+    validation: Points
+    tokens_per_s: float | None
+    seconds: float | None
+    recipe: list[tuple[str, object]]
 
 
-def part(trainings: Sequence[Training], styles: dict[str, int]) -> Html:
+def read(found: Training, path: str) -> Run:
+    """A run's figures. Raises one of :data:`samba_lm.report.part.DAMAGED` for what is none."""
+    last = found.metrics[-1]
+    speeds = [float(record["tokens_per_s"]) for record in found.metrics if "tokens_per_s" in record]
+    seconds = found.state.get("seconds")
+    return Run(
+        path=path,
+        steps=whole(last["step"]),
+        tokens=whole(last["tokens"]),
+        training=_points(found.metrics, "loss"),
+        validation=_points(found.metrics, "val_loss"),
+        tokens_per_s=statistics.median(speeds) if speeds else None,
+        seconds=None if seconds is None else float(seconds),
+        recipe=_recipe(found.state),
+    )
+
+
+def _points(metrics: Sequence[dict[str, Any]], name: str) -> Points:
+    return [(whole(record["tokens"]), float(record[name])) for record in metrics if record.get(name) is not None]
+
+
+def _recipe(state: dict[str, Any]) -> list[tuple[str, object]]:
+    """The recipe's values, where a checkpoint is there to tell them."""
+    recipe = _dict(state.get("recipe"))
+    values, model = _dict(recipe.get("train")), _dict(recipe.get("model"))
+    told = [("model", model.get("name")), *((name, values.get(name)) for name in TOLD)]
+    return [(name, value) for name, value in told if value is not None]
+
+
+def _dict(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def part(runs: Sequence[Run], styles: dict[str, int]) -> Html:
     """The page's part on trainings. ``styles``: places in the palette by label, of models that the page knows; more are
     added for the runs that it does not."""
-    labels = shortest([training.path for training in trainings])
+    labels = shortest([run.path for run in runs])
     for label in labels:
         styles.setdefault(label, len(styles))
-    losses = [_losses(training.metrics) for training in trainings]
     names = [(label, styles[label]) for label in labels]
-    figures = [_figure("training", [loss.training for loss in losses], names)]
-    measured = [(loss.validation, name) for loss, name in zip(losses, names, strict=True) if loss.validation]
+    figures = [_figure("training", [run.training for run in runs], names)]
+    measured = [(run.validation, name) for run, name in zip(runs, names, strict=True) if run.validation]
     if measured:
-        figures.append(_figure("validation", [loss for loss, _ in measured], [name for _, name in measured]))
-    rows = [_row(*each) for each in zip(trainings, losses, names, strict=True)]
+        figures.append(_figure("validation", [points for points, _ in measured], [name for _, name in measured]))
     headings = ["run", "steps", "tokens", "training loss", "validation loss", "tokens/s", "minutes"]
+    rows = [_row(run, name) for run, name in zip(runs, names, strict=True)]
     about = (
         "Losses in nats a token: they compare only where the tokenizer and the text are the same. The training loss in "
         "the table is the mean of the last 5% of the steps that were logged."
     )
-    return section(
-        "Training", paragraph(about), *figures, table(headings, rows), how(_made(trainings, labels)), anchor="training"
-    )
+    made: list[object] = [tag("code", "samba-lm train RECIPE")]
+    made += [
+        join([f"{label}: ", facts([("folder", run.path), *run.recipe])])
+        for run, label in zip(runs, labels, strict=True)
+    ]
+    return section("Training", paragraph(about), *figures, table(headings, rows), how(made), anchor="training")
 
 
-def _figure(kind: str, found: Sequence[Sequence[tuple[float, float]]], names: Sequence[tuple[str, int]]) -> Html:
+def _figure(kind: str, found: Sequence[Points], names: Sequence[tuple[str, int]]) -> Html:
     curves = [
         Curve(label, [tokens / 1e6 for tokens, _ in points], [loss for _, loss in points], style=style)
         for points, (label, style) in zip(map(_thin, found), names, strict=True)
@@ -66,50 +110,20 @@ def _figure(kind: str, found: Sequence[Sequence[tuple[float, float]]], names: Se
     )
 
 
-def _losses(metrics: Sequence[dict[str, Any]]) -> Loss:
-    def of(name: str) -> list[tuple[float, float]]:
-        return [
-            (float(record.get("tokens", record["step"])), float(record[name]))
-            for record in metrics
-            if isinstance(record.get(name), int | float)
-        ]
-
-    return Loss(of("loss"), of("val_loss"))
-
-
-def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def _thin(points: Points) -> Points:
     count = min(POINTS, len(points))
     edges = [i * len(points) // count for i in range(count + 1)] if count else []
     return [(points[b - 1][0], sum(loss for _, loss in points[a:b]) / (b - a)) for a, b in pairwise(edges)]
 
 
-def _row(training: Training, loss: Loss, name: tuple[str, int]) -> list[object]:
-    last = training.metrics[-1]
-    tail = [value for _, value in loss.training[-max(1, round(TAIL * len(loss.training))) :]]
-    speeds = [r["tokens_per_s"] for r in training.metrics if isinstance(r.get("tokens_per_s"), int | float)]
-    seconds = training.state.get("seconds")
+def _row(run: Run, name: tuple[str, int]) -> list[object]:
+    tail = [loss for _, loss in run.training[-max(1, round(TAIL * len(run.training))) :]]
     return [
         named(*name),
-        f"{last['step']:,}",
-        f"{last['tokens']:,}" if isinstance(last.get("tokens"), int) else "-",
+        f"{run.steps:,}",
+        f"{run.tokens:,}",
         number(sum(tail) / len(tail) if tail else None, 4),
-        number(loss.validation[-1][1] if loss.validation else None, 4),
-        number(statistics.median(speeds) if speeds else None, 0),
-        number(seconds / 60 if isinstance(seconds, int | float) else None, 1),
+        number(run.validation[-1][1] if run.validation else None, 4),
+        number(run.tokens_per_s, 0),
+        number(None if run.seconds is None else run.seconds / 60, 1),
     ]
-
-
-def _made(trainings: Sequence[Training], labels: Sequence[str]) -> list[object]:
-    """The recipe's values, where a checkpoint is there to tell them."""
-    lines: list[object] = [tag("code", "samba-lm train RECIPE")]
-    for training, label in zip(trainings, labels, strict=True):
-        recipe = _dict(training.state.get("recipe"))
-        values, model = _dict(recipe.get("train")), _dict(recipe.get("model"))
-        told = [("model", model.get("name")), *((name, values.get(name)) for name in TOLD)]
-        known = [(name, value) for name, value in told if value is not None]
-        lines.append(join([f"{label}: ", facts([("folder", training.path), *known])]))
-    return lines
-
-
-def _dict(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
