@@ -25,6 +25,7 @@ CLOSED = {  # what the order of the table alone would allow
     "train": {"eval", "serve"},
     "eval": {"train", "serve"},
     "serve": {"train", "eval"},
+    "study": {"serve", "demo", "bench"},
 }
 NO_TORCH = {"errors", "files", "memory", "shipped", "validation", "config", "zoo"}
 STANDARD_LIBRARY_ONLY = {"errors", "files", "memory", "shipped"}

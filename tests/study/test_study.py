@@ -93,6 +93,20 @@ def test_missing_data_and_another_tokenizer_are_told_before_anything_runs(study:
         (study / FILE).write_text(text, encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("line", "word"), [("[data.passkey]", "data.passkey"), ("[model]\ninit_from = 'x'", "init_from")]
+)
+def test_what_a_study_does_not_train(study: Path, line: str, word: str) -> None:
+    base = (study / "base.toml").read_text(encoding="utf-8")
+    if "model" in line:
+        text = base.replace("[model]", line)
+    else:
+        text = "\n".join(each for each in base.splitlines() if not each.startswith("val")) + f"\n{line}\n"
+    (study / "base.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=f"Run samba: its recipe has .*{word}.*samba-lm train"):
+        check_recipes(*read_study(study))
+
+
 def test_a_sweep_needs_a_validation_set(study: Path) -> None:
     base = (study / "base.toml").read_text(encoding="utf-8")
     (study / "base.toml").write_text("\n".join(line for line in base.splitlines() if not line.startswith("val")))

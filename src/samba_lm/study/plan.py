@@ -218,10 +218,6 @@ class Planner:
         return self._jobs[key]
 
     def _vocab(self, recipe: Recipe) -> int:
-        if recipe.data.recall is not None:
-            raise UserError(
-                "A study trains on prepared text; a recipe with data.passkey or data.phonebook is for `samba-lm train`."
-            )
         return self.data.open(recipe.data.train, "data.train").meta.vocab_size
 
     def _fingerprint(self, recipe: Recipe, config: ModelConfig) -> str:
@@ -231,9 +227,7 @@ class Planner:
         data = {name: value for name, value in told["data"].items() if name not in ("train", "val", "tokenizer")}
         data["train"] = described(self.data.open(section.train, "data.train"))
         data["val"] = None if section.val is None else described(self.data.open(section.val, "data.val"))
-        return _sha256(
-            {"model": config.fingerprint(), "init": told["model"]["init_from"], "data": data, "train": train}
-        )
+        return _sha256({"model": config.fingerprint(), "data": data, "train": train})
 
     def _evaluations(self, config: ModelConfig) -> tuple[tuple[Evaluation, str], ...]:
         found = []

@@ -89,6 +89,8 @@ class Results:
     sweeps: dict[str, tuple[Record, ...]]
     """By family, by learning rate."""
     folder: Path
+    command: tuple[str, ...]
+    """That made it."""
 
     @property
     def groups(self) -> list[str]:
@@ -137,7 +139,7 @@ def read_results(folder: Path) -> Results:
         swept = [records[key] for key in file.keys(run.name, "sweep") if key in records]
         if swept:
             sweeps[run.name] = tuple(sorted(swept, key=lambda record: record.lr))
-    return Results(file.study, tuple(found), sweeps, folder)
+    return Results(file.study, tuple(found), sweeps, folder, tuple(file.command))
 
 
 def difference(ours: Cell, reference: Cell) -> Mean:

@@ -99,7 +99,9 @@ class Runner:
         with study_lock(self.out, self.view) as lock, self._signals():
             self.records = read_records(self.out)
             before = read_study_file(self.out).jobs if (self.out / STUDY_FILE).exists() else {}
-            self.file = StudyFile(study=self.planner.study, jobs=before)
+            command = self.provenance.get("command")
+            words = [str(word) for word in command] if isinstance(command, list) else []
+            self.file = StudyFile(study=self.planner.study, command=words, jobs=before)
             workers = [
                 WorkerProcess(place, self.out / ".workers" / f"{number}.log", self.happenings, (lock,))
                 for number, place in enumerate(self.places)
@@ -296,6 +298,8 @@ class StudyFile(BaseModel):
 
     format: str = FORMAT
     study: Study
+    command: list[str] = []
+    """That was run last."""
     jobs: dict[str, dict[str, list[str]]] = {}
     """By run and stage, the keys of its trainings: those of another learning rate or seed that was once asked for are
     left out."""

@@ -228,6 +228,12 @@ def check_recipes(study: Study, recipes: dict[str, Recipe]) -> None:
     for run in study.runs:
         recipe = recipes[run.name]
         _ = recipe.train.total_steps
+        if recipe.data.recall is not None or recipe.model.init_from is not None:
+            what = "model.init_from" if recipe.model.init_from is not None else "data.passkey or data.phonebook"
+            raise UserError(
+                f"Run {run.name}: its recipe has {what}, and a study trains new models on prepared text: take "
+                "`samba-lm train` for it."
+            )
         swept = study.sweep is not None and run.lr is None and run.lr_from is None
         if swept and recipe.data.val is None:
             raise UserError(
@@ -261,7 +267,7 @@ class StudyData:
         made_with: dict[str, str] = {}
         for run in study.runs:
             section = recipes[run.name].data
-            if run.name not in names or section.recall is not None:
+            if run.name not in names:
                 continue
             for field, folder in (("train", section.train), ("val", section.val)):
                 if folder is not None:

@@ -364,12 +364,11 @@ def _training_json(record: Record) -> dict[str, object]:
 def readme_text(results: Results, out: Path, figures: Sequence[tuple[str, str]], before: str | None) -> str | None:
     """The README with the part between the marks renewed; None to leave a README without marks alone."""
     study = shlex.quote(str(results.folder))
+    made = shlex.join(results.command) or f"samba-lm study STUDY --out {study}"
     lines = [
         BEGIN,
         "Made by",
-        "```\n"
-        + f"samba-lm study STUDY --out {study}\nsamba-lm study table {study} --out {shlex.quote(str(out))}"
-        + "\n```",
+        f"```\n{made}\nsamba-lm study table {study} --out {shlex.quote(str(out))}\n```",
         "[tables.md](tables.md) has all tables; [perplexity.csv](perplexity.csv), [runs.csv](runs.csv) and "
         "[results.json](results.json) the same figures to compute with, with every training's recipe, loss curve, "
         "device and versions.",

@@ -137,7 +137,7 @@ class Work:
 
     def _check_loss(self, first: float, last: float | None) -> None:
         """A loss may stay finite and yet be worse than that of random weights."""
-        if self.job.recipe.model.init_from is None and last is not None and last > first + WORSE:
+        if last is not None and last > first + WORSE:
             raise NonFiniteError(
                 f"the training loss rose from {first:.3f} to {last:.3f}: the learning rate {self.job.lr:g} is too high"
             )
