@@ -19,6 +19,14 @@ def peak_memory() -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now; where the system does not tell, the most that were."""
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+        return pages * resource.getpagesize()
+    return peak_memory()
+
+
 def free_memory() -> int | None:
     """Bytes that this process may still take without the machine's or its container's limit; None where unknown."""
     if sys.platform != "linux":

@@ -14,7 +14,8 @@ from rich.console import Console
 import samba_lm
 from samba_lm.demo import report, run
 from samba_lm.demo.corpus import standard_library, write_reference
-from samba_lm.demo.run import DemoSettings, Twin, clean, verdict
+from samba_lm.demo.folder import TWINS, clean
+from samba_lm.demo.run import DemoSettings, Twin, verdict
 from samba_lm.errors import UserError
 from samba_lm.eval.perplexity import LengthResult
 
@@ -71,7 +72,7 @@ def test_the_same_seed_trains_the_same_models(small: None, tmp_path: Path, monke
     for i in (1, 2):
         settings = DemoSettings(tmp_path / str(i), texts(tmp_path / f"texts{i}"), seconds=1.0)
         run.run(settings, Console(quiet=True))
-        weights.append([(tmp_path / str(i) / name / "model.safetensors").read_bytes() for name in run.TWINS])
+        weights.append([(tmp_path / str(i) / name / "model.safetensors").read_bytes() for name in TWINS])
     assert weights[0] == weights[1]
 
 

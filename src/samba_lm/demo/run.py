@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,12 +15,12 @@ from rich.table import Table
 from samba_lm import checkpoint
 from samba_lm.data.loader import Loader
 from samba_lm.data.prepare import prepare
-from samba_lm.data.shards import TokenDataset, is_dataset
-from samba_lm.data.sources import find_files
+from samba_lm.data.shards import TokenDataset
 from samba_lm.demo.corpus import gather
+from samba_lm.demo.folder import TWINS
+from samba_lm.demo.story import Story
 from samba_lm.errors import UserError
 from samba_lm.eval.perplexity import LengthResult, perplexity
-from samba_lm.files import TMP_MARK
 from samba_lm.generation.api import stream
 from samba_lm.model import SambaLM
 from samba_lm.tokenizer import ByteTokenizer, Tokenizer
@@ -31,7 +30,6 @@ from samba_lm.train.parallel import connect
 from samba_lm.train.progress import progress_observer
 from samba_lm.train.recipe import TrainSection
 
-TWINS = ("samba-tiny", "llama-tiny", "swa-tiny", "mamba-tiny")
 LENGTH = 256
 """Tokens of a training sequence; every twin with a window has half of it."""
 BATCH = 8
@@ -90,33 +88,6 @@ class DemoResult:
     stages: dict[str, float] = field(default_factory=dict)
 
 
-class _Story:
-    """Says what is done at every step, and how long each stage took."""
-
-    def __init__(self, console: Console, stages: int) -> None:
-        self.console, self.stages, self.count = console, stages, 0
-        self.began = time.perf_counter()
-        self.times: dict[str, float] = {}
-
-    @property
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.began
-
-    def stage(self, name: str, text: str) -> Callable[[], None]:
-        """Announce a stage; call what is returned at its end."""
-        self.count += 1
-        start = self.elapsed
-        self.console.print(f"\n[bold]{self.count}/{self.stages}[/bold] {text}", highlight=False)
-
-        def done() -> None:
-            self.times[name] = self.elapsed - start
-
-        return done
-
-    def say(self, text: str) -> None:
-        self.console.print(f"    {text}", highlight=False)
-
-
 class _Losses(Observer):
     def __init__(self, twin: Twin) -> None:
         self.twin = twin
@@ -130,7 +101,7 @@ def run(settings: DemoSettings, console: Console) -> DemoResult:
 
     Raises UserError when the text is too short to measure anything on.
     """
-    story = _Story(console, stages=7)
+    story = Story(console, stages=7)
     train, heldout, source = _prepare(story, settings)
     done = story.stage("calibrating", "Timing a step of each model, so that all fit into the time there is")
     loader = Loader(train, BATCH, LENGTH, settings.seed)
@@ -172,7 +143,7 @@ def run(settings: DemoSettings, console: Console) -> DemoResult:
     return result
 
 
-def _prepare(story: _Story, settings: DemoSettings) -> tuple[TokenDataset, TokenDataset, str]:
+def _prepare(story: Story, settings: DemoSettings) -> tuple[TokenDataset, TokenDataset, str]:
     what = ", ".join(p.name for p in settings.texts) or "Python's standard library and its language reference"
     done = story.stage("preparing", f"Preparing text: {escape(what)}")
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -237,7 +208,7 @@ def _calibrate(name: str, loader: Loader, seed: int) -> Twin:
     )
 
 
-def _choose_threads(story: _Story, loader: Loader, seed: int) -> None:
+def _choose_threads(story: Story, loader: Loader, seed: int) -> None:
     """On cores that are busy, threads wait for each other far longer than they work: then take one."""
     threads = torch.get_num_threads()
     if threads == 1:
@@ -269,7 +240,7 @@ def _train(twin: Twin, loader: Loader, steps: int, last: int, seed: int, console
 
 
 def _evaluate(
-    story: _Story, twins: list[Twin], models: dict[str, SambaLM], heldout: TokenDataset, seconds: float
+    story: Story, twins: list[Twin], models: dict[str, SambaLM], heldout: TokenDataset, seconds: float
 ) -> int:
     """Score held-out text for as long as there is time, a piece of it at every length by every model in turn.
 
@@ -350,7 +321,7 @@ def verdict(twins: list[Twin], steps: int) -> str:
     )
 
 
-def _save_and_verify(story: _Story, model: SambaLM, folder: Path, tokenizer: Tokenizer) -> SambaLM:
+def _save_and_verify(story: Story, model: SambaLM, folder: Path, tokenizer: Tokenizer) -> SambaLM:
     checkpoint.save(model, folder, tokenizer)
     loaded, _ = checkpoint.load(folder)
     probe = torch.arange(2 * LENGTH)[None] % 256
@@ -362,7 +333,7 @@ def _save_and_verify(story: _Story, model: SambaLM, folder: Path, tokenizer: Tok
     return loaded
 
 
-def _generate(story: _Story, result: DemoResult, model: SambaLM, tokenizer: Tokenizer, heldout: TokenDataset) -> None:
+def _generate(story: Story, result: DemoResult, model: SambaLM, tokenizer: Tokenizer, heldout: TokenDataset) -> None:
     document = tokenizer.decode(heldout.document(0)[: LENGTH // 2])
     result.sample_prompt = document[: document.rfind("\n") + 1] or document
     text = stream(model, tokenizer, result.sample_prompt, max_tokens=400, temperature=0.8, seed=0)
@@ -379,27 +350,3 @@ def _generate(story: _Story, result: DemoResult, model: SambaLM, tokenizer: Toke
         f"{text.timing.new_tokens} tokens at {result.decode_tokens_per_s:.0f} a second, "
         f"in a state of {model.config.state_bytes(activation_bytes=4):,} bytes however long it goes on"
     )
-
-
-OURS = {"data", "language_reference.jsonl", "report.html", "report.json", "perplexity.png", "loss.png", *TWINS}
-
-
-def clean(out: Path, texts: Sequence[Path]) -> None:
-    """Remove what an earlier demo left in ``out``, and nothing else.
-
-    Raises UserError, before anything is removed, if a text is missing or lies in ``out``, or if ``out`` holds what no
-    demo wrote.
-    """
-    for file in find_files(list(texts), (".py",)) if texts else ():
-        if file.path.resolve().is_relative_to(out.resolve()):
-            raise UserError(f"{file.path} lies in the demo's folder {out}: choose another folder with --out.")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is not a folder: choose another place with --out.")
-    found = list(out.iterdir()) if out.exists() else []
-    strangers = sorted(p.name for p in found if p.name.partition(TMP_MARK)[0] not in OURS)
-    if strangers:
-        raise UserError(f"{out} holds {strangers[0]!r}, which is no demo's: choose another folder with --out.")
-    if found and not any(is_dataset(out / "data" / split) for split in ("train", "val")) and (out / "data").exists():
-        raise UserError(f"{out / 'data'} is no demo's: choose another folder with --out.")
-    for path in found:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
