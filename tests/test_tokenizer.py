@@ -100,6 +100,17 @@ def test_stream_never_shows_half_a_character(tokenizer: Tokenizer) -> None:
     assert shown == ["é", "🙂"]
 
 
+def test_byte_sizes_add_up_to_the_text(bpe: FileTokenizer) -> None:
+    for tokenizer in (ByteTokenizer(), bpe):
+        sizes = tokenizer.byte_sizes()
+        assert sizes is not None
+        assert sizes.shape == (tokenizer.vocab_size,)
+        assert sizes[tokenizer.eos_id] == 0
+        for text in TEXTS:
+            assert sizes[tokenizer.encode(text)].sum() == len(text.encode())
+    assert sentencepiece_like().byte_sizes() is None  # a first word's space is no text
+
+
 def test_stream_of_random_bytes_equals_decoding_them(bpe: FileTokenizer) -> None:
     rng = random.Random(0)
     for tokenizer in (ByteTokenizer(), bpe):

@@ -80,6 +80,11 @@ class Tokenizer(abc.ABC):
         Special tokens, and ids outside the vocabulary (a model's may be padded), have no text.
         """
 
+    def byte_sizes(self) -> Ids | None:
+        """Return how many bytes of UTF-8 each id stands for, int64 ``[vocab_size]``, 0 for special tokens; None where
+        that depends on the ids beside it."""
+        return None
+
     @abc.abstractmethod
     def stream_decoder(self) -> StreamDecoder:
         """Return a fresh :class:`StreamDecoder`."""
@@ -115,6 +120,9 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int] | Ids) -> str:
         array = _as_ids(ids)
         return array[(array >= 0) & (array < 256)].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    def byte_sizes(self) -> Ids:
+        return np.array([1] * 256 + [0], dtype=np.int64)
 
     def stream_decoder(self) -> StreamDecoder:
         return _BytesStream([bytes([b]) for b in range(256)])
@@ -178,6 +186,9 @@ class FileTokenizer(Tokenizer):
         text: str = self._runner.decode(array.tolist(), skip_special_tokens=True)
         return text
 
+    def byte_sizes(self) -> Ids | None:
+        return self._byte_sizes if self._bytes_of else None
+
     def stream_decoder(self) -> StreamDecoder:
         return _BytesStream(self._bytes_of) if self._bytes_of else _TextStream(self)
 
@@ -205,6 +216,10 @@ class FileTokenizer(Tokenizer):
                 known = all(char in _BYTE_OF for char in token)
                 table[i] = bytes(_BYTE_OF[char] for char in token) if known else token.encode()
         return table
+
+    @functools.cached_property
+    def _byte_sizes(self) -> Ids:
+        return np.array([len(bytes_) for bytes_ in self._bytes_of], dtype=np.int64)
 
 
 @dataclass(frozen=True)

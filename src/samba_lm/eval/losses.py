@@ -43,7 +43,7 @@ class Meter:
 
     def add(self, tokens: int) -> None:
         self.done += tokens
-        if self.progress is not None:
+        if tokens and self.progress is not None:
             self.progress(self.done, self.total)
 
 

@@ -158,7 +158,7 @@ def measure(
             yield _skipped(length, (1, length), reason)
     meter = Meter(sum(job.tokens_to_read for job in chosen.jobs), progress)
     for job in chosen.jobs:
-        began = time.perf_counter()
+        began, before = time.perf_counter(), meter.done
         buckets, reason = _fitting(model, job)
         sums = []
         for reading in job.readings if buckets else ():
@@ -167,6 +167,7 @@ def measure(
                 buckets = sums[-1].buckets
                 reason = f"out of memory with {job.lengths[buckets]:,} tokens"
         losses = np.asarray(sum(each.values[:, :buckets] for each in sums)) if buckets else np.zeros((0, 0))
+        meter.add(before + job.tokens_to_read - meter.done)  # what was skipped
         seconds = time.perf_counter() - began
         for i, length in enumerate(job.lengths):
             if length in without:

@@ -84,8 +84,13 @@ class Text:
     def num_bytes(self, start: int, stop: int, tokenizer: Tokenizer) -> int:
         """Size in UTF-8 of the text of tokens ``start .. stop - 1``; special tokens have none.
 
-        A character cut at either end counts as the replacement character it decodes to: a few bytes a call.
+        Where tokens are not bytes, a character cut at either end counts as the replacement character it decodes to: a
+        few bytes a call.
         """
+        sizes = tokenizer.byte_sizes()
+        if sizes is not None:
+            ids = np.minimum(self.read(start, stop).astype(np.int64), sizes.size)  # a model's may be padded
+            return int(np.append(sizes, 0)[ids].sum())
         cuts = [*range(start, stop, _DECODED_AT_ONCE), stop]
         parts = (tokenizer.decode(self.read(a, b)) for a, b in pairwise(cuts))
         return sum(len(part.encode()) for part in parts)
