@@ -110,8 +110,8 @@ def main(argv: list[str]) -> None:
     from samba_lm.eval.records import read_records  # only now: --help should not wait for torch
 
     records = read_records(options.data)
-    settings = {"sha256": records.sha256, "question": options.question, "answer": options.answer, "seed": options.seed}
-    _run(options, _drawn(records.rows, options), settings)
+    fields = {"question": options.question, "answer": options.answer}
+    _run(options, _drawn(records.rows, options), {"sha256": records.sha256, **fields, "seed": options.seed})
 
 
 def _drawn(rows: Sequence[Record], options: EntropyOptions) -> list[Record]:
@@ -128,11 +128,13 @@ def _drawn(rows: Sequence[Record], options: EntropyOptions) -> list[Record]:
 
 def _run(options: EntropyOptions, records: Sequence[Record], settings: dict[str, object]) -> None:
     """Measure every checkpoint, tell and write what was found."""
-    from samba_lm.eval.entropy import MEANING, by_block, left_out, measure, samples
+    from samba_lm.eval.entropy import AFTER, BEFORE, MEANING, by_block, left_out, measure, samples
 
     output, names, console = options.output, options.checkpoints, Console()
     wanted = {record.row for record in records}
-    results = EntropyResults(output.json, settings, {"meaning": MEANING, "data": options.data})
+    results = EntropyResults(
+        output.json, {**settings, "text": f"{BEFORE}{AFTER}"}, {"meaning": MEANING, "data": options.data}
+    )
     found: dict[str, list[Block]] = {}
     tokenizers = set()
     try:

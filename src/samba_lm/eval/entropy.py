@@ -40,6 +40,8 @@ Where = tuple[int, Kind]
 
 SCORES_AT_ONCE = 1 << 22
 """Numbers of the largest matrix made at once: attention is seen some queries at a time, steps some channels."""
+BEFORE, AFTER = "Question: {question}\nAnswer:", " {answer}"
+"""The two halves of a text."""
 MEANING = (
     "attention: -(1/(l h)) sum over heads, the l positions of the answer and keys of A log A. selection: of the steps "
     "Delta' = Delta / (sum of Delta over the text), -(1/d_e) sum over channels and positions of Delta' log Delta'. "
@@ -150,15 +152,15 @@ def _mixers(model: SambaLM) -> Iterator[tuple[int, LayerSpec, nn.Module]]:
 
 
 def samples(records: Sequence[Record], tokenizer: Tokenizer, question: str, answer: str) -> list[Sample]:
-    """The records' texts "Question: ...\\nAnswer: ..." in tokens; ``question``, ``answer``: the fields' names.
+    """The records' texts in tokens; ``question``, ``answer``: the fields' names.
 
     The two halves are encoded apart, so that where the answer begins is no matter of the tokenizer. Raises UserError
     for an empty answer.
     """
     found = []
     for record in records:
-        before = tokenizer.encode(f"Question: {record.text(question)}\nAnswer:")
-        after = tokenizer.encode(f" {record.text(answer).strip()}")
+        before = tokenizer.encode(BEFORE.format(question=record.text(question)))
+        after = tokenizer.encode(AFTER.format(answer=record.text(answer).strip()))
         if not record.text(answer).strip():
             raise UserError(f"{record.where}: field {answer!r} is empty, so nothing is decoded: leave the line out.")
         found.append(Sample(record.row, np.concatenate((before, after)), after.size))
