@@ -48,6 +48,6 @@ def test_the_order_of_two_tables() -> None:
 def test_figures_of_a_table() -> None:
     texts = [number(value) for value in (1.234, 123.4, 12345.6, 1.5e7, math.inf, math.nan)]
     assert texts == ["1.23", "123.4", "12,346", "1.5e+07", "inf", "–"]  # noqa: RUF001 - a dash
-    assert [signed(value) for value in (1.26, -0.04, 4000.0)] == ["+1.3", "-0.0", "+4e+03"]
+    assert [signed(value) for value in (1.26, -5.04, 300.0, 4000.0)] == ["+1.3", "-5.0", "x4.0", "x41.0"]
     assert slug("Table 3") == "table-3"
     assert grid(["a", "b"], [["x|y", "1"]]) == "| a | b |\n| --- | ---: |\n| x\\|y | 1 |"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SIZE = (9.6, 4.4)
 NEAR = 30.0
 """Percent: differences up to this decide what the figure shows; curves that are wholly above it are named so."""
-FAR = 10.0
+FAR = 3.0
 """Perplexities above so many times the lowest are cut off: how bad is in the table."""
 
 
@@ -27,7 +27,7 @@ def perplexity_figure(results: Results, models: Sequence[Found], evaluation: Eva
     :func:`difference_figure`).
     """
     curves = []
-    for style, each in enumerate(models):
+    for style, each in enumerate(_in_order(results, models)):
         cells = [cell for cell in each.cells(evaluation).values() if cell.losses]
         if cells:
             lengths, values = [cell.length for cell in cells], [cell.perplexity for cell in cells]
@@ -44,7 +44,7 @@ def difference_figure(results: Results, models: Sequence[Found], evaluation: Eva
         return None
     ours = reference.cells(evaluation)
     curves = []
-    for style, each in enumerate(models):
+    for style, each in enumerate(_in_order(results, models)):
         points = [
             (cell.length, difference(cell, ours[cell.length]))
             for cell in each.cells(evaluation).values()
@@ -79,6 +79,11 @@ def sweep_figure(results: Results) -> Figure | None:
     rates = sorted({rate for curve in curves for rate in curve.x})
     x = Axis("peak learning rate", "log10", ticks=rates if len(rates) <= 10 else None)
     return _curves(curves, x, Axis("validation loss (nats a token)"), ())
+
+
+def _in_order(results: Results, models: Sequence[Found]) -> list[Found]:
+    """The reference first, so that it looks the same in every figure."""
+    return sorted(models, key=lambda each: each.run.name != results.study.reference)
 
 
 def percent(loss: float) -> float:

@@ -81,7 +81,7 @@ def markdown(results: Results) -> str:
                 parts.append(grid(*_perplexities(models, evaluation)))
                 if results.reference is not None and len(models) > 1:
                     parts += [
-                        f"Perplexity above {results.reference.title}'s in percent, with the 95% interval over the same "
+                        f"Perplexity above {results.reference.title}'s in percent (x4: four times it), with the 95% interval over the same "
                         "windows of text (another seed is not in it):",
                         grid(*_differences(results, results.reference, models, evaluation)),
                     ]
@@ -226,10 +226,10 @@ def _differences(
 
 
 def signed(value: float) -> str:
-    """A difference in percent."""
+    """A difference in percent; a large one as a multiple."""
     if math.isnan(value):
         return EMPTY
-    return f"{value:+.1f}" if abs(value) < 1000 else f"{value:+.2g}"
+    return f"{value:+.1f}" if value < 300 else f"x{number(1 + value / 100, 1)}"
 
 
 def _paper(results: Results, paper: PaperTable) -> tuple[list[str], list[list[str]]]:
