@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from samba_lm.figures import Axis, Curve, plot, short
+from samba_lm.figures import Axis, Curve, nice, plot, short
 from samba_lm.study.results import Found, Results, difference
 from samba_lm.study.study import Evaluation
 
@@ -34,7 +34,10 @@ def perplexity_figure(results: Results, models: Sequence[Found], evaluation: Eva
             curves.append(Curve(each.title, lengths, values, style=style))
     lowest = min((min(curve.y) for curve in curves), default=math.nan)
     highest = max((y for curve in curves for y in curve.y if y <= FAR * lowest), default=math.nan)
-    return _draw(results, curves, evaluation, Axis("perplexity", "log10", limits=(lowest / 1.03, highest * 1.03)))
+    if not curves:
+        return None
+    y = Axis("perplexity", "log10", ticks=nice([lowest, highest]), limits=(lowest / 1.03, highest * 1.03))
+    return _draw(results, curves, evaluation, y)
 
 
 def difference_figure(results: Results, models: Sequence[Found], evaluation: Evaluation) -> Figure | None:
@@ -91,9 +94,7 @@ def percent(loss: float) -> float:
     return 100 * math.expm1(min(loss, 50.0))
 
 
-def _draw(results: Results, curves: Sequence[Curve], evaluation: Evaluation, y: Axis) -> Figure | None:
-    if not curves:
-        return None
+def _draw(results: Results, curves: Sequence[Curve], evaluation: Evaluation, y: Axis) -> Figure:
     lengths = sorted({float(length) for curve in curves for length in curve.x})
     label = "place in the document (tokens)" if evaluation.protocol == "stream" else "context (tokens)"
     trained = results.trained_length

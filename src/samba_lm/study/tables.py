@@ -81,8 +81,8 @@ def markdown(results: Results) -> str:
                 parts.append(grid(*_perplexities(models, evaluation)))
                 if results.reference is not None and len(models) > 1:
                     parts += [
-                        f"Perplexity above {results.reference.title}'s in percent (x4: four times it), with the 95% interval over the same "
-                        "windows of text (another seed is not in it):",
+                        f"Perplexity above {results.reference.title}'s in percent (x4: four times it), with the 95% "
+                        "interval over the same windows of text (another seed is not in it):",
                         grid(*_differences(results, results.reference, models, evaluation)),
                     ]
         paper = results.paper(group)
