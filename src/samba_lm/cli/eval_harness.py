@@ -76,7 +76,7 @@ class HarnessOptions:
     """Texts read or written at once; by default as many as fit. Changes results by no more than rounding."""
     run_code: bool = False
     """Of humaneval: yes, run the programs that the model writes. Each runs in a sandbox, without network, other
-    processes or files outside its folder where the system can see to that; what it cannot is said first."""
+    processes or files to write, where the system can see to that; what it cannot is said first."""
     code_samples: int = 10
     """Of humaneval: programs for each problem, drawn at temperature 0.2 and top-p 0.95. pass@1 is a mean over them."""
     task_files: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
@@ -118,12 +118,15 @@ class _Tasks:
     harness: Harness | None
     written: dict[str, Written]
     problems: Problems | None
+    code_samples: int
 
-    def sha256(self, name: str) -> str | None:
-        """Of a task's files, if it is made of such."""
-        if name == HUMANEVAL and self.problems is not None:
-            return self.problems.sha256
-        return self.written[name].sha256 if name in self.written else None
+    def knows(self, score: Score) -> bool:
+        """Whether a task is measured as this score was: from the same files."""
+        if score.task == HUMANEVAL and self.problems is not None:
+            same = score.data_sha256 == self.problems.sha256
+            return same and score.version == f"{self.code_samples} samples"
+        here = self.written.get(score.task)
+        return score.data_sha256 == (None if here is None else here.sha256)
 
 
 def main(argv: list[str]) -> None:
@@ -193,7 +196,7 @@ def _found(options: HarnessOptions, console: Console) -> Iterator[_Tasks]:
         if options.num_fewshot is not None:
             for each in written.values():
                 each.check_examples(options.num_fewshot)
-        yield _Tasks((*names, *([HUMANEVAL] if problems else [])), harness, written, problems)
+        yield _Tasks((*names, *([HUMANEVAL] if problems else [])), harness, written, problems, options.code_samples)
 
 
 def _warn(console: Console) -> None:
@@ -217,7 +220,7 @@ def _run(options: HarnessOptions, chosen: RunOptions, tasks: _Tasks, console: Co
         for name in names:
             model, tokenizer = options.runtime.load(name)
             facts = about(name, model, tokenizer)
-            kept = {score.task for score in results.of(facts) if score.data_sha256 == tasks.sha256(score.task)}
+            kept = {score.task for score in results.of(facts) if tasks.knows(score)}
             for task in tasks.names:
                 if task not in kept:
                     with progress(f"{label(name, names)}: {task}") as tell:
@@ -249,7 +252,7 @@ def _settings(options: HarnessOptions, chosen: RunOptions) -> dict[str, object]:
 
     version = importlib.metadata.version("lm_eval") if find_spec("lm_eval") else None
     data = "harness" if options.data_dir is None else "folder"
-    return {**asdict(chosen), "data": data, "lm_eval": version, "code_samples": options.code_samples}
+    return {**asdict(chosen), "data": data, "lm_eval": version}
 
 
 def _measure(
@@ -285,6 +288,7 @@ def _measure(
     lm = HarnessLM(model, tokenizer, batch_size=options.batch, seed=options.seed)
     lm.name, lm.chat = name, find_chat_template(resolved(name), tokenizer)
     lm.progress = tell
+    lm.chat_template(options.chat)  # an error where there is none
     score, told = tasks.harness.run(lm, task, chosen, tasks.written.get(task), options.log_samples)
     if place is not None:
         write_json(place, told)
@@ -308,7 +312,7 @@ def _print(console: Console, name: str, scores: Sequence[Score], kept: int) -> N
     say(f"{name}: {len(scores)} task{'s' * (len(scores) != 1)} of lm-evaluation-harness")
     if kept:
         say(f"{kept} of the tasks were measured before.")
-    wide = console.width >= 70
+    wide = console.width >= 90
     table = Table(show_edge=False, pad_edge=False)
     for heading in ("task", *(("documents", "shots") if wide else ()), "metric", "value", "95%"):
         table.add_column(heading, justify="left" if heading in ("task", "metric") else "right", no_wrap=True)

@@ -204,7 +204,7 @@ class HarnessLM(TemplateLM):
     def _template(self) -> ChatTemplate:
         if self.chat is None:
             raise UserError(
-                f"{self.name} has no chat template, being a base model: leave apply_chat_template out, or put a "
+                f"{self.name} has no chat template, being a base model: ask it without one, or put a "
                 "chat_template.jinja beside its tokenizer."
             )
         self._templated = True
@@ -266,10 +266,11 @@ def unchanged(documents: Any) -> Any:
     return documents
 
 
-def _device(name: str | None) -> str | torch.device:
-    if name in (None, "auto"):
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return str(name)
+def _device(name: str | None) -> str:
+    """What to run on. The harness's command says cuda:0 where nothing was said, GPU or not."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return "cuda" if name in (None, "auto") else str(name)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -1,7 +1,8 @@
 """What runs in the process of an untrusted program: it shuts the doors it can, then runs the program in its folder.
 
 Started by ``sandbox.py`` as ``python -I -S -c <this text>``, so it imports nothing but the standard library. On the
-standard input comes a word to be written back once the program has come to its end; nothing else counts as success.
+standard input come a word to be written back once the program has come to its end (nothing else counts as success), the
+seconds it may take, and the bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 
 PROGRAM = "program.py"
 NEW_USER, NEW_NET, NEW_IPC = 0x10000000, 0x40000000, 0x08000000
-LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # the same number on all machines
+LANDLOCK_CREATE, LANDLOCK_RESTRICT = 444, 446  # the same number on all machines
 NO_NEW_PRIVILEGES, SET_SECCOMP, FILTER = 38, 22, 2
 # Of files: write, remove folders and files, and make any kind; 13 (move between folders) and 14 (truncate) came later.
 WRITES = (1, 4, 5, 6, 7, 8, 9, 10, 11, 12)
@@ -34,12 +35,12 @@ REFUSED = {
 }  # fmt: skip
 
 
-def limit(seconds: int, memory: int, written: int) -> None:
+def limit(seconds: int, memory: int) -> None:
     """Limits that a process sets itself: of processor time, memory, sizes of files, open files and processes."""
     for name, most in (
         (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_AS, memory),
-        (resource.RLIMIT_FSIZE, written),
+        (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NPROC, 0),  # none more than there are; the administrator is exempt, see `refuse`
@@ -56,18 +57,15 @@ def leave_network(libc: ctypes.CDLL) -> None:
         libc.unshare(NEW_NET | NEW_IPC)  # of the administrator, where users may not
 
 
-def write_only_in(folder: str, libc: ctypes.CDLL) -> None:
-    """Linux' Landlock: from now on files are changed beneath this folder only."""
+def write_nothing(libc: ctypes.CDLL) -> None:
+    """Linux' Landlock: from now on no file is made, written or removed anywhere."""
     version = libc.syscall(LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1)
     if version < 1:
         return
     bits = sum(1 << bit for bit in WRITES) | (1 << 13 if version >= 2 else 0) | (1 << 14 if version >= 3 else 0)
     rules = libc.syscall(LANDLOCK_CREATE, struct.pack("<Q", bits), ctypes.c_size_t(8), 0)
-    place = os.open(folder, os.O_PATH | os.O_DIRECTORY)
-    libc.syscall(LANDLOCK_ADD, rules, 1, struct.pack("<Qi", bits, place), 0)
     libc.syscall(LANDLOCK_RESTRICT, rules, 0)
     os.close(rules)
-    os.close(place)
 
 
 def refuse(libc: ctypes.CDLL) -> None:
@@ -94,20 +92,18 @@ def refuse(libc: ctypes.CDLL) -> None:
 
 def main() -> None:
     """Run the program in the current folder; see the module."""
-    word = sys.stdin.readline()
-    seconds, memory, written = map(int, sys.argv[1:4])
+    word, seconds, memory = sys.stdin.readline().split()
     told = os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)
-    limit(seconds, memory, written)
+    limit(int(seconds), int(memory))
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         leave_network(libc)
         libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-        write_only_in(os.getcwd(), libc)
+        write_nothing(libc)
         refuse(libc)
-    sys.argv = [PROGRAM]
     try:
         runpy.run_path(PROGRAM, run_name="__main__")
     except BaseException as error:  # SystemExit too: a program that ends itself has not come to its end
@@ -117,4 +113,5 @@ def main() -> None:
     os._exit(0)
 
 
-main()
+if __name__ == "__main__":
+    main()
