@@ -19,6 +19,7 @@ from samba_lm.tokenizer import ByteTokenizer, train_bpe
 from samba_lm.train.recipe import Recipe
 from samba_lm.train.run import open_data, train
 from samba_lm.train.slow_channels import slow_channels
+from samba_lm.train.stretched import stretched
 
 PASSKEY = {"lengths": [320, 640], "lm_weight": 0.5}
 SMALL = ModelConfig(name="tiny", d_model=16, vocab_size=257, layers=(Mamba(state=4), Attention(heads=2, window=16)))
@@ -144,3 +145,49 @@ def test_slow_channels_begin_slow_and_the_others_as_always(tmp_path: Path) -> No
     made, _ = checkpoint.load(train(recipe(tmp_path, None, section, steps=1, lr=1e-9)).folder)
     biases = next(p for name, p in made.named_parameters() if name.endswith("dt_bias"))
     assert (torch.nn.functional.softplus(biases) < 1.1e-3).sum() >= 16
+
+
+def test_a_stretched_step_forgets_as_a_longer_row_would(tmp_path: Path) -> None:
+    """A lone Mamba layer's state after L tokens of step Delta, decays 3 times as fast, is that of 3 L tokens' decay."""
+    model = create(ModelConfig(name="m", d_model=8, vocab_size=257, layers=(Mamba(state=4),)), seed=0).double()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    ids = torch.randint(0, 256, (1, 5), generator=torch.Generator().manual_seed(0))
+    with stretched(model, 3.0):
+        inside = dict(model.named_parameters())
+        log = next(name for name in inside if name.endswith("A_log"))
+        torch.testing.assert_close(inside[log], before[log] + torch.tensor(3.0).double().log())
+        loss = model(ids)[0].square().mean()
+        loss.backward()
+    after = dict(model.named_parameters())
+    assert all(torch.equal(before[name], p) for name, p in after.items())
+    gradient = after[log].grad
+    assert gradient is not None
+    # By hand: the same model with the shifted parameter.
+    with torch.no_grad():
+        after[log].add_(torch.tensor(3.0).double().log())
+    model.zero_grad()
+    again = model(ids)[0].square().mean()
+    again.backward()
+    assert torch.equal(loss, again)
+    assert torch.equal(gradient, dict(model.named_parameters())[log].grad)
+
+
+def test_the_stretch_of_a_step_is_drawn_from_the_seed_and_the_step(tmp_path: Path) -> None:
+    data = {"tokenizer": "byte", "passkey": PASSKEY | {"stretch": 64.0}}
+    loader = open_data(recipe(tmp_path, data)).loader
+    drawn = [loader.batch(step).stretch for step in range(4)]
+    assert drawn == [loader.batch(step, rank=1, world=2).stretch for step in range(4)]
+    assert len(set(drawn)) == 4
+    assert all(1 <= each <= 64 for each in drawn)
+    plain = open_data(recipe(tmp_path)).loader
+    assert plain.batch(0).stretch == 1
+    assert torch.equal(plain.batch(1).input_ids, loader.batch(1).input_ids)
+    whole = train(recipe(tmp_path / "whole", data))
+    train(recipe(tmp_path / "part", data), stop=[True].pop)
+    part = train(recipe(tmp_path / "part", data))
+    before, after = (load_file(run.folder / "model.safetensors") for run in (whole, part))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    unstretched = load_file(train(recipe(tmp_path / "plain")).folder / "model.safetensors")
+    assert not all(torch.equal(before[name], unstretched[name]) for name in before)
+    with pytest.raises(UserError, match="stretch"):
+        recipe(tmp_path, {"tokenizer": "byte", "passkey": {"stretch": 0.5}})

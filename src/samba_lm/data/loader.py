@@ -33,11 +33,13 @@ class Batch:
         input_ids: the tokens read.
         targets: the token after each; with documents, ``IGNORE_INDEX`` where that belongs to the next document.
         segments: the number of the document each token is in, counted within the row from 0; None without documents.
+        stretch: how many times as long the texts are that the rows stand for (``samba_lm.train.stretched``).
     """
 
     input_ids: Tensor
     targets: Tensor
     segments: Tensor | None
+    stretch: float = 1.0
 
 
 class Batches(Protocol):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,6 +65,7 @@ class RecallLoader:
         seed: of everything that is drawn.
         curriculum: None: ``length``, always.
         lm_weight: see above.
+        stretch: each batch stands for texts up to so many times as long, how many being drawn log-uniformly.
 
     Raises UserError for sizes that are not positive, a curriculum that does not divide ``length``, or lengths that no
     example fits in.
@@ -79,6 +81,7 @@ class RecallLoader:
         *,
         curriculum: Curriculum | None = None,
         lm_weight: float = 0.0,
+        stretch: float = 1.0,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: it must be at least 1.")
@@ -86,10 +89,12 @@ class RecallLoader:
             raise UserError(f"seed is {seed}: it must be from 0 to {2**32 - 1}.")
         if not 0 <= lm_weight <= 1:
             raise UserError(f"lm_weight is {lm_weight}: it must be from 0 to 1.")
+        if not 1 <= stretch < math.inf:
+            raise UserError(f"stretch is {stretch}: it must be at least 1.")
         self.maker, self.tokenizer = maker, tokenizer
         self.batch_size, self.length, self.seed = batch_size, length, seed
         self.curriculum = curriculum or Curriculum((length,), (1.0,), 1)
-        self.lm_weight = lm_weight
+        self.lm_weight, self.stretch = lm_weight, stretch
         for each in sorted(set(self.curriculum.lengths)):
             if length % each:
                 raise UserError(f"A length of {each} does not divide the longest, {length}: all steps are of one size.")
@@ -117,7 +122,9 @@ class RecallLoader:
             made.append(self._row(random, length))
         tokens, counts = (np.stack(parts) for parts in zip(*made, strict=True))
         targets = np.where(counts[:, 1:], tokens[:, 1:], IGNORE_INDEX)
-        return Batch(torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(targets), None)
+        random.seed([self.seed, step, rows])  # the same on every rank, and of no row
+        stretch = self.stretch ** random.random_sample()
+        return Batch(torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(targets), None, stretch)
 
     def _row(self, random: np.random.RandomState, length: int) -> tuple[np.ndarray, np.ndarray]:
         """One row's tokens, int64 [length + 1], and which of them are targets, bool."""

@@ -24,6 +24,7 @@ from samba_lm.train.optim import build_optimizer, optimizer_tensors, set_learnin
 from samba_lm.train.parallel import Parallel, connect
 from samba_lm.train.recipe import TrainSection
 from samba_lm.train.schedule import learning_rate
+from samba_lm.train.stretched import stretched
 from samba_lm.train.transforms import checkpoint_activations, compile_layers, remake_cheap_activations, use_float8
 
 
@@ -201,8 +202,9 @@ def train_step(
         # The number of pieces is what is kept: of shorter rows a batch has more, and as many tokens.
         pieces = settings.batch_size // settings.micro_batch_size
         for micro in micro_batches(batch, -(-batch.input_ids.shape[0] // pieces)):
-            loss_sum, _ = batch_loss(model, micro, parallel.device)
-            torch.autograd.backward(loss_sum / valid)
+            with stretched(model, batch.stretch):
+                loss_sum, _ = batch_loss(model, micro, parallel.device)
+                torch.autograd.backward(loss_sum / valid)
             total += loss_sum.detach()
     mean = parallel.sum(total) / valid
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
@@ -276,11 +278,11 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     What is there already is not copied again.
     """
     if device.type != "cuda" or batch.input_ids.is_cuda:
-        return Batch(batch.input_ids.to(device), batch.targets.to(device), batch.segments)
+        return replace(batch, input_ids=batch.input_ids.to(device), targets=batch.targets.to(device))
     # Only from page-locked memory does a copy run while the device computes.
     segments = None if batch.segments is None else batch.segments.pin_memory()
     ids, targets = (t.pin_memory().to(device, non_blocking=True) for t in (batch.input_ids, batch.targets))
-    return Batch(ids, targets, segments)
+    return replace(batch, input_ids=ids, targets=targets, segments=segments)
 
 
 def micro_batches(batch: Batch, size: int) -> Iterable[Batch]:
@@ -288,7 +290,7 @@ def micro_batches(batch: Batch, size: int) -> Iterable[Batch]:
     for i in range(0, batch.input_ids.shape[0], size):
         rows = slice(i, i + size)
         segments = None if batch.segments is None else batch.segments[rows]
-        yield Batch(batch.input_ids[rows], batch.targets[rows], segments)
+        yield replace(batch, input_ids=batch.input_ids[rows], targets=batch.targets[rows], segments=segments)
 
 
 def _due(step: int, every: int) -> bool:

@@ -41,6 +41,7 @@ def recall_loader(recipe: Recipe, of_text: Tokenizer | None = None) -> RecallLoa
             lengths, section.shares or (1.0,) * len(lengths), max(1, int(section.share * settings.total_steps))
         ),
         lm_weight=section.lm_weight,
+        stretch=section.stretch,
     )
 
 

@@ -6,6 +6,9 @@ Their products take bf16 or fp16 operands; of fp32 ones they would keep the 10 b
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
+
 import torch
 
 CHUNKED_FROM = 16
@@ -56,6 +59,8 @@ def _run(
     from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
 
     chunked = q.shape[1] >= CHUNKED_FROM
+    if chunked and log_decay.shape[-1] == 1 and _one_decay_is_wrong(q):
+        log_decay = log_decay.expand(*log_decay.shape[:-1], q.shape[-1]).contiguous()
     if log_decay.shape[-1] == 1:
         run, decay = chunk_simple_gla if chunked else fused_recurrent_simple_gla, {"g": log_decay[..., 0]}
     elif chunked:
@@ -64,3 +69,12 @@ def _run(
         run, decay = fused_recurrent_gla, {"gk": log_decay}
     out, final = run(q, k, v, **decay, scale=1.0, initial_state=state, output_final_state=True, cu_seqlens=ends)
     return out, final.float()
+
+
+def _one_decay_is_wrong(q: torch.Tensor) -> bool:
+    """Whether the kernels for one decay a head refuse to go backward: Triton 3.4 to 3.7.0 miscompiles them for Hopper
+    GPUs (flash-linear-attention's issue 640). Those for one decay a channel serve as well, at more memory."""
+    if not (q.is_cuda and torch.is_grad_enabled()) or torch.cuda.get_device_capability(q.device) != (9, 0):
+        return False
+    numbers = re.findall(r"\d+", importlib.metadata.version("triton"))
+    return (3, 4, 0) <= tuple(int(number) for number in numbers[:3]) < (3, 7, 1)
