@@ -252,7 +252,9 @@ class _Source:
         from samba_lm.eval.text import Documents
 
         options = self._options
-        read = Documents.read(self._files, tokenizer, ReadOptions(field=options.field, errors=options.errors))
+        how = ReadOptions(field=options.field, errors=options.errors)
+        with progress("reading the text") as tell:
+            read = Documents.read(self._files, tokenizer, how, tell)
         sizes = [document.size for document in read.tokens]
         facts: dict[str, object] = {
             "paths": [str(path) for path in options.data],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     """One document, several documents, or prepared data. Arrays are [tokens] of any integer type, or maps of a file."""
 
 _DECODED_AT_ONCE = 1 << 16
+"""Tokens."""
+_ENCODED_AT_ONCE = 1 << 22
+"""Characters."""
 
 
 @dataclass(frozen=True)
@@ -113,29 +117,62 @@ class Documents:
     sha256: str
 
     @classmethod
-    def read(cls, files: Sequence[SourceFile], tokenizer: Tokenizer, options: ReadOptions) -> Documents:
-        """Read and encode files. Raises UserError where one cannot be read, or all hold only white space."""
+    def read(
+        cls,
+        files: Sequence[SourceFile],
+        tokenizer: Tokenizer,
+        options: ReadOptions,
+        progress: Callable[[float], None] | None = None,
+    ) -> Documents:
+        """Read and encode files; ``progress`` is told the share that is done, 0 to 1.
+
+        Raises UserError where one cannot be read, or all hold only white space.
+        """
         dtype = token_dtype(tokenizer.vocab_size)
         end = np.array([tokenizer.eos_id], dtype)
         tokens: list[NDArray[np.unsignedinteger]] = []
         names: list[str] = []
         size, digest = 0, hashlib.sha256()
-        for file in files:
-            first = len(tokens)
-            parts: list[NDArray[np.unsignedinteger]] = []
-            for piece in read_file(file, options):
-                if not parts and piece.end and not piece.text.strip():
-                    continue  # a document of white space is none
-                parts.append(tokenizer.encode(piece.text).astype(dtype))
-                text = piece.text.encode()
-                size += len(text)
-                digest.update(text)
-                if piece.end:
+        parts: list[NDArray[np.unsignedinteger]] = []  # of the document that is being put together
+        whole = max(1, sum(file.size for file in files))
+        for batch, position in _batches(files, options):
+            encoded = tokenizer.encode_batch([text for text, _ in batch])
+            for (text, name), ids in zip(batch, encoded, strict=True):
+                data = text.encode()
+                size += len(data)
+                digest.update(data)
+                parts.append(ids.astype(dtype))
+                if name is not None:
                     tokens.append(np.concatenate([*parts, end]))
+                    names.append(name)
                     digest.update(b"\xff")  # which no text holds
                     parts = []
-            count = len(tokens) - first
-            names += [str(file.path)] if count == 1 else [f"{file.path}:{i + 1}" for i in range(count)]
+            if progress is not None:
+                progress(position / whole)
         if not tokens:
             raise UserError(f"No text in the input: {files[0].path} and the others hold only white space.")
-        return cls(tokens, names, size, digest.hexdigest())
+        several = Counter(name.rpartition(":")[0] for name in names)
+        shown = [file if several[file] == 1 else name for name in names for file in [name.rpartition(":")[0]]]
+        return cls(tokens, shown, size, digest.hexdigest())
+
+
+def _batches(files: Sequence[SourceFile], options: ReadOptions) -> Iterator[tuple[list[tuple[str, str | None]], int]]:
+    """Pieces of documents, many at once so that they are encoded by all cores: each with its document's name, its file
+    and its number there, if the document ends with it. Documents of white space are left out. And how many bytes of all
+    files have been read."""
+    batch: list[tuple[str, str | None]] = []
+    chars = before = 0
+    for file in files:
+        number, begun = 1, False
+        for piece in read_file(file, options):
+            if not begun and piece.end and not piece.text.strip():
+                continue
+            batch.append((piece.text, f"{file.path}:{number}" if piece.end else None))
+            number, begun = number + piece.end, not piece.end
+            chars += len(piece.text)
+            if chars >= _ENCODED_AT_ONCE:
+                yield batch, before + piece.position
+                batch, chars = [], 0
+        before += file.size
+    if batch:
+        yield batch, before
