@@ -1,6 +1,6 @@
 # Every target makes its own .venv from nothing but Python 3.11 or newer, git and make; a second run installs nothing.
 #
-#   make demo         the main job: train Samba and its twins on this machine, report in samba-demo/
+#   make demo         a minute with the trained model that comes along, page in samba-demo/; ARGS=--train trains four
 #   make test         the tests; ARGS="-k scan" chooses among them
 #   make test-all     the tests and the long ones (soaks, repeated kills)
 #   make lint types   style and types

@@ -19,6 +19,9 @@ from samba_lm.report.part import environment, interval, number
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MANY = 8
+"""Windows from which on an interval is drawn."""
+
 
 def write_page(result: TourResult, provenance: dict[str, object], out: Path) -> Path:
     """Write report.html, perplexity.png and memory.png into ``out``; returns the page's path."""
@@ -83,17 +86,19 @@ def _recall(result: TourResult) -> Html:
         f"In a document of {reading.length:,} tokens ({result.filler}), after {result.depth:.0%} of it, stood ",
         tag("q", KEY_LINE.format(key=trial.answer).strip()),
         " with a number drawn from the system's randomness a moment before. It was read once, at "
-        f"{reading.tokens_per_s:,.0f} tokens a second, in {reading.seconds[-1]:.1f} seconds.",
+        f"{reading.tokens_per_s:,.0f} tokens a second, in {reading.seconds[-1]:.1f} seconds. Then came the question: ",
+        tag("q", f"{QUESTION} ..."),
+        " The same question, asked once more with all that it remembers set to zero, is the control: it must fail.",
     )
     rows = [
-        [f"{QUESTION} ...", shown(trial.written), "right" if trial.right else "wrong"],
+        ["asked", shown(trial.written), "right" if trial.right else "wrong"],
         [
-            "the same, asked of an emptied memory (the control)",
+            "memory emptied",
             shown(trial.control or ""),
             "right, so something leaks" if trial.control_right else "wrong, as it should be",
         ],
     ]
-    answers = table(["question", "answer", f"the key was {trial.answer}"], rows, texts=(1, 2))
+    answers = table(["", "answer", f"the key: {trial.answer}"], rows, texts=(1, 2))
     figure = curves_figure(
         lambda size: _draw_memory(result, size), "memory", "Memory of the whole process while it read.",
         [("resident memory", 0)],
@@ -126,7 +131,7 @@ def _perplexity(result: TourResult) -> Html:
     ]
     figures = table(["context, tokens", "windows", "perplexity", "95%", "bits a byte"], rows)
     drawn = curves_figure(
-        lambda size: _draw_curve(result, size), "curve", "Perplexity by the context length. Bars: 95% intervals.",
+        lambda size: _draw_curve(result, size), "curve", f"Perplexity by the context length. Bars: 95% intervals of {MANY} windows or more.",
         [(result.model, 0)],
     )  # fmt: skip
     return section("Perplexity against context", about, paragraph(verdict(result).capitalize(), "."), drawn, figures)
@@ -134,7 +139,8 @@ def _perplexity(result: TourResult) -> Html:
 
 def _draw_curve(result: TourResult, size: tuple[float, float]) -> Figure:
     known = result.results
-    ends = [r.interval if r.windows > 1 else (math.nan, math.nan) for r in known]
+    # Of a few windows an interval says nothing, and hides the curve.
+    ends = [r.interval if r.windows >= MANY else (math.nan, math.nan) for r in known]
     lengths = [float(r.length) for r in known]
     curve = Curve(
         result.model,
