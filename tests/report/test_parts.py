@@ -144,18 +144,27 @@ def test_a_study() -> None:
     _record("llama", "final", 0.001, 0, 3.3, evaluations=[_evaluation(math.log(21))])
     _record("mamba", "final", 0.004, 0, None, status="diverged", reason="the loss is not finite at step 3")
     _metrics("runs/small/samba/work", [1.0, 2.0, 3.0])  # the study's own: its record tells it already
-    study = {"title": "Small <ones>", "evaluations": [{"name": "prefix", "title": "Held-out books"}]}
+    _record("gated", "final", 0.002, 0, 3.0)
+    study = {
+        "title": "Small <ones>",
+        "evaluations": [{"name": "prefix", "title": "Held-out books"}],
+        "runs": [
+            {"name": "samba", "title": "Samba", "groups": ["Table 3", "Table 5"]},
+            {"name": "llama", "title": "Llama-2", "groups": ["Table 3"]},
+        ],
+    }
     Path("runs/small/study.json").write_text(json.dumps({"format": "samba-lm study", "study": study}))
     text = _page()
     assert re.findall(r"<h2>(.*?)</h2>", text) == ["Small &lt;ones&gt;"]
-    assert "<h3>Held-out books</h3>" in text
+    assert re.findall(r"<h3>(.*?)</h3>", text) == ["Table 3", "Table 5", "Others", "Learning rates"]
+    assert text.count("<h4>Held-out books</h4>") == 2
     rows = _rows(text)
-    assert [["samba"], ["27.00M"], ["0.002"], ["2"], ["1.00M"], ["3.0000"], ["3.2000"], ["5,000"], ["2.0"]] in rows
+    assert [["Samba"], ["27.00M"], ["0.002"], ["2"], ["1.00M"], ["3.0000"], ["3.2000"], ["5,000"], ["2.0"]] in rows
     reach = 3.1824 * 0.01  # Student's t with 3 degrees of freedom
     ends = "-".join(f"{21 * math.exp(sign * reach):.3f}" for sign in (-1, 1))
-    assert [["samba"], ["21.000", "20.000-22.000,", "2", "seeds"], ["19.000", "18.000-20.000,", "2", "seeds"]] in rows
-    assert [["llama"], ["21.000", ends], ["-"]] in rows
-    assert [["samba"], ["3.5000"], ["3.2000"]] in rows
+    assert [["Samba"], ["21.000", "20.000-22.000", "2", "seeds"], ["19.000", "18.000-20.000", "2", "seeds"]] in rows
+    assert [["Llama-2"], ["21.000", ends], ["-"]] in rows
+    assert [["Samba"], ["3.5000"], ["3.2000"]] in rows
     assert re.search(r'<td class="best">3.2000</td>', text)
     assert "mamba, final, rate 0.004, seed 0: diverged. the loss is not finite at step 3" in text
     assert "from <code>2026-11-22 07:00 UTC</code>" in text

@@ -8,7 +8,7 @@ from typing import Any
 
 from samba_lm.figures import Axis, Curve, draw_curves
 from samba_lm.report.markup import Html, join, tag
-from samba_lm.report.page import curves_figure, grid, named, paragraph, with_note
+from samba_lm.report.page import curves_figure, grid, named, note, with_note
 from samba_lm.report.part import Group, Task, interval, number, real, whole
 
 KINDS = {"attention": "Attention", "selection": "Selection of Mamba (S6)"}
@@ -40,7 +40,7 @@ def read(entry: dict[str, Any]) -> Blocks:
 
 def _render(group: Group[Blocks]) -> Html:
     parts = [_kind(group, kind, title) for kind, title in KINDS.items()]
-    small = paragraph("Nats. Small: the 95% interval over the texts, and the share of the largest entropy possible.")
+    small = note("Nats. Small: the 95% interval over the texts, and the share of the largest entropy possible.")
     return join([*parts, small])
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from samba_lm.eval.harness.run import Metric, Score
 from samba_lm.report.markup import Html, join, tag
-from samba_lm.report.page import named, paragraph, table, with_note
+from samba_lm.report.page import named, note, table, with_note
 from samba_lm.report.part import Group, Task, interval, number, percent
 
 Row = tuple[str, str, str, int, str, str | None]
@@ -36,7 +36,7 @@ def _render(group: Group[list[Score]]) -> Html:
         rows.append([_called(row, next(iter(scores.values()))[0], row[:4] in several), *cells])
     heading = ["task", *(named(entry.model.label, entry.model.style) for entry in group.entries)]
     words = "Small: the 95% interval over the documents. Bold: the best."
-    return join([table(heading, rows), paragraph(words)])
+    return join([table(heading, rows), note(words)])
 
 
 def _called(row: Row, score: Score, several: bool) -> Html:

@@ -47,6 +47,11 @@ def paragraph(*text: object) -> Html:
     return tag("p", *text)
 
 
+def note(*text: object) -> Html:
+    """A line in small print, such as what the small print of a table is."""
+    return tag("p", *text, class_="note")
+
+
 def table(headings: Sequence[object], rows: Sequence[Sequence[object]], *, texts: Sequence[int] = ()) -> Html:
     """A table that scrolls by itself where it is too wide. Cells are numbers but the first and those of ``texts``.
 

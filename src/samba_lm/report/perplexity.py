@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from samba_lm.figures import Axis, Curve, draw_curves, short
 from samba_lm.report.markup import Html, join
-from samba_lm.report.page import curves_figure, grid, named, paragraph, with_note
+from samba_lm.report.page import curves_figure, grid, named, note, paragraph, with_note
 from samba_lm.report.part import Group, Task, interval, number, real, skipped, whole
 
 
@@ -115,7 +116,7 @@ def _table(group: Group[Lengths], which: str) -> Html:
     names = [named(entry.model.label, entry.model.style) for entry in group.entries]
     cells = [[cell(entry.figures, length) for length in lengths] for entry in group.entries]
     words = "Small: the 95% interval over the windows of the text. Bold: the lowest."
-    return join([grid("tokens", list(map(short, lengths)), names, cells), paragraph(words)])
+    return join([grid("tokens", list(map(short, lengths)), names, cells), note(words)])
 
 
 def _at(found: Lengths, length: int, which: str) -> Figure | None:
@@ -133,7 +134,11 @@ def _reasons(group: Group[Lengths]) -> Sequence[tuple[str, str]]:
 
 
 def _heading(group: Group[Lengths]) -> str:
-    return f"Protocol {group.settings.get('protocol', '?')}"
+    data = group.record.get("data")
+    paths = data.get("paths") if isinstance(data, dict) else None
+    names = [PurePath(str(path)).name for path in paths] if isinstance(paths, list) else []
+    what = f" on {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
+    return f"Protocol {group.settings.get('protocol', '?')}{what}"
 
 
 PERPLEXITY = Task(

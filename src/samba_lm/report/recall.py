@@ -10,7 +10,7 @@ from samba_lm.eval.intervals import wilson
 from samba_lm.eval.recall_figure import Spot, heat_map, phonebook_curves, tally
 from samba_lm.figures import short
 from samba_lm.report.markup import Html, join, tag
-from samba_lm.report.page import curves_figure, grid, named, paragraph, with_note
+from samba_lm.report.page import curves_figure, grid, named, note, paragraph, with_note
 from samba_lm.report.part import Group, Task, interval, percent, skipped, whole
 from samba_lm.report.svg import inline
 
@@ -76,7 +76,7 @@ def _table(group: Group[Recall], unit: str) -> Html:
     names = [named(entry.model.label, entry.model.style) for entry in group.entries]
     cells = [[_cell(entry.figures, size) for size in sizes] for entry in group.entries]
     parts = [grid(unit, list(map(short, sizes)), names, cells)]
-    parts.append(paragraph("Small: right answers of all, and the share's 95% interval (Wilson)."))
+    parts.append(note("Small: right answers of all, and the share's 95% interval (Wilson)."))
     if group.settings.get("control"):
         wrong = [entry.model.label for entry in group.entries if entry.figures.control_right]
         told = f"right all the same for {', '.join(wrong)}: these figures say nothing" if wrong else "never right"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from samba_lm.eval.intervals import student
 from samba_lm.figures import Axis, Curve, draw_curves, short
 from samba_lm.report.found import StudyRun
 from samba_lm.report.markup import Html, join, tag
-from samba_lm.report.page import curves_figure, facts, grid, how, named, paragraph, section, table, with_note
+from samba_lm.report.page import curves_figure, facts, grid, how, named, note, section, table, with_note
 from samba_lm.report.part import environment, interval, number, when, whole
 
 
@@ -46,21 +46,47 @@ class Run:
 
 @dataclass(frozen=True)
 class About:
-    """What a study is called, and the titles of its evaluations, as far as its own file tells."""
+    """What a study is called, the titles of its evaluations and runs, and the groups that each run stands in, as far as
+    its own file tells."""
 
     title: str
     evaluations: dict[str, str]
+    runs: dict[str, str]
+    groups: dict[str, list[str]]
 
     @classmethod
     def of(cls, folder: str, record: dict[str, Any]) -> About:
         """``record``: the study's own file; {} where there is none."""
         known = record.get("study")
         told = known if isinstance(known, dict) else {}
-        rows = told.get("evaluations")
-        evaluations = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-        titles = {str(row["name"]): str(row["title"]) for row in evaluations if row.get("name") and row.get("title")}
-        name = "Study" if folder == "." else f"Study: {folder}"
-        return cls(str(told["title"]) if told.get("title") else name, titles)
+        evaluations, runs = (_titled(told.get(what)) for what in ("evaluations", "runs"))
+        groups: dict[str, list[str]] = {}
+        for name, row in runs.items():
+            mine = row.get("groups")
+            for group in mine if isinstance(mine, list) else []:
+                groups.setdefault(str(group), []).append(name)
+        title = "Study" if folder == "." else f"Study: {folder}"
+        return cls(str(told.get("title") or title), _titles(evaluations), _titles(runs), groups)
+
+    def of_groups(self, names: Sequence[str]) -> dict[str, list[str]]:
+        """The runs ``names`` by group, in the study's order; those of none come last."""
+        found = {group: [name for name in some if name in names] for group, some in self.groups.items()}
+        rest = [name for name in names if not any(name in some for some in found.values())]
+        found = {group: some for group, some in found.items() if some}
+        return found | ({"Others" if found else "": rest} if rest else {})
+
+
+def _titles(rows: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What each is called; where two are called alike, with its name."""
+    titles = {name: str(row.get("title") or name) for name, row in rows.items()}
+    several = [title for title in titles.values() if list(titles.values()).count(title) > 1]
+    return {name: f"{title} ({name})" if title in several else title for name, title in titles.items()}
+
+
+def _titled(rows: object) -> dict[str, dict[str, Any]]:
+    """The tables of a list, by their names."""
+    known = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return {str(row["name"]): row for row in known if row.get("name")}
 
 
 def read(found: StudyRun) -> Run:
@@ -106,20 +132,19 @@ def _exp(loss: float) -> float:
 
 def part(about: About, files: Sequence[StudyRun], runs: Sequence[Run], anchor: str) -> Html:
     """The page's part on one study: its records, and what was read of them."""
-    names = list(dict.fromkeys(run.name for run in runs))
-    styles = {name: i for i, name in enumerate(names)}
-    final = {name: [run for run in runs if run.name == name and run.stage == "final"] for name in names}
-    done = {name: [run for run in some if run.status == "done"] for name, some in final.items()}
-    inside: list[Html] = [_costs(done, styles)]
-    if any(run.curve for some in done.values() for run in some):
-        inside.append(_losses(done, styles, anchor))
-    for evaluation in dict.fromkeys(e for some in done.values() for run in some for e in run.evaluations):
-        shown = about.evaluations.get(evaluation, evaluation)
-        inside.append(tag("h3", shown))
-        inside.append(_evaluation(evaluation, done, styles, f"{anchor}-{len(inside)}"))
+    runs = [replace(run, name=about.runs.get(run.name, run.name)) for run in runs]
+    named_groups = {group: [about.runs.get(name, name) for name in some] for group, some in about.groups.items()}
+    about = replace(about, groups=named_groups)
+    inside: list[Html] = []
+    for i, (group, names) in enumerate(about.of_groups(list(dict.fromkeys(run.name for run in runs))).items()):
+        final = {name: [run for run in runs if run.name == name and run.stage == "final"] for name in names}
+        done = {name: [run for run in some if run.status == "done"] for name, some in final.items()}
+        done = {name: some for name, some in done.items() if some}
+        if done:
+            inside.append(_group(group, done, about, f"{anchor}-{i}"))
     sweep = [run for run in runs if run.stage == "sweep"]
     if sweep:
-        inside.append(_sweep(sweep, styles))
+        inside.append(_sweep(sweep))
     bad = [run for run in runs if run.status != "done"]
     if bad:
         told = [f"{run.name}, {run.stage}, rate {run.lr:g}, seed {run.seed}: {run.status}. {run.reason}" for run in bad]
@@ -127,21 +152,30 @@ def part(about: About, files: Sequence[StudyRun], runs: Sequence[Run], anchor: s
     return section(about.title, *inside, _made(files), anchor=anchor)
 
 
+def _group(group: str, done: dict[str, list[Run]], about: About, anchor: str) -> Html:
+    """Runs that are compared with one another: what they cost, their losses and perplexities."""
+    styles = {name: i for i, name in enumerate(done)}
+    parts = [tag("h3", group)] if group else []
+    parts.append(_costs(done, styles))
+    if any(run.curve for some in done.values() for run in some):
+        parts.append(_losses(done, styles, anchor))
+    evaluations = dict.fromkeys(name for some in done.values() for run in some for name in run.evaluations)
+    for i, evaluation in enumerate(evaluations):
+        parts.append(tag("h4", about.evaluations.get(evaluation, evaluation)))
+        parts.append(_evaluation(evaluation, done, styles, f"{anchor}-{i}"))
+    return join(parts)
+
+
 def _costs(done: dict[str, list[Run]], styles: dict[str, int]) -> Html:
     columns = "run,parameters,rate,seeds,tokens,training loss,validation loss,tokens/s,minutes"
     rows: list[list[object]] = []
     for name, runs in done.items():
-        if runs:
-            one = runs[0]
-            row: list[object] = [named(name, styles[name]), f"{one.parameters / 1e6:.2f}M", f"{one.lr:g}", len(runs)]
-            row += [f"{one.tokens / 1e6:.2f}M", _over(runs, "train_loss", 4), _over(runs, "val_loss", 4)]
-            row += [_over(runs, "tokens_per_s", 0), _over(runs, "minutes", 1)]
-            rows.append(row)
-    return (
-        join([table(columns.split(","), rows), paragraph("Means over the seeds. Losses in nats a token.")])
-        if rows
-        else Html("")
-    )
+        one = runs[0]
+        row: list[object] = [named(name, styles[name]), f"{one.parameters / 1e6:.2f}M", f"{one.lr:g}", len(runs)]
+        row += [f"{one.tokens / 1e6:.2f}M", _over(runs, "train_loss", 4), _over(runs, "val_loss", 4)]
+        row += [_over(runs, "tokens_per_s", 0), _over(runs, "minutes", 1)]
+        rows.append(row)
+    return join([table(columns.split(","), rows), note("Means over the seeds. Losses in nats a token.")])
 
 
 def _over(runs: Sequence[Run], what: str, digits: int) -> str:
@@ -195,12 +229,12 @@ def _evaluation(evaluation: str, done: dict[str, list[Run]], styles: dict[str, i
         if length not in means[name]:
             return "-"
         mean, low, high, seeds = means[name][length]
-        ends = interval(low, high, 3) + (f", {seeds} seeds" if seeds > 1 else "")
+        ends = join([interval(low, high, 3), *([tag("br"), f"{seeds} seeds"] if seeds > 1 else [])])
         return with_note(number(mean, 3), ends, best=mean == best[length])
 
     names = [named(name, styles[name]) for name in means]
     cells = [[cell(name, length) for length in lengths] for name in means]
-    words = paragraph("Small: what the figure's bars show. Bold: the lowest.")
+    words = note("Small: what the figure's bars show. Bold: the lowest.")
     return join([figure, grid("tokens", list(map(short, lengths)), names, cells), words])
 
 
@@ -211,18 +245,18 @@ def _together(some: Sequence[Measured]) -> tuple[float, float, float, int]:
     return sum(values) / len(values), min(values), max(values), len(values)
 
 
-def _sweep(sweep: Sequence[Run], styles: dict[str, int]) -> Html:
+def _sweep(sweep: Sequence[Run]) -> Html:
     rates = sorted({run.lr for run in sweep})
-    names = [name for name in styles if any(run.name == name for run in sweep)]
+    names = list(dict.fromkeys(run.name for run in sweep))
     cells = []
     for name in names:
         mine = {run.lr: run for run in sweep if run.name == name}
         losses = {rate: run.val_loss for rate, run in mine.items() if run.val_loss is not None and run.status == "done"}
         lowest = min(losses.values(), default=None)
         cells.append([_rate(mine.get(rate), losses.get(rate), lowest) for rate in rates])
-    shown = grid("rate", [f"{rate:g}" for rate in rates], [named(name, styles[name]) for name in names], cells)
+    shown = grid("rate", [f"{rate:g}" for rate in rates], [named(name) for name in names], cells)
     words = "Validation loss, nats a token, after the sweep's short trainings. Bold: the lowest, whose rate is taken."
-    return join([tag("h3", "Learning rates"), shown, paragraph(words)])
+    return join([tag("h3", "Learning rates"), shown, note(words)])
 
 
 def _rate(run: Run | None, loss: float | None, lowest: float | None) -> object:

@@ -26,6 +26,7 @@ code { overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .8rem; border: 1px solid var(--line);
   border-radius: 6px; }
 .faint { color: var(--faint); }
+.note { color: var(--faint); font-size: .86rem; }
 .notice { background: var(--wash); border-radius: 6px; padding: .6rem .9rem; max-width: none; }
 .notice li { overflow-wrap: anywhere; }
 .notice ul { margin: .2rem 0; padding-left: 1.2rem; }
@@ -53,7 +54,7 @@ figcaption { color: var(--faint); font-size: .86rem; max-width: 46rem; }
 .swatch { width: 30px; height: 12px; margin-right: .35rem; vertical-align: -1px; overflow: visible; }
 svg.plot { display: block; width: 100%; max-width: 52rem; height: auto; }
 svg.plot.narrow { display: none; max-width: 26rem; }
-svg.plot.map { max-width: 26rem; }
+svg.plot.map { width: auto; max-width: 100%; }
 svg.plot text, svg.plot tspan { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans",
   "DejaVu Sans", sans-serif; }
 svg { fill: currentColor; stroke-linejoin: round; }

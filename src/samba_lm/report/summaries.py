@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from samba_lm.report.markup import Html, join
-from samba_lm.report.page import named, paragraph, table, with_note
+from samba_lm.report.page import named, note, table, with_note
 from samba_lm.report.part import Group, Task, interval, number, real, skipped, whole
 
 SCORES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
@@ -57,7 +57,7 @@ def _render(group: Group[Summaries]) -> Html:
         for why in dict.fromkeys(entry.figures.skips)
     ]
     headings = ["model", *SCORES.values(), "summaries", "tokens each"]
-    return join([table(headings, rows), paragraph(words), skipped(reasons)])
+    return join([table(headings, rows), note(words), skipped(reasons)])
 
 
 def _cell(found: Summaries, name: str, best: float, models: int) -> object:

@@ -38,7 +38,7 @@ def inline(figure: Figure, name: str, label: str, kind: str = "") -> Html:
         figure: matplotlib's.
         name: unlike any other of the page: ids begin with it.
         label: what it shows, for those who do not see it.
-        kind: classes of the page's style: "wide" or "narrow".
+        kind: a class of the page's style: "wide" or "narrow", as wide as there is room; "map", of its own size.
     """
     import matplotlib
 
@@ -46,9 +46,11 @@ def inline(figure: Figure, name: str, label: str, kind: str = "") -> Html:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     root = ElementTree.fromstring(buffer.getvalue())
+    width = float(str(root.get("viewBox")).split()[2])
     inside = "".join(_element(child, name) for child in root)
     return Html(
-        f'<svg class="{escape(f"plot {kind}".strip())}" viewBox="{escape(root.get("viewBox"))}" role="img" '
+        f'<svg class="{escape(f"plot {kind}".strip())}" viewBox="{escape(root.get("viewBox"))}" '
+        f'width="{width * 1.25:.0f}" role="img" '
         f'aria-label="{escape(label)}">{inside}</svg>'
     )
 
