@@ -78,8 +78,7 @@ def resolved(folder_or_name: str) -> Path:
     """The folder with the weights: a run's is its newest step."""
     from samba_lm import checkpoint
 
-    folder = Path(folder_or_name)
-    return checkpoint.latest_step(folder) or folder
+    return checkpoint.find(folder_or_name) or Path(folder_or_name)
 
 
 def about(name: str, model: SambaLM, tokenizer: Tokenizer | None) -> Model:

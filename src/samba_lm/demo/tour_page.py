@@ -130,10 +130,8 @@ def _perplexity(result: TourResult) -> Html:
         for r in result.results
     ]
     figures = table(["context, tokens", "windows", "perplexity", "95%", "bits a byte"], rows)
-    drawn = curves_figure(
-        lambda size: _draw_curve(result, size), "curve", f"Perplexity by the context length. Bars: 95% intervals of {MANY} windows or more.",
-        [(result.model, 0)],
-    )  # fmt: skip
+    caption = f"Perplexity by the context length. Bars: 95% intervals of {MANY} windows or more."
+    drawn = curves_figure(lambda size: _draw_curve(result, size), "curve", caption, [(result.model, 0)])
     return section("Perplexity against context", about, paragraph(verdict(result).capitalize(), "."), drawn, figures)
 
 
