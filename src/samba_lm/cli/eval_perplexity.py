@@ -121,6 +121,7 @@ def main(argv: list[str]) -> None:
                 )
                 for result in found:
                     results.add(models[-1], Measured(result, data.names_at(result.starts, settings)))
+                    results.save()  # the next one may take long
             if kept:
                 many = f"{len(kept)} of {len(settings.lengths)} lengths were measured before"
                 say(console, f"{many}." if len(names) == 1 else f"{shown}: {many}.")
