@@ -7,6 +7,7 @@ import json
 import lzma
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,8 +60,14 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    if find_spec("lm_eval"):  # whose bars heed TQDM_DISABLE only where that is set before tqdm is first imported
+    if find_spec("lm_eval"):  # its bars heed TQDM_DISABLE only where that is set before tqdm is first imported
         import lm_eval.api.task
+        import tqdm
 
-        monkeypatch.setattr(lm_eval.api.task, "tqdm", lambda rows, **_: rows)
-        monkeypatch.setattr("tqdm.tqdm", lambda rows, **_: rows)
+        bar = tqdm.tqdm
+
+        def quiet(rows: object = None, **options: Any) -> object:
+            return bar(**options) if rows is None else rows
+
+        monkeypatch.setattr(lm_eval.api.task, "tqdm", quiet)
+        monkeypatch.setattr(tqdm, "tqdm", quiet)
