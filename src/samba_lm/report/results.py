@@ -44,7 +44,7 @@ def results_page(folder: Path) -> tuple[str, Found]:
     parts: list[tuple[str, str, Html]] = []  # title, anchor, HTML
     models = {entry.model.label: entry.model for _, group in groups for entry in group.entries}
     if models:
-        parts.append(("Models", "models", _models(sorted(models.values(), key=lambda model: model.style), groups)))
+        parts.append(("Models", "models", _models(sorted(models.values(), key=lambda model: model.style))))
     for task in TASKS.values():
         mine = [group for name, group in groups if name == task.name]
         if mine:
@@ -131,14 +131,13 @@ def _entries(
     return sorted(found.values(), key=lambda entry: entry.model.style)
 
 
-def _models(models: Sequence[Model], groups: Sequence[tuple[str, Group[Any]]]) -> Html:
-    """What is compared, and where each was measured."""
+def _models(models: Sequence[Model]) -> Html:
+    """What is compared."""
     rows = []
     for model in models:
         facts = model.facts
         config = facts.get("model")
         parameters = facts.get("parameters")
-        measured = [task for task, group in groups if any(entry.model == model for entry in group.entries)]
         rows.append([
             named(model.label, model.style),
             str(config.get("name", "-")) if isinstance(config, dict) else "-",
@@ -146,11 +145,10 @@ def _models(models: Sequence[Model], groups: Sequence[tuple[str, Group[Any]]]) -
             " in ".join(str(facts[fact]) for fact in ("dtype", "quantized") if facts.get(fact)),
             tag("code", str(facts.get("weights_sha256") or "random")[:8]),
             tag("code", str(facts.get("tokenizer") or "none")[:8]),
-            tag("td", tag("code", facts.get("checkpoint", "-")), class_="long"),
-            tag("td", ", ".join(dict.fromkeys(measured)), class_="long"),
+            tag("code", facts.get("checkpoint", "-")),
         ])  # fmt: skip
-    headings = ["model", "architecture", "parameters", "numbers", "weights", "tokenizer", "checkpoint", "measured"]
-    return section("Models", table(headings, rows, texts=range(1, 8)), anchor="models")
+    headings = ["model", "architecture", "parameters", "numbers", "weights", "tokenizer", "checkpoint"]
+    return section("Models", table(headings, rows, texts=range(1, 7)), anchor="models")
 
 
 def _part(task: Task[Any], groups: Sequence[Group[Any]]) -> Html:

@@ -38,7 +38,6 @@ th { font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--ground);
   padding-right: 1rem; }
 th.text, td.text { text-align: left; }
-td.long { white-space: normal; text-align: left; min-width: 9rem; max-width: 28rem; }
 td small, th small { display: block; color: var(--faint); font-size: .82em; line-height: 1.25; }
 td.best { font-weight: 650; }
 td.best small { font-weight: 400; }
@@ -89,6 +88,7 @@ svg { fill: currentColor; stroke-linejoin: round; }
   figure, tr, .how { break-inside: avoid; }
   .scroll { overflow: visible; }
   th, td { padding-right: .45rem; }
+  th .name { max-width: 4rem; font-size: .85em; }
   th:first-child, td:first-child { position: static; }
   svg.plot.wide { display: block; max-width: 36rem; } svg.plot.narrow { display: none; }
 }
