@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from tyro.conf import Positional
 
+from samba_lm import shipped
 from samba_lm.cli.output import JsonFile, output_file
 from samba_lm.cli.parse import several
 from samba_lm.cli.results import Model
@@ -90,7 +91,7 @@ def about(name: str, model: SambaLM, tokenizer: Tokenizer | None) -> Model:
     weights = folder / checkpoint.WEIGHTS
     return {
         "name": name,
-        "checkpoint": str(folder),
+        "checkpoint": name if shipped.find(name) else str(folder),
         "weights_sha256": file_sha256(weights) if weights.is_file() else None,
         "config": model.config.fingerprint(),
         "model": model.config.to_dict(),
