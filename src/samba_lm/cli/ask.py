@@ -55,7 +55,9 @@ class Ask:
     r"""How the question is put to a model that continues texts: {question} stands for it, \n for a new line. What
     stands before it ends the answer, too, should the model go on to ask itself. By default
     \n\nQuestion: {question}\nAnswer:, and \n{question} where the answer is begun."""
-    sampling: OmitArgPrefixes[SamplingOptions] = field(default_factory=lambda: SamplingOptions(temperature=0.0))
+    sampling: OmitArgPrefixes[SamplingOptions] = field(
+        default_factory=lambda: SamplingOptions(temperature=0.0, max_tokens=64)
+    )
     chunk: int = DEFAULT_CHUNK
     """Tokens read at once: more is faster and takes more memory."""
     runtime: RuntimeOptions = field(default_factory=Runtime)

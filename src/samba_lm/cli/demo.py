@@ -92,10 +92,10 @@ def _tour(args: Demo) -> None:
         if path is not None:
             write_json(path, record(result))
     console.print(f"    [bold]{page}[/bold], after {result.seconds:.0f} seconds", highlight=False, soft_wrap=True)
-    program = _program()
+    program, given = _program(), "" if args.checkpoint == shipped.DEFAULT else f"{shlex.quote(args.checkpoint)} "
     console.print(
-        f"\nGo on with, for example:\n  {program} generate \"Once upon a time\"\n"
-        f"  {program} demo --text a-book.txt\n  {program} demo --train",
+        f"\nGo on with, for example:\n  {program} generate {given}\"Once upon a time\"\n"
+        f"  {program} demo {given}--text a-book.txt\n  {program} demo --train",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
 
