@@ -83,6 +83,22 @@ def test_commands_take_it_where_none_is_named(
     assert written(capsys, "ask", "--context", "book.ctx", "Who was it? It was", *few)[0]
 
 
+def test_it_is_trained_on_by_name(
+    nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.toml").write_text(
+        '[model]\ninit_from = "samba-nano"\n[data]\npasskey = {}\n'
+        '[train]\nout = "tuned"\nsteps = 1\nbatch_size = 1\nlength = 300\nlr = 1e-3\n'
+    )
+    written(capsys, "train", "recipe.toml")
+    tuned, tokenizer = samba_lm.load("tuned")
+    before, _ = samba_lm.load("samba-nano")
+    assert tokenizer is not None
+    assert tuned.config.layers == before.config.layers
+    assert 0 < (tuned.embedding - before.embedding).abs().max() < 0.01, "one step from there"
+
+
 def test_a_word_alone_is_a_checkpoint_or_a_mistake(
     nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,7 +55,7 @@ def _tokenizer(recipe: Recipe, of_text: Tokenizer | None) -> Tokenizer:
         )
     if named is None:
         assert source is not None
-        return load_tokenizer(checkpoint.latest_step(Path(source)) or source)
+        return load_tokenizer(checkpoint.find(source) or source)
     tokenizer = parse_tokenizer(named)
     if isinstance(tokenizer, BpeSpec):
         raise UserError(f"data.tokenizer = {named!r} would be trained on text, and there is none: give a folder.")
