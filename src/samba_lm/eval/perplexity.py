@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
     from samba_lm.eval.text import Tokens
 
-COPIES = 3
-"""How often full attention's keys and values are held while they are brought up to date, about."""
+COPIES = 2.5
+"""How often full attention holds its keys and values, about, while a piece is read: before and after it, and what the
+layer at work makes of its own."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,8 @@ def _fitting(model: SambaLM, job: Job) -> tuple[int, str]:
         held = max(reading.edges[i + 1] for reading in job.readings) - 1
         if held > config.max_context:
             return i, f"full attention would have to hold {held:,} positions, and max_context is {config.max_context:,}"
-        needed = COPIES * config.state_bytes(held, model.dtype.itemsize)
+        room = min(1 << (held - 1).bit_length(), config.max_context)  # it grows by doubling
+        needed = COPIES * config.state_bytes(room, model.dtype.itemsize)
         if free is not None and needed > free:
             return i, (
                 f"full attention would take about {needed / 2**30:.1f} GiB at length {length:,}, and "

@@ -101,9 +101,11 @@ def nearest(curves: Sequence[Curve]) -> list[Curve]:
 
 
 def trained_marks(lines: Sequence[Line]) -> list[tuple[float, str]]:
-    """Where dotted lines say that models were trained on rows of this length."""
+    """Where dotted lines say that models were trained on rows of this length, if what was measured reaches there."""
+    measured = [result.length for line in lines for result in line.results if result.windows]
     trained = sorted({line.trained for line in lines if line.trained})
-    return [(length, f"trained on {short(length)}") for length in trained]
+    low, high = min(measured, default=0), max(measured, default=0)
+    return [(length, f"trained on {short(length)}") for length in trained if low <= length <= high]
 
 
 def _aside(one: Curve, places: float) -> Curve:
