@@ -178,6 +178,8 @@ DAMAGED = {
     "deep": ("[" * 100_000, "is not valid: it is nested too deeply"),
     "no settings": ('{"task": "passkey", "models": []}', "is damaged: its settings are missing"),
     "no model": ('{"task": "passkey", "settings": {}, "models": [3]}', "is damaged, or no file of `eval passkey`"),
+    "huge": ('{"task": "passkey", "settings": {}, "models": [{"cells": [{"size": 1e999}]}]}', "is damaged, or no file"),
+    "no task": ('{"task": "harness", "settings": {}, "models": [{"tasks": [{}]}]}', "is damaged, or no file"),
     "no rows": ('{"task": "perplexity", "settings": {}, "models": [{"results": [{}]}]}', "is damaged, or no file"),
     "other <b>": ('{"task": "<b>", "settings": {}, "models": []}', "has results of '<b>'"),
     "study": ('{"format": "samba-lm study run", "run": "x"}', "is a damaged record of a study"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from samba_lm.eval.harness.run import Metric, Score
 from samba_lm.report.markup import Html, join, tag
 from samba_lm.report.page import named, note, table, with_note
-from samba_lm.report.part import Group, Task, interval, number, percent
+from samba_lm.report.part import Group, Task, interval, number, percent, real, whole
 
 Row = tuple[str, str, str, int, str, str | None]
 """A task, its metric and filter, worked examples, version and data: figures of two are never in one row."""
@@ -17,7 +18,24 @@ LOW_IS_GOOD = ("perplexity", "bits_per_byte", "word_perplexity", "byte_perplexit
 
 def read(entry: dict[str, Any]) -> list[Score]:
     """A model's entry of a file of ``eval harness``."""
-    return [Score.of(row) for row in entry["tasks"]]
+    return [_checked(Score.of(row)) for row in entry["tasks"]]
+
+
+def _checked(score: Score) -> Score:
+    """With fields of the types that they should have, or one of :data:`samba_lm.report.part.DAMAGED`."""
+    metrics = [
+        Metric(str(each.name), str(each.filter), real(each.value), None, real(each.low), real(each.high))
+        for each in score.metrics
+    ]
+    return replace(
+        score,
+        task=str(score.task),
+        documents=whole(score.documents),
+        fewshot=whole(score.fewshot),
+        version=str(score.version),
+        metrics=tuple(metrics),
+        data_sha256=None if score.data_sha256 is None else str(score.data_sha256),
+    )
 
 
 def _render(group: Group[list[Score]]) -> Html:
@@ -30,7 +48,7 @@ def _render(group: Group[list[Score]]) -> Html:
     several = {row[:4] for row in found if sum(other[:4] == row[:4] for other in found) > 1}
     rows = []
     for row, scores in sorted(found.items(), key=lambda item: (item[0][0], list(found).index(item[0]))):
-        values = {metric.value for _, metric in scores.values()}
+        values = {metric.value for _, metric in scores.values() if math.isfinite(metric.value)}
         best = (min if row[1] in LOW_IS_GOOD else max)(values) if len(values) > 1 else math.nan
         cells = [_cell(scores.get(i), best) for i in range(len(group.entries))]
         rows.append([_called(row, next(iter(scores.values()))[0], row[:4] in several), *cells])

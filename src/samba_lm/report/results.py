@@ -141,7 +141,7 @@ def _models(models: Sequence[Model]) -> Html:
         rows.append([
             named(model.label, model.style),
             str(config.get("name", "-")) if isinstance(config, dict) else "-",
-            tag("td", f"{parameters / 1e6:,.2f}M" if isinstance(parameters, int) else "-"),
+            tag("td", f"{parameters / 1e6:,.2f}M" if isinstance(parameters, int) and parameters < 1 << 53 else "-"),
             " in ".join(str(facts[fact]) for fact in ("dtype", "quantized") if facts.get(fact)),
             tag("code", str(facts.get("weights_sha256") or "random")[:8]),
             tag("code", str(facts.get("tokenizer") or "none")[:8]),
