@@ -337,6 +337,9 @@ def test_numbers_that_are_not_finite_are_shown_then_told(folder: Path, capsys: p
     ("options", "message"),
     [
         (["--lengths", "16,x"], "--lengths = 16,x: expected whole numbers with commas between"),
+        (["--lengths", "16,"], "--lengths = 16,: expected whole numbers"),
+        (["--lengths", "4G"], "--lengths = 4G: expected whole numbers"),
+        (["--lengths", "1K"], "The text has 522 tokens, fewer than the shortest length, 1024"),
         (["--lengths", "1"], "lengths are [1]: give at least one, each of 2 tokens or more."),
         (["--lengths", "1000"], "The text has 522 tokens, fewer than the shortest length, 1000"),
         (["--protocol", "prefixes"], "Did you mean 'prefix'?"),

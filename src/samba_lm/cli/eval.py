@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,15 +24,17 @@ if TYPE_CHECKING:
     from samba_lm.model import SambaLM
     from samba_lm.tokenizer import Tokenizer
 
+SHIFTS = {"": 0, "K": 10, "M": 20}
+"""What the letters behind a length mean: 4K are 4096."""
 STOPPED = "Stopped early. The same command goes on."
 """Said of an interrupted run that leaves a file to go on from."""
 
 
 def _lengths(words: list[str]) -> tuple[int, ...]:
-    parts = words[0].split(",")
-    if not all(part.strip().isascii() and part.strip().isdecimal() for part in parts):
-        raise UserError(f"--lengths = {words[0]}: expected whole numbers with commas between, such as 512,1024,2048.")
-    return tuple(int(part) for part in parts)
+    parts = [re.fullmatch(r" *([0-9]{1,15})([KkMm]?) *", part) for part in words[0].split(",")]
+    if None in parts:
+        raise UserError(f"--lengths = {words[0]}: expected whole numbers with commas between, such as 512,4096,64K,1M.")
+    return tuple(int(part[1]) << SHIFTS[part[2].upper()] for part in parts if part is not None)
 
 
 Lengths = Annotated[tuple[int, ...], several("INT,INT,...", _lengths)]

@@ -54,7 +54,7 @@ class Perplexity:
     data: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FOLDER|FILE ...")]
     """One folder made by `samba-lm data prepare` (of train and val, val), or text files and folders of them."""
     lengths: Lengths = (512, 1024, 2048, 4096, 8192)
-    """Context lengths in tokens."""
+    """Context lengths in tokens; 4K are 4096."""
     protocol: Protocol = "full-window"
     """What is measured: see above. Figures of two protocols are not comparable."""
     stride: int | None = None
