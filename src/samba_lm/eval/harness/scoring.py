@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -23,7 +23,7 @@ LEAST_SAVED = 64
 """Tokens of reading that a fork must save."""
 TOKENS_AT_ONCE = {"cpu": 1 << 12, "cuda": 1 << 16}
 """Tokens of a batch."""
-STATES_AT_ONCE = {"cpu": 1 << 29, "cuda": 1 << 32}
+STATES_AT_ONCE = {"cpu": 1 << 29, "cuda": 1 << 33}
 """Bytes of states that a batch holds."""
 ROWS_AT_ONCE = 512
 LOGITS_AT_ONCE = 1 << 25
@@ -111,26 +111,28 @@ class Scorer:
 
         self._tell = tell
         with evaluating(self.model):
-            for family in families([row.ids for row in rows], [row.free for row in rows]):
-                self._ask_family([rows[i] for i in family.members], family.shared)
+            contexts: dict[tuple[int, ...], list[_Row]] = {}
+            for row in rows:
+                contexts.setdefault(tuple(row.ids[: row.free]), []).append(row)
+            each = list(contexts)
+            for family in families([list(ids) for ids in each], [len(ids) for ids in each]):
+                self._ask_family({each[i]: contexts[each[i]] for i in family.members}, family.shared)
         if not bool(self._sums.isfinite().all()):
             raise UserError(
                 "The model's numbers are not finite: its weights are damaged, or the dtype is too narrow (try float32)."
             )
         return [Likelihood(float(s), bool(g)) for s, g in zip(self._sums, self._greedy, strict=True)]
 
-    def _ask_family(self, rows: Sequence[_Row], shared: int) -> None:
-        """Rows whose first ``shared`` tokens are the same: these, then the contexts of several rows, then the rest."""
-        root = self._read_contexts([rows[0].ids[:shared]], None) if shared else None
-        contexts: dict[tuple[int, ...], list[_Row]] = {}
-        for row in rows:
-            contexts.setdefault(tuple(row.ids[shared : row.free]), []).append(row)
-        forked = {key: own for key, own in contexts.items() if (len(own) - 1) * len(key) >= LEAST_SAVED}
-        rest = [_Piece(row, shared) for key, own in contexts.items() if key not in forked for row in own]
-        self._ask_pieces(rest, root)
-        for keys in self._in_batches(list(forked), len, shared, stateful=True):
-            states = self._read_contexts(keys, root)
-            pieces = [_Piece(row, shared + len(key), i) for i, key in enumerate(keys) for row in forked[key]]
+    def _ask_family(self, contexts: Mapping[tuple[int, ...], list[_Row]], shared: int) -> None:
+        """Contexts whose first ``shared`` tokens are the same: these, then the rest of those of several rows, then what
+        follows."""
+        root = self._read_contexts([next(iter(contexts))[:shared]], None) if shared else None
+        forked = [ids for ids, own in contexts.items() if (len(own) - 1) * (len(ids) - shared) >= LEAST_SAVED]
+        rest = set(contexts) - set(forked)
+        self._ask_pieces([_Piece(row, shared) for ids, own in contexts.items() if ids in rest for row in own], root)
+        for some in self._in_batches(forked, lambda ids: len(ids) - shared, shared, stateful=True):
+            states = self._read_contexts([ids[shared:] for ids in some], root)
+            pieces = [_Piece(row, len(ids), i) for i, ids in enumerate(some) for row in contexts[ids]]
             self._ask_pieces(pieces, states)
 
     def _read_contexts(self, contexts: Sequence[Sequence[int]], root: State | None) -> State:
