@@ -43,6 +43,15 @@ def free_memory() -> int | None:
     return max(0, min(free)) if free else None
 
 
+# Torch has no class of its own for the CPU's allocator, nor for what CUDA's libraries and Triton say.
+_SAID = (
+    "DefaultCPUAllocator: ",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Triton Error [CUDA]: out of memory",
+)
+
+
 def ran_out(error: BaseException) -> bool:
     """Whether an error says that there was not enough memory, of the machine or of a GPU."""
     if isinstance(error, MemoryError):
@@ -50,5 +59,4 @@ def ran_out(error: BaseException) -> bool:
     torch = sys.modules.get("torch")  # not imported: then it was not torch that ran out
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
-    # torch has no class of its own for the CPU's allocator.
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _SAID)
