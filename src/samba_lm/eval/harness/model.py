@@ -6,7 +6,7 @@ a model: see ``__main__.py`` beside this file for its command with ours in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,10 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from samba_lm import checkpoint
-from samba_lm.errors import UserError, did_you_mean
+from samba_lm.errors import UserError
 from samba_lm.eval.harness.chat import ChatTemplate, find_chat_template
-from samba_lm.eval.harness.scoring import Question, Scorer
-from samba_lm.eval.harness.writing import Prompt, write
-from samba_lm.generation.params import SamplingParams
+from samba_lm.eval.harness.scoring import Question, Scorer, windows
+from samba_lm.eval.harness.writing import Prompt, sampling, write
 from samba_lm.model import SambaLM
 from samba_lm.quantization import quantize as quantize_model
 from samba_lm.tokenizer import Tokenizer
@@ -31,11 +30,6 @@ OnProgress = Callable[[float], None]
 
 MAX_GEN_TOKENS = 256
 """Tokens of an answer, where a task does not say how many."""
-LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""What tasks call the most tokens of an answer; the first that is given counts."""
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-NO_EFFECT = {"num_beams": 1, "early_stopping": False, "length_penalty": 1.0}
-"""What tasks say for another library, with the value that asks nothing of us."""
 
 
 @register_model("samba_lm")
@@ -154,9 +148,9 @@ class HarnessLM(TemplateLM):
         questions: list[Question] = []
         owners: list[int] = []
         for i, request in enumerate(requests):
-            windows = _windows(self.tok_encode(request.args[0]), self.prefix_token_id, self._limit)
-            questions += windows
-            owners += [i] * len(windows)
+            own = windows(self.tok_encode(request.args[0]), self.prefix_token_id, self._limit)
+            questions += own
+            owners += [i] * len(own)
         sums = [0.0] * len(requests)
         with self._told("rolling likelihoods") as tell:
             for i, answer in zip(owners, self._scorer.ask(questions, tell), strict=True):
@@ -164,7 +158,7 @@ class HarnessLM(TemplateLM):
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each context; see :func:`sampling` for what a task may ask."""
+        """What the model writes after each context; see ``writing.sampling`` for what a task may ask."""
         prompts = []
         for i, request in enumerate(requests):
             context, options = request.args
@@ -225,40 +219,6 @@ class HarnessLM(TemplateLM):
             "tokenizer_sha256": self._own.fingerprint(),
             "max_length": self._limit,
         }
-
-
-def sampling(options: Mapping[str, Any], default_tokens: int, seed: int) -> SamplingParams:
-    """What a task's ``generation_kwargs`` ask: until, max_gen_toks, do_sample, temperature, top_p, top_k, min_p,
-    repetition_penalty. Greedy unless they ask for a temperature.
-
-    Raises UserError for any other that would change the answer.
-    """
-    known = {*LIMITS, *SAMPLING, *NO_EFFECT, "until", "do_sample"}
-    for name, value in options.items():
-        if name not in known or value != NO_EFFECT.get(name, value):
-            raise UserError(f"{name}={value!r} of generation_kwargs cannot be done.{did_you_mean(name, known)}")
-    until = options.get("until") or []
-    stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
-    tokens = next((int(options[name]) for name in LIMITS if options.get(name) is not None), default_tokens)
-    chosen = {name: options[name] for name in SAMPLING if options.get(name) is not None}
-    if options.get("do_sample") is False or "temperature" not in chosen:
-        chosen["temperature"] = 1.0 if options.get("do_sample") and "temperature" not in chosen else 0.0
-    if chosen.get("top_k") == 0:  # what transformers calls all
-        del chosen["top_k"]
-    return SamplingParams(max_tokens=tokens, stop=stop, seed=seed, **chosen)
-
-
-def _windows(ids: list[int], prefix: int, limit: int | None) -> list[Question]:
-    """A text as questions that predict each of its tokens once, from at most ``limit`` tokens, as the harness does."""
-    if limit is None or len(ids) <= limit:
-        return [Question([prefix], ids)] if ids else []
-    first = Question([prefix], ids[:limit])
-    rest = []
-    for begin in range(limit, len(ids), limit):
-        end = min(begin + limit, len(ids))
-        # Read are the ``limit`` tokens before the window's last: those that are not predicted in it stand before.
-        rest.append(Question(ids[end - limit - 1 : begin], ids[begin:end]))
-    return [first, *rest]
 
 
 def unchanged(documents: Any) -> Any:

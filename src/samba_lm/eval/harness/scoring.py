@@ -221,6 +221,19 @@ class Scorer:
             yield batch
 
 
+def windows(ids: list[int], prefix: int, limit: int | None) -> list[Question]:
+    """A text as questions that predict each of its tokens once, from at most ``limit`` tokens, as the harness does."""
+    if limit is None or len(ids) <= limit:
+        return [Question([prefix], ids)] if ids else []
+    first = Question([prefix], ids[:limit])
+    rest = []
+    for begin in range(limit, len(ids), limit):
+        end = min(begin + limit, len(ids))
+        # Read are the ``limit`` tokens before the window's last: those that are not predicted in it stand before.
+        rest.append(Question(ids[end - limit - 1 : begin], ids[begin:end]))
+    return [first, *rest]
+
+
 def _rows(questions: Sequence[Question], vocab_size: int) -> list[_Row]:
     """What is to be read: once each, however many questions end in different last tokens."""
     found: dict[tuple[int, ...], _Row] = {}

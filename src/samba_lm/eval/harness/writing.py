@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from samba_lm.engine.engine import Engine
 from samba_lm.engine.request import End, Event, Request
+from samba_lm.errors import UserError, did_you_mean
 from samba_lm.eval.harness.prefixes import families
 from samba_lm.generation.params import DEFAULT_CHUNK, SamplingParams
 from samba_lm.generation.prefill import Reader
@@ -19,6 +21,11 @@ OnProgress = Callable[[float], None]
 SLOTS = {"cpu": 16, "cuda": 64}
 """Texts written at once."""
 GPU_CHUNK = 8192
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""What tasks call the most tokens of an answer; the first that is given counts."""
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+NO_EFFECT = {"num_beams": 1, "early_stopping": False, "length_penalty": 1.0}
+"""What tasks say for another library, with the value that asks nothing of us."""
 
 
 @dataclass(frozen=True)
@@ -71,3 +78,24 @@ def _read(engine: Engine, ids: Sequence[int]) -> Reader:
     (answer,) = engine.complete([Request([np.array(ids)], nothing, keep=True)])
     assert answer.end.reader is not None, "it was asked for"
     return answer.end.reader
+
+
+def sampling(options: Mapping[str, Any], default_tokens: int, seed: int) -> SamplingParams:
+    """What a task's ``generation_kwargs`` ask: until, max_gen_toks, do_sample, temperature, top_p, top_k, min_p,
+    repetition_penalty. Greedy unless they ask for a temperature.
+
+    Raises UserError for any other that would change the answer.
+    """
+    known = {*LIMITS, *SAMPLING, *NO_EFFECT, "until", "do_sample"}
+    for name, value in options.items():
+        if name not in known or value != NO_EFFECT.get(name, value):
+            raise UserError(f"{name}={value!r} of generation_kwargs cannot be done.{did_you_mean(name, known)}")
+    until = options.get("until") or []
+    stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
+    tokens = next((int(options[name]) for name in LIMITS if options.get(name) is not None), default_tokens)
+    chosen = {name: options[name] for name in SAMPLING if options.get(name) is not None}
+    if options.get("do_sample") is False or "temperature" not in chosen:
+        chosen["temperature"] = 1.0 if options.get("do_sample") and "temperature" not in chosen else 0.0
+    if chosen.get("top_k") == 0:  # what transformers calls all
+        del chosen["top_k"]
+    return SamplingParams(max_tokens=tokens, stop=stop, seed=seed, **chosen)
