@@ -222,12 +222,16 @@ class Planner:
 
     def _fingerprint(self, recipe: Recipe, config: ModelConfig) -> str:
         section = recipe.data
-        told = recipe.to_dict()
+        # What stands at its default is left out, so that a setting that recipes learn later changes no earlier run's.
+        told = recipe.model_dump(mode="json", exclude_defaults=True)
         train = {name: value for name, value in told["train"].items() if name not in FREE}
-        data = {name: value for name, value in told["data"].items() if name not in ("train", "val", "tokenizer")}
+        begun = {name: value for name, value in told["model"].items() if name == "slow_channels"}
+        data = {
+            name: value for name, value in told.get("data", {}).items() if name not in ("train", "val", "tokenizer")
+        }
         data["train"] = described(self.data.open(section.train, "data.train"))
         data["val"] = None if section.val is None else described(self.data.open(section.val, "data.val"))
-        return _sha256({"model": config.fingerprint(), "data": data, "train": train})
+        return _sha256({"model": config.fingerprint(), **begun, "data": data, "train": train})
 
     def _evaluations(self, config: ModelConfig) -> tuple[tuple[Evaluation, str], ...]:
         found = []
@@ -235,7 +239,9 @@ class Planner:
             lengths = evaluation.lengths_for(config.constant_state)
             if not lengths:
                 continue
-            settings = evaluation.model_dump(mode="json", exclude={"data", "title", "max_length_growing"})
+            settings = evaluation.model_dump(
+                mode="json", exclude={"data", "title", "max_length_growing"}, exclude_defaults=True
+            )
             settings["measured"] = lengths
             settings["data"] = described(self.data.open(evaluation.data, f"Evaluation {evaluation.name}", True))
             found.append((evaluation, _sha256(settings)))
