@@ -17,9 +17,9 @@ from samba_lm.model import SambaLM
 V = 40
 
 
-def make(window: int | None = 8) -> SambaLM:
+def make(window: int | None = 8, width: int = 16) -> SambaLM:
     layers = (Mamba(state=4), SwiGLU(width=16), Attention(heads=2, window=window), SwiGLU(width=16))
-    config = ModelConfig(name="tiny", d_model=16, vocab_size=V, layers=layers, max_context=400)
+    config = ModelConfig(name="tiny", d_model=width, vocab_size=V, layers=layers, max_context=400)
     model = create(config, seed=1).double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -155,3 +155,12 @@ def test_families_share_what_they_say() -> None:
             assert all(family.shared < len(texts[i]) for i in family.members)
     alike = families([[*range(300), i] for i in range(10)] + [[1, 2], [1, 2]])
     assert [(family.shared, len(family.members)) for family in alike] == [(300, 10), (0, 2)]
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_the_same() -> None:
+    model, questions = make(width=64).float(), many()
+    expected = Scorer(model).ask(questions)
+    found = Scorer(model.cuda()).ask(questions)
+    assert [answer.logprob for answer in found] == pytest.approx([answer.logprob for answer in expected], rel=2e-3)
+    assert [answer.greedy for answer in found] == [answer.greedy for answer in expected]
