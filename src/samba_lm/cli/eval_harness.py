@@ -333,7 +333,9 @@ def _print_together(console: Console, found: dict[str, list[Score]]) -> None:
     for scores in zip(*found.values(), strict=True):
         first = [score.metrics[0] for score in scores if score.metrics]
         if len(first) == len(scores):
-            table.add_row(f"{scores[0].task} {_called(first[0])}", *(f"{_figure(one)} {_reach(one)}" for one in first))
+            table.add_row(
+                f"{scores[0].task} {_called(first[0])}", *(f"{_figure(one)} ({_interval(one)})" for one in first)
+            )
     console.print(table)
 
 
@@ -350,13 +352,6 @@ def _interval(metric: Metric) -> str:
         return "-"
     low, high = metric.low, metric.high
     return f"{100 * low:.1f}-{100 * high:.1f}" if metric.is_share else f"{_short(low)}-{_short(high)}"
-
-
-def _reach(metric: Metric) -> str:
-    if metric.low is None or metric.high is None:
-        return ""
-    half = (metric.high - metric.low) / 2
-    return f"±{100 * half:.1f}" if metric.is_share else f"±{_short(half)}"
 
 
 def _short(value: float) -> str:
