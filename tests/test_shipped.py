@@ -6,18 +6,20 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import samba_lm
 from samba_lm import checkpoint, shipped
 from samba_lm.cli.main import main
+from samba_lm.data.passkey import Passkey
 from samba_lm.errors import UserError
 from samba_lm.mixers.mamba import Selection
 
 REAL = shipped.FOLDER
 BYTES = 15 << 20
-"""What it may take in the wheel."""
+"""What its weights may take."""
 
 
 def test_it_is_loaded_by_name_in_fp32(nano: Path) -> None:
@@ -75,6 +77,11 @@ def test_commands_take_it_where_none_is_named(
         == samba_lm.generate(model, tokenizer, "Who was it? It was", max_tokens=5, temperature=0, stop="\n").strip()
     )
     assert "samba-nano is a small base model: it continues texts" in err
+    answer, _ = written(capsys, "ask", "Who was it?", *few)
+    prompt = "Who was it? The answer is"
+    assert (
+        answer.rstrip() == samba_lm.generate(model, tokenizer, prompt, max_tokens=5, temperature=0, stop="\n").strip()
+    )
     assert "base model" not in written(capsys, "ask", str(nano), "Who was it?", *few)[1]
 
     book = tmp_path / "book.txt"
@@ -123,7 +130,7 @@ def test_what_is_shipped_is_whole_and_small() -> None:
     assert {p.name for p in folder.iterdir()} <= {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"
     }  # fmt: skip
-    assert sum(p.stat().st_size for p in folder.iterdir()) <= BYTES
+    assert (folder / "model.safetensors").stat().st_size <= BYTES
     model, tokenizer = samba_lm.load(folder)
     assert model.dtype == torch.bfloat16
     for module in model.modules():
@@ -134,6 +141,12 @@ def test_what_is_shipped_is_whole_and_small() -> None:
     model, tokenizer = samba_lm.load(shipped.DEFAULT)
     text = samba_lm.generate(model, tokenizer, "Once upon a time, there was", max_tokens=60, temperature=0.8)
     assert len(re.findall(r"[a-z]+", text)) > 20, text
+    random = np.random.RandomState(0)
+    example = Passkey(tokenizer).example(random, 4096, 0.3)
+    found = samba_lm.generate(
+        model, tokenizer, np.concatenate((example.document, example.question)), max_tokens=8, temperature=0
+    )
+    assert found.split()[0] == example.text, "a number 2,800 tokens back, far beyond its windows"
     card = (folder / "README.md").read_text(encoding="utf-8").lower()
     for word in ("licence", "data", "recipe", "base model", "passkey", "perplexity"):
         assert word in card, f"the card does not tell of {word}"

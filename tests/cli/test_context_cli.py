@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import samba_lm
-from samba_lm.cli.ask import WORDING, worded
+from samba_lm.cli.ask import NANO, WORDING, worded
 from samba_lm.cli.main import main
 from samba_lm.config import Attention, Mamba, ModelConfig, SwiGLU
 from samba_lm.contexts.reading import read
@@ -176,6 +176,8 @@ def test_the_wording() -> None:
     for question in ("Who?", "Who is it", "Who? Where?", "Who? ", "Tell me."):
         assert worded(None, question) == worded(WORDING, question)
     assert worded(None, "Who is it? It is ") == ("\nWho is it? It is", ("\n",)), "its answer is begun"
+    assert worded(None, "Who is it?", NANO) == ("\nWho is it? The answer is", ("\n",))
+    assert worded(None, "Who is it? It is", NANO) == ("\nWho is it? It is", ("\n",))
     assert worded(WORDING, "Who is it? It is")[0].startswith("\n\nQuestion: Who is it? It is\n")
     with pytest.raises(UserError, match="has no place for the question"):
         worded("Question:", "Who?")

@@ -30,6 +30,8 @@ QUESTION = "{question}"
 WORDING = r"\n\nQuestion: {question}\nAnswer:"
 BEGUN = r"\n{question}"
 """The wording of a question that ends in the beginning of its answer."""
+NANO = r"\n{question} The answer is"
+"""The usual wording for the model that comes along: it goes on with a sentence, and knows no "Answer:"."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Ask:
     wording: str | None = None
     r"""How the question is put to a model that continues texts: {question} stands for it, \n for a new line. What
     stands before it ends the answer, too, should the model go on to ask itself. By default
-    \n\nQuestion: {question}\nAnswer:, and \n{question} where the answer is begun."""
+    \n\nQuestion: {question}\nAnswer: (samba-nano: \n{question} The answer is), and \n{question} where the answer is
+    begun."""
     sampling: OmitArgPrefixes[SamplingOptions] = field(
         default_factory=lambda: SamplingOptions(temperature=0.0, max_tokens=64)
     )
@@ -76,7 +79,8 @@ def main(argv: list[str]) -> None:
     question = command.question or ""
     if not question.strip():
         raise UserError("The question is empty: write it between quotes.")
-    wording, stop = worded(command.wording, question)
+    usual = WORDING if shipped.find(command.name) is None else NANO
+    wording, stop = worded(command.wording, question, usual)
     with contextlib.ExitStack() as stack:
         from_stdin = command.file == Path("-")
         file = None
@@ -125,19 +129,20 @@ def _followed(text: Iterator[str], wording: str, tokenizer: Tokenizer) -> Iterat
     yield tokenizer.encode(wording.removeprefix("\n") if single else wording)
 
 
-def worded(wording: str | None, question: str) -> tuple[str, tuple[str, ...]]:
+def worded(wording: str | None, question: str, usual: str = WORDING) -> tuple[str, tuple[str, ...]]:
     r"""The question as the model reads it, and the strings that end its answer; ``\n`` in the wording is a new line.
 
-    Without a wording it is the usual one, or that of a question whose answer is begun, which a line break ends.
+    Without a wording it is the usual one, or that of a question whose answer is begun. An answer that goes on in the
+    question's line ends with it.
 
     Raises UserError where the wording has no place for the question.
     """
-    begun = wording is None and re.search(r"\?\s+\S.*[^\s.?!]\s*$", question, re.DOTALL) is not None
-    if wording is None:
-        wording = BEGUN if begun else WORDING
-    if QUESTION not in wording:
-        raise UserError(f"--wording {wording!r} has no place for the question: write {QUESTION} in it.")
-    wording = wording.replace(r"\n", "\n")
-    opening = wording.partition(QUESTION)[0].strip()
-    ends = ("\n",) if begun else (f"\n{opening}",) if opening else ()
-    return wording.replace(QUESTION, question.strip()), ends
+    begun = re.search(r"\?\s+\S.*[^\s.?!]\s*$", question, re.DOTALL) is not None
+    chosen = wording if wording is not None else BEGUN if begun else usual
+    if QUESTION not in chosen:
+        raise UserError(f"--wording {chosen!r} has no place for the question: write {QUESTION} in it.")
+    inline = wording is None and chosen in (BEGUN, NANO)
+    chosen = chosen.replace(r"\n", "\n")
+    opening = chosen.partition(QUESTION)[0].strip()
+    ends = ("\n",) if inline else (f"\n{opening}",) if opening else ()
+    return chosen.replace(QUESTION, question.strip()), ends

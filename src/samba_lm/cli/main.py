@@ -51,7 +51,7 @@ COMMANDS = (
     Command("convert from-official", "read a checkpoint of the paper's reference code", "samba_lm.cli.convert"),
     Command("convert from-transformers", "read a transformers Llama, Mistral or Mamba", "samba_lm.cli.convert"),
     Command("convert to-transformers", "write a transformers Llama, Mistral or Mamba", "samba_lm.cli.convert"),
-    Command("demo", "train Samba and its twins on this machine and write a report", "samba_lm.cli.demo"),
+    Command("demo", "a minute with the model that comes along, or four trained here", "samba_lm.cli.demo"),
     Command("bench", "time the operations and whole models", "samba_lm.cli.bench"),
 )
 
