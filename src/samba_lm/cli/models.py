@@ -54,9 +54,9 @@ def main(argv: list[str]) -> None:
 
 def _config(name: str) -> ModelConfig:
     if name not in shipped.names():
-        near = did_you_mean(name, shipped.names())
-        if name not in zoo.ZOO and "mean" in near:
-            raise UserError(f"Unknown model {name!r}.{near}")
+        if name not in zoo.ZOO:
+            near = did_you_mean(name, [*zoo.names(), *shipped.names()])
+            raise UserError(f"Unknown model {name!r}.{near} `samba-lm models` lists them all.")
         return zoo.get(name)
     header = read_json(shipped.FOLDER / name / "config.json")
     assert isinstance(header, dict), "what comes with the package is whole"
