@@ -17,6 +17,7 @@ import torch
 import samba_lm
 from samba_lm.cli.generate import file_share
 from samba_lm.cli.main import main
+from samba_lm.cli.model import SMALL, with_one_thread
 from samba_lm.config import Attention, Mamba, ModelConfig, SwiGLU
 from samba_lm.tokenizer import ByteTokenizer, train_bpe
 
@@ -131,6 +132,25 @@ def test_files_that_cannot_be_read_are_told(checkpoint: Path, capsys, tmp_path: 
     assert "latin.txt is not UTF-8: byte 3 " in capsys.readouterr().err
     assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
     assert "is not a checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("parameters", "threads"), [(SMALL - 1, [2, 1, 1]), (SMALL, [2, 2, 2])])
+def test_a_small_model_writes_with_one_thread_and_reads_with_all(
+    parameters: int, threads: list[int], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = samba_lm.load(checkpoint)
+    monkeypatch.setattr(ModelConfig, "parameters", lambda self: parameters)
+    torch.set_num_threads(2)
+    try:
+        seen = [int(piece) for piece in with_one_thread((str(torch.get_num_threads()) for _ in range(3)), model)]
+        assert seen == threads
+        assert torch.get_num_threads() == 2, "as it was"
+        left = with_one_thread(iter("abc"), model)
+        assert next(left) + next(left) == "ab"
+        del left  # an answer that was stopped
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_full_attention_takes_a_limit(capsys, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from samba_lm.cli.chat_input import Prompt
 from samba_lm.cli.chat_view import View
+from samba_lm.cli.model import with_one_thread
 from samba_lm.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class Room:
                 if time.monotonic() - began > PATIENCE:
                     self.view.status(f"reading: {tokens - before:,} tokens")
 
-            pieces = ask(on_progress)
+            pieces = with_one_thread(ask(on_progress), self.model)
             try:
                 for piece in pieces:
                     show(piece)

@@ -17,7 +17,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 from tyro.constructors import PrimitiveConstructorSpec
 
 from samba_lm import shipped
-from samba_lm.cli.model import ContextFile, Runtime, RuntimeOptions, is_checkpoint, load_context
+from samba_lm.cli.model import ContextFile, Runtime, RuntimeOptions, is_checkpoint, load_context, with_one_thread
 from samba_lm.cli.output import JsonFile, write_json
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError
@@ -184,7 +184,7 @@ def write_continuation(
             on_progress=lambda tokens: status.update(f"reading the prompt: {tokens:,} tokens{file_share(file)}"),
         )
         try:
-            for piece in text:
+            for piece in with_one_thread(text, model):
                 status.stop()
                 if strip:
                     piece = piece.lstrip()

@@ -29,6 +29,9 @@ OptionalCheckpoint = Annotated[str, tyro.conf.arg(metavar="[CKPT]")]
 ContextFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 """The option ``--context``, for :func:`load_context`."""
 
+SMALL = 20_000_000
+"""Parameters of a model whose steps one thread makes as fast as several."""
+
 
 def is_checkpoint(word: str) -> bool:
     """Whether a word on the command line names a checkpoint: a folder, or a model by its name."""
@@ -117,6 +120,24 @@ def load_with_tokenizer(
             f"{name} has no tokenizer, so it can neither read nor write text: put its tokenizer.json there."
         )
     return model, tokenizer
+
+
+def with_one_thread(pieces: Iterator[str], model: SambaLM) -> Iterator[str]:
+    """The pieces of a text; those after the first are made with one thread, where a model on a CPU is small.
+
+    The work of its steps is over before other threads have met for it; where the cores have something else to do, they
+    would wait for each other many times as long. What was asked is still read with all threads.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        for piece in pieces:
+            yield piece
+            if model.device.type == "cpu" and model.config.parameters() < SMALL:
+                torch.set_num_threads(1)
+    finally:
+        torch.set_num_threads(before)
 
 
 def load_context(path: Path | None, model: SambaLM, tokenizer: Tokenizer) -> Snapshot | None:
