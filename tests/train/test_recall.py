@@ -54,7 +54,7 @@ def test_other_rows_are_refused_and_more_steps_are_not(tmp_path: Path) -> None:
     train(recipe(run, steps=1))
     for change in ({"lengths": [640]}, {"lm_weight": 0.4}, None):
         data = {"tokenizer": "byte", "passkey": PASSKEY | change} if change else {"tokenizer": "byte", "phonebook": {}}
-        with pytest.raises(UserError, match=r"was trained with data\.passkey = "):
+        with pytest.raises(UserError, match=r"was trained with data\.passkey(\.l\w+)? = "):
             train(recipe(run, data))
     assert train(recipe(run, steps=2)).steps == 2
 
@@ -125,6 +125,8 @@ def test_made_rows_take_turns_with_text_and_the_run_continues_bit_for_bit(tmp_pa
     before, after = (load_file(run.folder / "model.safetensors") for run in (whole, part))
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert whole.val_loss == part.val_loss
+    with pytest.raises(UserError, match=r"A share of 0\.2 of 4 steps is none: raise data\.passkey\.share"):
+        train(recipe(tmp_path / "rare", data | {"passkey": {"share": 0.2}}))
     (tmp_path / "other").mkdir()
     train_bpe(["sea and ship"] * 9, 300).save(tmp_path / "other")
     with pytest.raises(UserError, match=r"is not what data\.train = .* was made with: leave it out"):
@@ -145,6 +147,16 @@ def test_slow_channels_begin_slow_and_the_others_as_always(tmp_path: Path) -> No
     made, _ = checkpoint.load(train(recipe(tmp_path, None, section, steps=1, lr=1e-9)).folder)
     biases = next(p for name, p in made.named_parameters() if name.endswith("dt_bias"))
     assert (torch.nn.functional.softplus(biases) < 1.1e-3).sum() >= 16
+
+
+def test_how_a_model_began_cannot_be_changed_later(tmp_path: Path) -> None:
+    data, section = {"tokenizer": "byte", "passkey": PASSKEY}, {"name": "samba-micro", "overrides": {"d_model": 16}}
+    train(recipe(tmp_path, data, section, steps=1))
+    with pytest.raises(UserError, match=r"trained with model\.slow_channels = 0\.0, not 0\.5"):
+        train(recipe(tmp_path, data, section | {"slow_channels": 0.5}, steps=2))
+    for key, value in (("slow_channels", 0.5), ("overrides", {"norm_eps": 1.0})):
+        with pytest.raises(UserError, match=f"{key} is of new models, and init_from = 'x' brings one"):
+            recipe(tmp_path, data, {"init_from": "x", key: value})
 
 
 def test_a_stretched_step_forgets_as_a_longer_row_would(tmp_path: Path) -> None:

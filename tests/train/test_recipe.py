@@ -66,6 +66,17 @@ def test_round_trip_and_differences() -> None:
     }
 
 
+def test_fields_that_recipes_learned_later_had_their_defaults() -> None:
+    recipe = Recipe.from_dict({"data": {"passkey": {"share": 0.5}}})
+    before = recipe.to_dict()
+    del before["model"]["slow_channels"], before["data"]["passkey"]["stretch"]
+    assert recipe.differences(before) == {}
+    del before["data"]["passkey"]["share"]
+    assert recipe.differences(before) == {"data.passkey.share": (0.5, 1.0)}
+    before["data"]["passkey"] = None
+    assert recipe.differences(before).keys() == {"data.passkey"}
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

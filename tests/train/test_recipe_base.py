@@ -75,3 +75,10 @@ def test_bad_bases_are_told_in_one_line(tmp_path: Path, files: dict[str, str], w
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_links_that_lead_in_a_circle_are_told(tmp_path: Path) -> None:
+    (tmp_path / "one.toml").symlink_to("two.toml")
+    (tmp_path / "two.toml").symlink_to("one.toml")
+    with pytest.raises(UserError, match="base cannot be read"):
+        Recipe.from_toml(write(tmp_path, a='base = "one.toml"'))

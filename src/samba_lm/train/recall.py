@@ -31,15 +31,19 @@ def recall_loader(recipe: Recipe, of_text: Tokenizer | None = None) -> RecallLoa
     else:
         maker = Phonebook(tokenizer, Names.from_faker())
     lengths = section.lengths or (settings.length,)
+    steps = int(section.share * settings.total_steps)
+    if not steps:
+        raise UserError(
+            f"A share of {section.share:g} of {settings.total_steps} steps is none: raise data.{maker.facts()['kind']}"
+            ".share, or train for longer."
+        )
     return RecallLoader(
         maker,
         tokenizer,
         settings.batch_size,
         settings.length,
         settings.seed,
-        curriculum=Curriculum(
-            lengths, section.shares or (1.0,) * len(lengths), max(1, int(section.share * settings.total_steps))
-        ),
+        curriculum=Curriculum(lengths, section.shares or (1.0,) * len(lengths), steps),
         lm_weight=section.lm_weight,
         stretch=section.stretch,
     )

@@ -54,6 +54,16 @@ class ModelSection(Section):
     init_from: PathText | None = None
     """Checkpoint folder to fine-tune: architecture and weights come from it, name and vocab_size are not used."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("slow_channels", "overrides"):
+            if self.init_from is not None and getattr(self, name):
+                raise ValueError(
+                    f"{name} is of new models, and init_from = {self.init_from!r} brings one that is made: leave "
+                    "either out"
+                )
+        return self
+
     def config(self, data_vocab: int) -> ModelConfig:
         """The config of a new model for data of ``data_vocab`` tokens. Raises UserError for unknown names."""
         if self.vocab_size == "auto":
@@ -261,13 +271,26 @@ class Recipe(Section):
         return self.model_dump(mode="json")
 
     def differences(self, before: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """``{"train.lr": (mine, before's)}`` for every field whose value is not what ``to_dict`` once gave."""
-        return {
-            f"{section}.{key}": (value, before[section].get(key))
-            for section, fields in self.to_dict().items()
-            for key, value in fields.items()
-            if value != before[section].get(key)
-        }
+        """``{"train.lr": (mine, before's)}`` for every field whose value is not what ``to_dict`` once gave.
+
+        Of two passkeys, or phonebooks, each field by itself: ``data.passkey.share``. A field that recipes did not have
+        yet then had its default.
+        """
+        found: dict[str, tuple[Any, Any]] = {}
+        for section, fields in self.to_dict().items():
+            then = {**DEFAULTS[section], **before[section]}
+            for key, value in fields.items():
+                pairs = {f"{section}.{key}": (value, then[key])}
+                if key in MADE and value is not None and isinstance(then[key], dict):
+                    held = {**MADE[key], **then[key]}
+                    pairs = {f"{section}.{key}.{name}": (each, held[name]) for name, each in value.items()}
+                found |= {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        return found
+
+
+DEFAULTS = Recipe().to_dict()
+MADE = {"passkey": PasskeySection().model_dump(mode="json"), "phonebook": PhonebookSection().model_dump(mode="json")}
+"""The sections of made rows, at their defaults."""
 
 
 def read_toml(path: Path, kind: str = "recipe") -> dict[str, Any]:
@@ -310,7 +333,7 @@ def _with_base(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: base = {base!r}: give the path of another recipe, relative to this one's folder.")
     below = path.parent / base
     for other in (*above, path):
-        if below.resolve() == other.resolve():
+        if os.path.realpath(below) == os.path.realpath(other):  # Path.resolve refuses links that go in a circle
             raise UserError(f"{path}: base = {base!r} leads back to {other}: a recipe cannot be its own base.")
     return _over(_with_base(below, (*above, path)), data)
 

@@ -32,8 +32,10 @@ from samba_lm.train.validation import ValidationWindows
 FIXED = (
     *("train.batch_size", "train.length", "train.seed"),
     *("data.documents", "data.passkey", "data.phonebook"),
+    "model.slow_channels",
 )
-"""Fields that decide which tokens step n reads: a run continued with others would skip or repeat data."""
+"""Fields, or sections, that decide which tokens step n reads (a run continued with others would skip or repeat data),
+or how the run began."""
 
 FREE = (
     *("train.out", "train.tensorboard", "train.log_every", "train.save_every", "train.keep"),
@@ -196,7 +198,8 @@ def _saved_model(folder: Path, state: TrainerState, recipe: Recipe, data: Data, 
     """The model to go on with, after checking that the checkpoint belongs to this recipe, model and data."""
     remedy = "set train.out to another folder, or start over with --fresh"
     saved, _ = checkpoint.load(folder, dtype=torch.float32)
-    if model is not None or recipe.model.model_dump(mode="json") != state.recipe["model"]:
+    changes = recipe.differences(state.recipe)
+    if model is not None or any(field.startswith("model.") for field in changes):
         wanted = model.config if model is not None else _wanted_config(recipe, data)
         if wanted.fingerprint() != saved.config.fingerprint():
             raise UserError(f"{folder} holds another model: {_difference(saved.config, wanted)}; {remedy}.")
@@ -205,10 +208,8 @@ def _saved_model(folder: Path, state: TrainerState, recipe: Recipe, data: Data, 
             f"{folder} was trained with tokenizer {state.tokenizer[:12]}, but {_data_name(recipe)} "
             f"has {data.tokenizer.fingerprint()[:12]}; {remedy}."
         )
-    changes = recipe.differences(state.recipe)
-    for field in FIXED:
-        if field in changes:
-            now, before = changes[field]
+    for field, (now, before) in changes.items():
+        if field.startswith(FIXED):
             raise UserError(f"{folder} was trained with {field} = {before}, not {now}; {remedy}.")
     if state.data != data.fingerprint:
         raise UserError(
