@@ -226,7 +226,7 @@ def test_overrides_and_json(recipe: Path, tmp_path: Path, capsys: pytest.Capture
         (["--train.tokens", "9"], ["steps = 30", "tokens = 9", "--train.tokens None"]),
         (["--train.device", "tpu"], ["'tpu'", "cpu"]),
         (["--train.dtype", "fp8"], ["fp8", "bfloat16"]),
-        (["--model.name", "samba-nanno"], ["samba-nanno", "Did you mean 'samba-micro'"]),
+        (["--model.name", "samba-micrro"], ["samba-micrro", "Did you mean 'samba-micro'"]),
         (["--model.vocab-size", "100"], ["100", "257", "auto"]),
         (["--data.train", "nowhere"], ["nowhere", "data prepare"]),
         (["--model.init-from", "nowhere/at-all"], ["nowhere/at-all"]),
