@@ -179,8 +179,11 @@ def test_other_settings_texts_and_files_are_refused(folder: Path, capsys: pytest
     assert _run("--lengths=16,64", "--protocol=prefix", "--json=out.json") == 2
     assert "protocol = 'full-window', not 'prefix'" in _error(capsys)
     assert _run("--lengths=16", "--json=out.json", data="text/a.txt") == 2
-    assert "out.json holds results with data_sha256 = " in _error(capsys)
-    for text in ("[]", "{}", '{"task": "passkey"}', "{", '{"task": "perplexity", "settings_sha256": 3}'):
+    assert "out.json holds results with other data: give" in _error(capsys)
+    whole = Path("out.json").read_text()
+    endless = whole.replace('"from": 1,', '"from": Infinity,', 1)
+    assert endless != whole
+    for text in (endless, "[]", "{}", '{"task": "passkey"}', "{", '{"task": "perplexity", "settings_sha256": 3}'):
         Path("out.json").write_text(text)
         assert _run("--lengths=16", "--json=out.json") == 2
         assert "out.json is no" in _error(capsys)

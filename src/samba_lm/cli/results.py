@@ -137,7 +137,7 @@ class Results(abc.ABC, Generic[T]):
                     raise KeyError
                 items = [item for row in model[self.items] if (item := self.item(row)) is not None]
                 self._models.append((facts, {self.key(item): item for item in items}))
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise UserError(f"{path} is no file of `eval {self.task}`: give another with --json.") from None
         if not same:
             raise UserError(
@@ -160,4 +160,10 @@ def _difference(before: Any, now: Mapping[str, object]) -> str:
     if not isinstance(before, dict):
         return "other settings"
     keys = [key for key in {**now, **before} if before.get(key) != now.get(key)]
-    return ", ".join(f"{key} = {before.get(key)!r}, not {now.get(key)!r}" for key in keys[:2]) or "other settings"
+    return ", ".join(_change(key, before.get(key), now.get(key)) for key in keys[:2]) or "other settings"
+
+
+def _change(key: str, before: object, now: object) -> str:
+    if key.endswith("sha256"):  # which says nothing to people
+        return f"other {key.removesuffix('sha256').strip('_') or 'data'}"
+    return f"{key} = {before!r}, not {now!r}"
