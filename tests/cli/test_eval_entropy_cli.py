@@ -112,6 +112,12 @@ def test_a_later_run_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     assert _read("b.json")["models"][0]["blocks"] == before["blocks"]
 
 
+def test_what_one_text_cannot_tell_is_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("model", "--samples=1") == 0
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "attention" in line]
+    assert [cells[3].strip() + cells[5].strip() for cells in rows] == ["--"]
+
+
 def test_other_settings_and_other_files_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run("model", "--samples=2", "--json=a.json") == 0
     assert _run("model", "--samples=2", "--seed=1", "--json=a.json") == 2

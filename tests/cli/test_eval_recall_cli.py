@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import signal
 import threading
 from pathlib import Path
 
 import pytest
+import torch
 
-from samba_lm.checkpoint import create, save
+from samba_lm.checkpoint import create, load, save
 from samba_lm.cli.main import main
 from samba_lm.config import Attention, Mamba, ModelConfig
 from samba_lm.tokenizer import ByteTokenizer
@@ -155,6 +157,7 @@ def test_a_phonebook_with_names_of_ones_own(
         (["model", "--filler=none.txt"], "There is no file none.txt"),
         (["model", "--json=."], "--json . is a folder"),
         (["model", "--csv=."], "--csv . is a folder"),
+        (["model", "--json=a.txt", "--csv=./a.txt"], "--json and --csv are both a.txt: give each"),
         (["model", "--figure=model/config.json/a.png"], "model/config.json is a file and no folder"),
         (["model", "nowhere"], "nowhere"),
     ],
@@ -162,6 +165,17 @@ def test_a_phonebook_with_names_of_ones_own(
 def test_mistakes(folder: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "passkey", *options, "--device=cpu"]) == 2
     assert message in _error(capsys)
+
+
+def test_of_several_checkpoints_the_damaged_one_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _save(folder / "bad")
+    model, tokenizer = load("bad")
+    with torch.no_grad():
+        model.embedding.fill_(math.nan)
+    save(model, folder / "bad", tokenizer)
+    assert main(["eval", "passkey", "model", "bad", *SMALL, "--json=a.json"]) == 2
+    assert "error: bad: The model's outputs are not finite" in _error(capsys)
+    assert _read("a.json")["models"][0]["name"] == "model"
 
 
 @pytest.mark.parametrize("pairs", ["9..3", "1..3:0", "a", "3,", ""])

@@ -144,6 +144,7 @@ def test_texts_beyond_full_attention_are_marked(
         (["model", "--split=dev"], "govreport has no split 'dev'. Known: test"),
         (["model", "--data-dir=."], "The data of govreport is not in .: put https://"),
         (["model", "--csv=."], "--csv . is a folder"),
+        (["model", "--json=a.json", "--csv=a.json"], "--json and --csv are both a.json"),
         (["model", "--task=qmsun"], "Did you mean 'qmsum'"),
         (["model", "--data-dir=broken"], "line 1 has no field 'outputs'"),
     ],

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from tyro.conf import Positional
 
 from samba_lm import shipped
-from samba_lm.cli.output import JsonFile, output_file
+from samba_lm.cli.output import JsonFile, check_different, output_file
 from samba_lm.cli.parse import several
 from samba_lm.cli.results import Model
 from samba_lm.errors import UserError
@@ -57,6 +57,7 @@ class Output:
         for path, option, example in ((self.csv, "--csv", "results.csv"), (self.figure, "--figure", "results.png")):
             if path is not None:
                 output_file(path, option, example)
+        check_different({"--json": self.json, "--csv": self.csv, "--figure": self.figure})
 
 
 OutputOptions = Annotated[Output, tyro.conf.arg(name="")]
@@ -120,3 +121,13 @@ def progress(name: str) -> Iterator[Callable[[float], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=1.0)
         yield lambda done: bar.update(task, completed=done)
+
+
+@contextmanager
+def measuring(name: str) -> Iterator[Callable[[float], None]]:
+    """:func:`progress` of a checkpoint's work, whose errors tell which of several it was."""
+    with progress(name) as tell:
+        try:
+            yield tell
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None

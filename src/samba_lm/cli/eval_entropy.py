@@ -20,7 +20,7 @@ from samba_lm.cli.eval import (
     about,
     check_checkpoints,
     label,
-    progress,
+    measuring,
 )
 from samba_lm.cli.model import Runtime, RuntimeOptions
 from samba_lm.cli.parse import parse
@@ -145,7 +145,7 @@ def _run(options: EntropyOptions, records: Sequence[Record], settings: dict[str,
             kept = {reading.row for reading in results.of(facts)}
             missing = [record for record in records if record.row not in kept]
             texts = samples(missing, tokenizer, options.question, options.answer)
-            with progress(label(name, names)) as tell:
+            with measuring(label(name, names)) as tell:
                 for reading in measure(model, texts, progress=tell):
                     results.add(facts, reading)
             readings = [reading for reading in results.of(facts) if reading.row in wanted]
@@ -195,8 +195,8 @@ def _print(
         for block in blocks:
             share, reach = (100 * value for value in (block.share, (block.share_high - block.share_low) / 2))
             figures = [str(block.block), block.kind, _figure(block.nats, 3), _figure((block.high - block.low) / 2, 3)]
-            figures += [f"{_figure(share, 1)}%"]
-            figures += [f"{_figure(reach, 1)}%", _figure(block.most, 3)] if wide else []
+            figures.append(_figure(share, 1, "%"))
+            figures += [_figure(reach, 1, "%"), _figure(block.most, 3)] if wide else []
             table.add_row(*figures)
         console.print(table)
     elif read:
@@ -209,5 +209,5 @@ def _print(
         say(f"Skipped, row{'s' * (len(rows) > 1)} {', '.join(rows)}: {reason}.")
 
 
-def _figure(value: float, digits: int) -> str:
-    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+def _figure(value: float, digits: int, unit: str = "") -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}{unit}"

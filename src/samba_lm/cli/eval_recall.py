@@ -20,7 +20,7 @@ from samba_lm.cli.eval import (
     about,
     check_checkpoints,
     label,
-    progress,
+    measuring,
 )
 from samba_lm.cli.model import Runtime, RuntimeOptions
 from samba_lm.cli.parse import parse, several
@@ -158,7 +158,7 @@ def _run(options: Passkey | Phonebook, plan: Plan, make_task: MakeTask) -> None:
                 results = RecallResults(output.json, task)
             facts = about(name, model, tokenizer)
             done = frozenset(cell.key for cell in results.of(facts))
-            with progress(label(name, options.checkpoints)) as tell:
+            with measuring(label(name, options.checkpoints)) as tell:
                 for cell in measure(model, tokenizer, task, without=done, progress=tell):
                     results.add(facts, cell)
             models.append(facts)

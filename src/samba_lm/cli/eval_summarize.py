@@ -12,9 +12,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from samba_lm.cli.eval import STOPPED, Checkpoints, about, check_checkpoints, label, progress
+from samba_lm.cli.eval import STOPPED, Checkpoints, about, check_checkpoints, label, measuring
 from samba_lm.cli.model import Runtime, RuntimeOptions
-from samba_lm.cli.output import JsonFile, output_file
+from samba_lm.cli.output import JsonFile, check_different, output_file
 from samba_lm.cli.parse import parse
 from samba_lm.cli.results import Results, write_rows
 from samba_lm.errors import UserError
@@ -92,6 +92,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{name} is {value}: give at least 1. See `{PROG} --help`.")
     if options.csv is not None:
         output_file(options.csv, "--csv", "scores.csv")
+    check_different({"--json": options.json, "--csv": options.csv})
     task = TASKS[options.task]
     path = task.file(options.data_dir, options.split)
     check_checkpoints(options.checkpoints)
@@ -128,7 +129,7 @@ def _run(options: SummarizeOptions, task: Task, samples: Sequence[Sample], data:
                 results.add(facts, summary)
 
             if missing:
-                with progress(label(name, names)) as tell:
+                with measuring(label(name, names)) as tell:
                     measure(model, tokenizer, missing, params, found, progress=tell)
             items = [item for item in results.of(facts) if item.number < len(samples)]
             _print(console, name, settings, items, len(kept & {sample.number for sample in samples}))

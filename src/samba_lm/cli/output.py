@@ -41,6 +41,17 @@ def output_file(path: str | os.PathLike[str], option: str, example: str) -> Path
     return path
 
 
+def check_different(files: Mapping[str, Path | None]) -> None:
+    """Raise UserError where two options, ``{"--json": path}``, name one file: the second would be written over the
+    first."""
+    seen: dict[str, str] = {}
+    for option, path in files.items():
+        if path is not None and seen.setdefault(os.path.realpath(path), option) != option:
+            raise UserError(
+                f"{seen[os.path.realpath(path)]} and {option} are both {path}: give each a file of its own."
+            )
+
+
 JsonFile = Annotated[
     Path | None,
     PrimitiveConstructorSpec(
