@@ -163,6 +163,13 @@ def test_models_of_fewer_lengths_read_the_same_documents(study: Path) -> None:
     assert [len(document) for document in documents] == [size for size in sizes if size == longest]
     whole, _ = same_text(evaluation, (32, 64, longest))
     assert not isinstance(whole, list)
+    # One that no document has is left out for all, and changes no other's documents.
+    path.write_text(text.replace(f"64, {longest}]", f"64, {longest}, 999999]"))
+    evaluation = read_study(study)[0].evaluations[0]
+    again, _ = same_text(evaluation, (32, 64))
+    assert [list(document) for document in again] == [list(document) for document in documents]
+    whole, _ = same_text(evaluation, (32, 64, longest, 999999))
+    assert not isinstance(whole, list)
 
 
 def test_curves_are_thinned_by_means() -> None:

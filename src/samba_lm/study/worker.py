@@ -228,13 +228,14 @@ def same_text(evaluation: Evaluation, lengths: Sequence[int]) -> tuple[Tokens, i
     Documents that must reach the longest length are the same for every model, also one that is not measured there.
     """
     dataset, settings = open_data(evaluation.data), evaluation.settings()
-    longest = max(evaluation.lengths)
-    if settings.protocol not in OF_DOCUMENTS or settings.documents == "every" or longest in lengths:
+    sizes = [_size(dataset, i) for i in range(dataset.num_documents)]
+    # A length that no document has is left out for all models, and chooses none.
+    longest = max((length for length in evaluation.lengths if length <= max(sizes)), default=0)
+    own = settings.protocol not in OF_DOCUMENTS or settings.documents == "every"
+    if own or not longest or longest in lengths:
         return dataset, settings.max_tokens
-    documents = [i for i in range(dataset.num_documents) if _size(dataset, i) >= longest]
+    documents = [i for i, size in enumerate(sizes) if size >= longest]
     documents = documents[: settings.samples(len(documents), longest)]
-    if not documents:
-        return dataset, settings.max_tokens
     return [dataset.document(i) for i in documents], None
 
 
