@@ -167,6 +167,17 @@ def test_mistakes(folder: Path, options: list[str], message: str, capsys: pytest
     assert message in _error(capsys)
 
 
+def test_a_file_with_a_cell_of_no_size_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["eval", "passkey", "model", "--lengths=300", "--depths=2", "--keys=1", "--device=cpu", "--json=a.json"]
+    assert main(command) == 0
+    record = _read("a.json")
+    record["models"][0]["cells"][0]["size"] = None
+    Path("a.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "a.json is no file of `eval passkey`" in _error(capsys)
+
+
 def test_of_several_checkpoints_the_damaged_one_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _save(folder / "bad")
     model, tokenizer = load("bad")

@@ -129,9 +129,8 @@ def _record(run: str, stage: str, lr: float, seed: int, val_loss: float | None, 
 
 
 def _evaluation(*losses: float) -> Measured:
-    rows = [
-        {"length": 1024 * 2**i, "windows": 4, "loss": loss, "standard_error": 0.01} for i, loss in enumerate(losses)
-    ]
+    rest = {"windows": 4, "tokens": 4096, "positions": (1, 1024), "standard_error": 0.01, "means": [], "note": ""}
+    rows = [{"length": 1024 * 2**i, "loss": loss, **rest} for i, loss in enumerate(losses)]
     return Measured(name="prefix", fingerprint="g", seconds=1.0, results=rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from samba_lm import checkpoint
+from samba_lm.errors import UserError
 from samba_lm.eval.perplexity import perplexity
 from samba_lm.study.plan import Job, Planner
 from samba_lm.study.record import Record, read_record, read_records, record_path, tail_mean, thin
@@ -170,6 +172,21 @@ def test_models_of_fewer_lengths_read_the_same_documents(study: Path) -> None:
     assert [list(document) for document in again] == [list(document) for document in documents]
     whole, _ = same_text(evaluation, (32, 64, longest, 999999))
     assert not isinstance(whole, list)
+
+
+@pytest.mark.parametrize(("key", "value"), [("length", "long"), ("means", [None]), ("loss", ""), ("positions", [])])
+def test_a_record_whose_results_no_table_can_read_is_damaged(tmp_path: Path, key: str, value: object) -> None:
+    row = {"length": 8, "positions": [1, 8], "windows": 1, "tokens": 7, "loss": None, "means": [], "note": "no room"}
+    measured = {"name": "prefix", "fingerprint": "f", "seconds": 1.0, "results": [row]}
+    record = {"run": "a", "stage": "final", "lr": 0.1, "seed": 0, "fingerprint": "f", "status": "done", "recipe": {}}
+    record |= {"config": {}, "parameters": 1, "flops_per_token": 2.0, "started": "today", "evaluations": [measured]}
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(record))
+    assert read_record(path).evaluations[0].results == [row]
+    row[key] = value
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"a\.json is no record of a study's run"):
+        read_record(path)
 
 
 def test_curves_are_thinned_by_means() -> None:

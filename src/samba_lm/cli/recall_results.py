@@ -42,7 +42,13 @@ class RecallResults(Results["Cell"]):
 
         if row["skipped"]:  # that may have changed
             return None
-        return Cell(row["size"], row["depth"], tuple(Trial(**trial) for trial in row["trials"]), row["seconds"])
+        depth = row["depth"]
+        return Cell(
+            int(row["size"]),
+            None if depth is None else float(depth),
+            tuple(Trial(**trial) for trial in row["trials"]),
+            row["seconds"],
+        )
 
     def csv_row(self, item: Cell) -> dict[str, object]:
         from samba_lm.eval.recall import Count

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from samba_lm.errors import UserError
 from samba_lm.files import read_json, write_text
@@ -23,6 +23,28 @@ Status = Literal["trained", "done", "diverged", "failed"]
 """trained: not all evaluations are there. done: they are. diverged, failed: see the reason."""
 
 
+class Row(BaseModel):
+    """What tables and figures read of one length's result; the rest may be anything."""
+
+    model_config = ConfigDict(strict=True)
+
+    length: int
+    positions: Annotated[tuple[int, int], Field(strict=False)]
+    windows: int
+    tokens: int
+    loss: float | None
+    means: list[float]
+    note: str
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    Row.model_validate(row)
+    return row
+
+
+Result = Annotated[dict[str, Any], AfterValidator(_row)]
+
+
 class Measured(BaseModel):
     """One evaluation's results."""
 
@@ -32,7 +54,7 @@ class Measured(BaseModel):
     fingerprint: str
     """sha256 of its settings and data."""
     seconds: float
-    results: list[dict[str, Any]]
+    results: list[Result]
     """One for each length, as `eval perplexity` gives them."""
 
 
@@ -53,7 +75,7 @@ class Record(BaseModel):
     """Why it diverged or failed."""
     recipe: dict[str, Any]
     config: dict[str, Any]
-    parameters: int
+    parameters: Annotated[int, Field(ge=0, lt=1 << 63)]
     flops_per_token: float
     """Forward, at the training length."""
     steps: int = 0
