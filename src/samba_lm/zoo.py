@@ -249,8 +249,8 @@ _SMALL_ROWS: list[tuple[str, str, Callable[[str], ModelConfig]]] = [
      lambda n: two_paths(n, replace(S27, mlp=1200), Parallel(attention=S27.attention()), 8)),
     ("gated-27m", "past the paper",
      lambda n: two_paths(n, replace(S27, mlp=1184), GatedParallel(attention=S27.attention()), 8)),
-    ("samba-27m-window-128", "window ablation, small", lambda n: samba(n, replace(S27, window=128))),
-    ("samba-27m-window-256", "window ablation, small", lambda n: samba(n, replace(S27, window=256))),
+    ("samba-27m-window-128", "windows, small", lambda n: samba(n, replace(S27, window=128))),
+    ("samba-27m-window-256", "windows, small", lambda n: samba(n, replace(S27, window=256))),
     *(
         (f"samba-27m-heads-{h}-{g}", "Table 6, small",
          lambda n, h=h, g=g: samba(n, replace(S27, mlp=1152, heads=h, kv_heads=g)))

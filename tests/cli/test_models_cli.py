@@ -51,10 +51,20 @@ def test_what_comes_with_the_package_is_shown(
     assert first["parameters"] == zoo.get("samba-micro").parameters()
     models.main(["samba-nano"])
     told = capsys.readouterr().out
-    assert "a trained samba-micro that comes with samba-lm" in told
+    assert "samba-nano  (trained, comes with samba-lm)" in told
     assert str(nano / "README.md") in told
     with pytest.raises(UserError, match="Did you mean 'samba-nano'"):
         models.main(["samba-nanno"])
+
+
+def test_a_usual_terminal_has_one_line_for_each(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    models.main([])
+    lines = capsys.readouterr().out.splitlines()
+    names = [*shipped.names(), *zoo.names()]
+    assert [line.split()[0] for line in lines[1 : 1 + len(names)]] == names
 
 
 def test_the_pattern_is_found() -> None:

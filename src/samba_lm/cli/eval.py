@@ -70,7 +70,7 @@ def check_checkpoints(names: Sequence[str], *, tokenizer: bool = True) -> None:
     from samba_lm import checkpoint, zoo
 
     if not names:
-        raise UserError("Which checkpoint? Give one or more folders first.")
+        raise UserError("Which checkpoint? Give one or more folders first, or samba-nano, the model that comes along.")
     for name in names:
         folder = resolved(name)
         if not folder.is_dir() and name not in zoo.names():

@@ -86,7 +86,7 @@ def _list(console: Console, rows: list[tuple[dict[str, Any], ModelConfig]], cont
     table.add_column("name", no_wrap=True)
     if wide:
         table.add_column("paper")
-    for column in ("params", "layers", "FLOPs/token", "state")[: None if wide else 1]:
+    for column in ("params", "layers", "FLOPs", "state")[: None if wide else 1]:
         table.add_column(column, justify="right", no_wrap=True)
     for row, config in rows:
         size, flops = count(row["parameters"]), count(row["flops_per_token"], "KMGT")
@@ -96,15 +96,17 @@ def _list(console: Console, rows: list[tuple[dict[str, Any], ModelConfig]], cont
             table.add_row(row["name"], size)
     console.print(table)
     if shipped.DEFAULT in shipped.names():
-        console.print(f"{shipped.DEFAULT} is trained and comes with samba-lm: commands take it where none is named.")
+        console.print(
+            f"{shipped.DEFAULT} is trained and comes with samba-lm: what writes text takes it where no model is named."
+        )
     console.print(
-        f"FLOPs: forward, mean over {context} tokens. State: bytes a sequence, activations in bf16 and sums in fp32; "
+        f"FLOPs: a token, forward, mean over {context} tokens. State: bytes a sequence, activations in bf16 and sums in fp32; "
         f"+ grows with the text (given at {context} tokens). `samba-lm models NAME` draws one."
     )
 
 
 def _draw(console: Console, row: dict[str, Any], config: ModelConfig, context: int) -> None:
-    origin = f"a trained {config.name} that comes with samba-lm" if row["trained"] else row["paper"]
+    origin = "trained, comes with samba-lm" if row["trained"] else row["paper"]
     console.print(f"[bold]{row['name']}[/bold]  ({origin})", highlight=False)
     console.print(
         f"{row['parameters']:,} parameters, {row['layers']} layers, width {config.d_model}; "

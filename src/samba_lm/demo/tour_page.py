@@ -109,9 +109,12 @@ def _recall(result: TourResult) -> Html:
 def _draw_memory(result: TourResult, size: tuple[float, float]) -> Figure:
     reading = result.reading
     held = [value / 2**20 for value in reading.resident]
-    curve = Curve("resident memory", reading.tokens, held, style=0)
+    thousands = [tokens / 1000 for tokens in reading.tokens]  # short numbers have room on a telephone
+    curve = Curve("resident memory", thousands, held, style=0)
     top = max(held, default=1.0)
-    return draw_curves([curve], Axis("tokens read"), Axis("MiB", limits=(0.0, 1.2 * top)), size=size, legend=False)
+    return draw_curves(
+        [curve], Axis("tokens read, thousands"), Axis("MiB", limits=(0.0, 1.2 * top)), size=size, legend=False
+    )
 
 
 def _perplexity(result: TourResult) -> Html:
