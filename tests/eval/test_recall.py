@@ -17,7 +17,9 @@ from samba_lm.data.recall import Example
 from samba_lm.engine.engine import Engine
 from samba_lm.engine.request import Request
 from samba_lm.errors import UserError
+from samba_lm.eval import recall
 from samba_lm.eval.passkey import PasskeyTask
+from samba_lm.eval.perplexity import attention_memory
 from samba_lm.eval.phonebook import PhonebookTask
 from samba_lm.eval.recall import Cell, Count, Plan, Trial, _emptied, _trial, measure
 from samba_lm.eval.recall_figure import write_figure
@@ -132,6 +134,26 @@ def test_a_seed_gives_the_same_texts_and_none_never_does() -> None:
     assert passkey(seed=None).settings()["seed"] == "operating system's randomness"
     assert passkey(seed=3).settings() != passkey(seed=4).settings()
     assert passkey(seed=3).settings() == passkey(seed=3, sizes=(500,)).settings()
+
+
+def test_what_full_attention_would_take_is_compared_with_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    full, some = model(window=None), Plan((300, 900), (0.5,), 2, seed=1)
+    held = [attention_memory(full, size) for size in (300, 900)]
+    assert held[0] < held[1]
+    monkeypatch.setattr(recall, "free_memory", lambda: int(held[0]))
+    first, second = measure(full, TOKENIZER, PasskeyTask(some, TOKENIZER))
+    assert len(first.trials) == 2
+    assert "full attention would take about 0.0 GiB, and 0.0 GiB are free" in second.skipped
+    assert not any(cell.skipped for cell in measure(model(), TOKENIZER, PasskeyTask(some, TOKENIZER)))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_ends_marks_the_cell(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(recall, "_ask", none_left)
+    assert all("out of memory with" in cell.skipped for cell in measure(model(), TOKENIZER, passkey()))
 
 
 def test_what_full_attention_cannot_hold_is_skipped() -> None:

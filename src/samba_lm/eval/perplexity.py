@@ -191,6 +191,12 @@ def difference(one: LengthResult, other: LengthResult) -> Mean:
     return mean_interval([a - b for a, b in zip(one.means, other.means, strict=True)])
 
 
+def attention_memory(model: SambaLM, held: int) -> float:
+    """About how many bytes full attention takes at most while it reads a text of ``held`` tokens."""
+    room = min(1 << (held - 1).bit_length(), model.config.max_context)  # it grows by doubling
+    return COPIES * model.config.state_bytes(room, model.dtype.itemsize)
+
+
 def _fitting(model: SambaLM, job: Job) -> tuple[int, str]:
     """How many of a job's lengths the model can hold, and what keeps it from holding more."""
     config = model.config
@@ -201,8 +207,7 @@ def _fitting(model: SambaLM, job: Job) -> tuple[int, str]:
         held = max(reading.edges[i + 1] for reading in job.readings) - 1
         if held > config.max_context:
             return i, f"full attention would have to hold {held:,} positions, and max_context is {config.max_context:,}"
-        room = min(1 << (held - 1).bit_length(), config.max_context)  # it grows by doubling
-        needed = COPIES * config.state_bytes(room, model.dtype.itemsize)
+        needed = attention_memory(model, held)
         if free is not None and needed > free:
             return i, (
                 f"full attention would take about {needed / 2**30:.1f} GiB at length {length:,}, and "

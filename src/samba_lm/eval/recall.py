@@ -20,8 +20,10 @@ from samba_lm.engine.engine import Engine
 from samba_lm.engine.request import Completion, Event, Progress, Request
 from samba_lm.errors import UserError
 from samba_lm.eval.intervals import wilson
+from samba_lm.eval.perplexity import attention_memory
 from samba_lm.generation.params import DEFAULT_CHUNK, SamplingParams
 from samba_lm.generation.prefill import Reader
+from samba_lm.memory import free_memory, ran_out
 from samba_lm.model import SambaLM
 from samba_lm.state import State
 from samba_lm.tokenizer import Tokenizer
@@ -214,6 +216,13 @@ def _cell(engine: Engine, task: Task, cell: Key, tell: OnProgress) -> Cell:
     if not engine.constant and longest + SPARE_TOKENS > most:
         return Cell(*cell, skipped=f"full attention would have to hold {longest:,} tokens, max_context is {most:,}")
     at_once = SLOTS if engine.constant else max(1, min(SLOTS, TOKENS_AT_ONCE // longest))
+    free = free_memory() if engine.model.device.type == "cpu" else None  # a GPU says itself when there is no more
+    if not engine.constant and free is not None:
+        needed = attention_memory(engine.model, longest)
+        if needed > free:
+            room = f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+            return Cell(*cell, skipped=f"full attention would take about {room}")
+        at_once = min(at_once, int(free // needed))
     trials: list[Trial] = []
     try:
         for first in range(0, len(examples), at_once):
@@ -223,7 +232,9 @@ def _cell(engine: Engine, task: Task, cell: Key, tell: OnProgress) -> Cell:
                 tell((first + share * count) / len(examples))
 
             trials += _ask(engine, task, some, read)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
         return Cell(*cell, skipped=f"out of memory with {longest:,} tokens")
     return Cell(*cell, tuple(trials), time.perf_counter() - began)
 
