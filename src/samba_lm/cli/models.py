@@ -100,8 +100,8 @@ def _list(console: Console, rows: list[tuple[dict[str, Any], ModelConfig]], cont
             f"{shipped.DEFAULT} is trained and comes with samba-lm: what writes text takes it where no model is named."
         )
     console.print(
-        f"FLOPs: a token, forward, mean over {context} tokens. State: bytes a sequence, activations in bf16 and sums in fp32; "
-        f"+ grows with the text (given at {context} tokens). `samba-lm models NAME` draws one."
+        f"FLOPs: a token, forward, mean over {context} tokens. State: bytes a sequence, activations in bf16 and sums "
+        f"in fp32; + grows with the text (given at {context} tokens). `samba-lm models NAME` draws one."
     )
 
 
