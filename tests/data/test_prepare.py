@@ -129,6 +129,15 @@ def test_an_empty_side_gets_the_last_documents(corpus: Path, tmp_path: Path, fra
     val.verify()
 
 
+def test_an_uneven_split_is_told(tmp_path: Path) -> None:
+    for i in range(12):
+        (tmp_path / f"{i}.txt").write_text(f"Book {i}. " + "word " * 20)
+    even = prepare([tmp_path / f"{i}.txt" for i in range(12)], tmp_path / "even", ByteTokenizer(), val_fraction=0.25)
+    assert even.notes == ()
+    few = prepare([tmp_path / f"{i}.txt" for i in (0, 1, 7)], tmp_path / "few", ByteTokenizer(), val_fraction=0.1)
+    assert "has 33.3% of the tokens, not 10.0%: documents (3 here)" in few.notes[0]
+
+
 def test_bpe_sample_is_bounded_and_told(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = prepare([corpus], tmp_path / "full", BpeSpec(300))
     assert full.notes == ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from typing import Any
 
@@ -76,13 +77,18 @@ def _decode(model: SambaLM, ids: torch.Tensor, tokens: int) -> float:
     return min(times[1:])
 
 
-def _transformers_twin(model: SambaLM) -> Any:
-    try:
-        import transformers
-    except ImportError:
+def check_transformers() -> None:
+    """Raise UserError where what the model is compared with is not installed."""
+    if importlib.util.find_spec("transformers") is None:
         raise UserError(
             'The comparison needs transformers: pip install "samba-lm[hf]", or run `samba-lm bench scan memory`.'
-        ) from None
+        )
+
+
+def _transformers_twin(model: SambaLM) -> Any:
+    check_transformers()
+    import transformers
+
     config = transformers.MambaConfig(**_without_kind(transformers_config(model.config)))
     peer: Any = transformers.MambaForCausalLM(config)
     peer.eval()

@@ -73,6 +73,11 @@ def main(argv: list[str]) -> None:
             )
     if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
         raise UserError(f"--threads {args.threads} must be from 1 to {MAX_THREADS}.")
+    chosen = tuple(dict.fromkeys(args.what or ON_CPU))
+    if "model" in chosen:
+        from samba_lm.bench.language_model import check_transformers
+
+        check_transformers()  # before the others are measured for a minute
     import torch
 
     if args.threads is not None:
@@ -80,7 +85,7 @@ def main(argv: list[str]) -> None:
     console = Console()
     console.print(f"{torch.get_num_threads()} threads, torch {torch.__version__}", highlight=False)
     figures: dict[str, list[Figure]] = {}
-    for what in dict.fromkeys(args.what or ON_CPU):
+    for what in chosen:
         with console.status(f"measuring {what}"):
             figures[what] = _runners()[what]()
         console.print(figures_table(figures[what]))

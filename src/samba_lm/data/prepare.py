@@ -104,6 +104,8 @@ def prepare(
         if any(meta is None for meta in splits.values()):
             note, splits = _split_end(folder, splits, val_fraction, shard_tokens)
             notes.append(note)
+        elif val_fraction:
+            notes += _told_if_uneven(splits, val_fraction)
     return Prepared(out, {k: meta for k, meta in splits.items() if meta}, tokenizer, len(files), empty, tuple(notes))
 
 
@@ -208,6 +210,20 @@ def _split(text: str, val_fraction: float) -> str:
     """The split of a document, by the hash of its first piece: equal documents stay together wherever they stand."""
     value = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
     return "val" if value < val_fraction * 2**64 else "train"
+
+
+def _told_if_uneven(splits: dict[str, Meta | None], val_fraction: float) -> list[str]:
+    """A note where the validation set has less than half or more than twice its share of the tokens: few documents, or
+    long ones among them, are not set aside in the share that was asked for."""
+    tokens = {name: meta.tokens for name, meta in splits.items() if meta}
+    share = tokens["val"] / sum(tokens.values())
+    if val_fraction / 2 <= share <= 2 * val_fraction:
+        return []
+    count = sum(meta.documents for meta in splits.values() if meta)
+    return [
+        f"The validation set has {share:.1%} of the tokens, not {val_fraction:.1%}: documents ({count:,} here) are set "
+        "aside whole, chosen by a hash of their text. More and shorter documents, or another fraction, come closer."
+    ]
 
 
 def _read(files: Sequence[SourceFile], options: ReadOptions) -> Iterator[tuple[Piece, int]]:
