@@ -341,6 +341,28 @@ def test_a_compiled_step_equals_an_eager_one(tmp_path: Path, monkeypatch: pytest
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_layers_take_rows_of_several_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And states that forget faster, each step by a factor of its own."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    section, eager, compiled = settings(lr=1e-3), nano(), nano()
+    prepare_model(compiled, settings(compile=True), CPU)
+    optimizers = [make_optimizer(model, section) for model in (eager, compiled)]
+    for step, (rows, length, stretch) in enumerate(((2, 32, 1.0), (4, 16, 5.0), (8, 8, 3.0)), 1):
+        ids = torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(step))
+        batch = Batch(ids, ids.roll(-1, 1), None, stretch)
+        found = [
+            train_step(model, optimizer, batch, section, CPU, step=step)
+            for model, optimizer in zip((eager, compiled), optimizers, strict=True)
+        ]
+        assert found[1] == pytest.approx(found[0], rel=1e-5)
+    torch.compiler.reset()
+
+
 def test_batches_are_made_ahead_in_order_and_errors_come_through() -> None:
     class Counting:
         batch_size, length = 1, 2

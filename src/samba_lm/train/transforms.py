@@ -20,6 +20,9 @@ from samba_lm.ops.linear.float8 import LEAST, float8_linear, float8_linear_halve
 from samba_lm.ops.swiglu.float8 import float8_swiglu_mlp
 from samba_lm.span import Span
 
+COMPILED = 128
+"""Programs that the layers may be compiled to: kinds of layers x shapes of rows x with and without gradients."""
+
 
 def use_float8(layers: Iterable[nn.Module], least: float = LEAST) -> int:
     """Compute the large linear maps of the layers, and whole SwiGLU MLPs, by float8 products; returns how many maps.
@@ -59,9 +62,15 @@ def remake_cheap_activations(layers: Iterable[nn.Module]) -> None:
 
 
 def compile_layers(layers: Iterable[nn.Module]) -> None:
-    """Compile each layer by itself: equal layers share the work, and no graph spans the stack. In place."""
+    """Compile each layer by itself: equal layers share the work, and no graph spans the stack. In place.
+
+    Each shape of rows is compiled for itself: of rows of several lengths torch would make one program for all, which it
+    cannot (2.13). There are few shapes, but all layers count as one function to it, so it is allowed more than 8.
+    """
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, COMPILED)
     for layer in layers:
-        layer.compile()
+        layer.compile(dynamic=False)
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
