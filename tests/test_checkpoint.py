@@ -179,6 +179,8 @@ def test_what_is_not_there_is_named() -> None:
             load(empty)
     with pytest.raises(UserError, match="Did you mean 'samba-tiny'"):
         load("samba-tny")
+    with pytest.raises(UserError, match=r"Check the path, or give a name that `samba-lm models` lists\.$"):
+        load("zzz")
 
 
 def test_a_tokenizer_too_large_is_refused(tmp_path: Path) -> None:

@@ -253,7 +253,10 @@ def _from_name(name: str, device: str | torch.device, dtype: torch.dtype | None)
         )
     if name not in zoo.ZOO:
         known = [*shipped.names(), *zoo.ZOO]
-        near = " Check the path." if "/" in name or "." in name else did_you_mean(name, known)
+        path = "/" in name or "." in name
+        near = "" if path else did_you_mean(name, known)
+        if "mean" not in near:  # the first dozen of the zoo would tell nobody anything
+            near = " Check the path." if path else " Check the path, or give a name that `samba-lm models` lists."
         raise UserError(f"There is no folder {name!r}, and no model of that name in the zoo.{near}")
     model = create(name, device=device, dtype=dtype).eval()
     byte = ByteTokenizer()
