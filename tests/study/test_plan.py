@@ -159,3 +159,13 @@ def test_estimates_and_priorities(study: Path) -> None:
     assert estimates.seconds(llama) == pytest.approx(2.0 + 10.0 * llama.flops / low.flops)
     with_evaluation = Estimates({llama.key: ended(llama)})
     assert with_evaluation.seconds(llama) == pytest.approx(12.0)
+
+
+def test_a_recipe_that_says_nothing_of_its_model_has_a_plan(study: Path) -> None:
+    """It trains the default, and what stands at its default is left out of a fingerprint."""
+    base = study / "base.toml"
+    base.write_text(base.read_text().replace("overrides = {d_model = 16}", ""))
+    (study / "samba.toml").write_text('base = "base.toml"\n')
+    jobs = planner(study).plan({}).jobs
+    assert jobs[0].config.name == "samba-tiny"
+    assert len({job.fingerprint for job in jobs}) == len(jobs)

@@ -34,13 +34,13 @@ WRITTEN = 200
 """Tokens of the story."""
 LONGEST, SHORTEST = 1 << 18, 1 << 10
 """Tokens of the document that the number is hidden in: as many as there is time for, a power of two between these."""
-SHARES = {"write": 0.1, "recall": 0.65, "curve": 0.25}
+SHARES = {"write": 0.07, "recall": 0.7, "curve": 0.23}
 """Of the time there is, at most; the rest is for looking how fast the machine is, and for the page."""
 MARGIN = 0.9
 """Machines slow down when they get warm: plan for this much of the speed that was seen."""
 THREADS = torch.get_num_threads()
 """As many as PyTorch chose for this machine, or was told to take."""
-PROBE = 512
+PROBE = 2048
 """Tokens read to see how fast the machine is."""
 CONTEXTS = ((1 << 14, 2), (1 << 14, 4), (1 << 12, 2), (1 << 12, 4), (1 << 10, 4), (1 << 9, 2))
 """The longest context of the curve and the factor between two; the first for which there is time and text is taken."""
@@ -187,9 +187,10 @@ def document_length(speed: float, seconds: float) -> int:
 
 def _reading_speed(model: SambaLM) -> tuple[int, float]:
     """The best number of threads to read with, and the tokens a second."""
-    ids = torch.arange(PROBE)[None].to(model.device) % model.config.vocab_size
+    size = PROBE if model.config.constant_state else min(PROBE, model.config.max_context)
+    ids = torch.arange(size)[None].to(model.device) % model.config.vocab_size
     threads, seconds = _fastest(lambda: model.features(ids))
-    return threads, PROBE / seconds
+    return threads, size / seconds
 
 
 def _fastest(work: Callable[[], object]) -> tuple[int, float]:

@@ -225,7 +225,7 @@ class Planner:
         # What stands at its default is left out, so that a setting that recipes learn later changes no earlier run's.
         told = recipe.model_dump(mode="json", exclude_defaults=True)
         train = {name: value for name, value in told["train"].items() if name not in FREE}
-        begun = {name: value for name, value in told["model"].items() if name == "slow_channels"}
+        begun = {name: value for name, value in told.get("model", {}).items() if name == "slow_channels"}
         data = {
             name: value for name, value in told.get("data", {}).items() if name not in ("train", "val", "tokenizer")
         }
