@@ -131,18 +131,28 @@ def read_file(file: SourceFile, options: ReadOptions) -> Iterator[Piece]:
             raise UserError(f"{file.path} cannot be read: unpack the Parquet file first.")
         yield from _read_parquet(file, options)
         return
+    with opened(file.path) as (raw, stream):
+        if suffix in JSONL_SUFFIXES:
+            yield from _read_jsonl(file, raw, stream, options)
+        else:
+            yield from _read_text(file, raw, stream, options)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[IO[bytes], Stream]]:
+    """A file's bytes as they lie, and unpacked as its suffix says (.gz, .xz, .bz2; others are the same twice).
+
+    Raises UserError where it cannot be opened, and where reading it finds it damaged.
+    """
     try:
-        with file.path.open("rb") as raw, contextlib.closing(_unpacked(file.path, raw)) as stream:
-            if suffix in JSONL_SUFFIXES:
-                yield from _read_jsonl(file, raw, stream, options)
-            else:
-                yield from _read_text(file, raw, stream, options)
+        with path.open("rb") as raw, contextlib.closing(_unpacked(path, raw)) as stream:
+            yield raw, stream
     except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
-        raise UserError(f"{file.path} is not a whole {file.path.suffix} file ({error}): copy it again.") from error
+        raise UserError(f"{path} is not a whole {path.suffix} file ({error}): copy it again.") from error
     except OSError as error:
         if error.errno is None:  # bz2's own; the system's have a number
-            raise UserError(f"{file.path} is not a whole {file.path.suffix} file ({error}): copy it again.") from error
-        raise UserError(f"Cannot read {file.path}: {error.strerror or error}.") from error
+            raise UserError(f"{path} is not a whole {path.suffix} file ({error}): copy it again.") from error
+        raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
 
 
 def _unpacked(path: Path, raw: IO[bytes]) -> Stream:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import hashlib
 import json
-import lzma
-import zlib
-from collections.abc import Callable
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from samba_lm.data.sources import opened
 from samba_lm.errors import UserError, did_you_mean
-
-PACKED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 
 
 @dataclass(frozen=True)
@@ -67,29 +62,22 @@ def read_records(path: Path) -> Records:
     """
     digest = hashlib.sha256()
     rows: list[Record] = []
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder: give a .jsonl file in it.")
     try:
-        with _opened(path) as lines:
-            for number, line in enumerate(lines, start=1):
-                digest.update(line)
-                if line.strip():
-                    rows.append(_record(line, f"{path} line {number}", len(rows)))
+        path.stat()
     except FileNotFoundError:
         raise UserError(f"There is no file {path}: give the path of a .jsonl file.") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder: give a .jsonl file in it.") from None
-    except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
-        raise UserError(f"{path} is not a whole {path.suffix} file ({error}): copy it again.") from error
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
+    except OSError:
+        pass  # opening it tells why
+    with opened(path) as (_, lines):
+        for number, line in enumerate(lines, start=1):
+            digest.update(line)
+            if line.strip():
+                rows.append(_record(line, f"{path} line {number}", len(rows)))
     if not rows:
         raise UserError(f"{path} has no rows: give another file.")
     return Records(tuple(rows), digest.hexdigest())
-
-
-def _opened(path: Path) -> IO[bytes]:
-    unpack = PACKED.get(path.suffix.lower())
-    opened: IO[bytes] = path.open("rb") if unpack is None else unpack(path)
-    return opened
 
 
 def _record(line: bytes, where: str, row: int) -> Record:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from samba_lm.data.sources import PACKED_SUFFIXES
 from samba_lm.errors import UserError, did_you_mean
-from samba_lm.eval.records import PACKED, Record
+from samba_lm.eval.records import Record
 
 Asked = tuple[str, str, tuple[str, ...]]
 """A text, a question about it (nothing where all of it is to be summarised) and people's summaries."""
@@ -67,13 +68,13 @@ class Task:
             raise UserError(f"{self.name} has no split {split!r}.{did_you_mean(split, self.splits)}")
         name = self.splits[split]
         for place in (folder / self.name, folder):
-            for ending in ("", *PACKED):
+            for ending in ("", *PACKED_SUFFIXES):
                 path = place / f"{name}.jsonl{ending}"
                 if path.is_file():
                     return path
         raise UserError(
             f"The data of {self.name} is not in {folder}: put {self.source} there as {self.name}/{name}.jsonl (or "
-            f"packed, {', '.join(PACKED)}), or name its folder with --data-dir."
+            f"packed, {', '.join(PACKED_SUFFIXES)}), or name its folder with --data-dir."
         )
 
     def samples(self, rows: Sequence[Record], limit: int | None = None) -> list[Sample]:

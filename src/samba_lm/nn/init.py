@@ -10,6 +10,11 @@ from torch import nn
 from samba_lm.config import ModelConfig
 
 
+def inverse_softplus(x: torch.Tensor) -> torch.Tensor:
+    """What softplus makes ``x`` of, exact for small ``x`` too."""
+    return x + torch.log(-torch.expm1(-x))
+
+
 class Init:
     """Rule ``samba``: tied embedding N(0, 0.02), linears at U(+-1/sqrt(fan_in)), each layer's last projection divided
     by the square root of the number of residual layers."""
@@ -52,7 +57,7 @@ class Init:
         low, high = math.log(1e-3), math.log(1e-1)
         dt = torch.empty_like(p).uniform_(low, high, generator=self.generator).exp().clamp(min=1e-4)
         with torch.no_grad():
-            p.copy_(dt + torch.log(-torch.expm1(-dt)))
+            p.copy_(inverse_softplus(dt))
 
     def a_log(self, p: torch.Tensor) -> None:
         """S4D-real: log(1..N) in every channel."""

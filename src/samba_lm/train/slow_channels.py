@@ -8,6 +8,7 @@ import torch
 
 from samba_lm.mixers.mamba import Selection
 from samba_lm.model import SambaLM
+from samba_lm.nn.init import inverse_softplus
 
 STEPS = (1e-6, 1e-3)
 """Where the step Delta of such a channel begins, log-uniform; Mamba's own range, for the others, is 1e-3 to 1e-1."""
@@ -27,6 +28,4 @@ def slow_channels(model: SambaLM, share: float, seed: int) -> None:
             size = round(share * module.dt_bias.numel())
             steps = torch.empty(size, dtype=torch.float64).uniform_(low, high, generator=generator).exp()
             with torch.no_grad():
-                module.dt_bias[module.dt_bias.numel() - size :] = (steps + torch.log(-torch.expm1(-steps))).to(
-                    module.dt_bias
-                )
+                module.dt_bias[module.dt_bias.numel() - size :] = inverse_softplus(steps).to(module.dt_bias)

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from samba_lm.data.sources import PACKED_SUFFIXES
 from samba_lm.errors import UserError
 from samba_lm.eval.harness.run import Metric, Score
 from samba_lm.eval.harness.sandbox import Outcome, run_programs
 from samba_lm.eval.harness.writing import Prompt, write
 from samba_lm.eval.intervals import mean_interval, wilson
-from samba_lm.eval.records import PACKED, read_records
+from samba_lm.eval.records import read_records
 from samba_lm.generation.params import SamplingParams
 from samba_lm.model import SambaLM
 from samba_lm.tokenizer import Tokenizer
@@ -64,7 +65,7 @@ class Problems:
     def of(cls, data: Path) -> Problems:
         """Raises UserError where the file is absent, saying where to put it, or holds something else."""
         stem = data / FILE
-        path = next((path for end in ("", *PACKED) if (path := Path(f"{stem}{end}")).is_file()), None)
+        path = next((path for end in ("", *PACKED_SUFFIXES) if (path := Path(f"{stem}{end}")).is_file()), None)
         if path is None:
             raise UserError(f"The data of humaneval is absent: put it at {stem} (JSON lines; packed if you like).")
         records = read_records(path)

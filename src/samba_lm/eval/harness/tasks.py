@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from samba_lm.data.sources import PACKED_SUFFIXES
 from samba_lm.errors import UserError, did_you_mean
-from samba_lm.eval.records import PACKED, Record, read_records
+from samba_lm.eval.records import Record, read_records
 from samba_lm.files import write_text
 
 Row = dict[str, Any]
-ENDINGS = ("", *PACKED)
+ENDINGS = ("", *PACKED_SUFFIXES)
 """What a file's name may end in after .jsonl."""
 
 
@@ -188,7 +189,7 @@ def check_data(task: OfflineTask, data: Path) -> None:
         if split.needed and task.path(data, split) is None:
             raise UserError(
                 f"The data of {task.name} is absent: put it at {data / task.folder / split.name} (JSON lines; packed "
-                f"as {', '.join(PACKED)} if you like). docs/evaluation.md tells its fields."
+                f"as {', '.join(PACKED_SUFFIXES)} if you like). docs/evaluation.md tells its fields."
             )
 
 
