@@ -173,5 +173,5 @@ def test_a_client_that_leaves_in_the_middle(start: Start) -> None:
             connection.sendall(raw_post("/v1/completions", b'{"prompt"', 1000)[: 10 + 10 * count])
             if count % 2:  # rudely
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, np.array([1, 0], np.int32).tobytes())
-    assert wait_until(lambda: server.ask("GET", "/health")[1]["waiting"] == 0, 5)
+    assert wait_until(lambda: server.ask("GET", "/health")[1]["waiting"] == 0, 10)
     assert not [line for line in server.log if "rror" in line or "Exception" in line], server.log

@@ -211,14 +211,14 @@ def open_stream(server: Server, body: dict[str, Any], key: str) -> socket.socket
 def test_a_full_queue_and_a_keys_limits(guarded: Server) -> None:
     connections = [open_stream(guarded, ENDLESS, KEY) for _ in range(2)]
     try:
-        assert wait_until(lambda: guarded.gauge("samba_running", KEY) + guarded.gauge("samba_waiting", KEY) == 2, 5)
+        assert wait_until(lambda: guarded.gauge("samba_running", KEY) + guarded.gauge("samba_waiting", KEY) == 2, 10)
         status, headers, answer = guarded.ask_all("POST", "/v1/completions", {"prompt": "a"}, key=OTHER_KEY)
         assert (status, headers["retry-after"]) == (429, "1")
         assert "waiting, the limit is 1" in answer["error"]["message"]
     finally:
         for connection in connections:
             connection.close()
-    assert wait_until(lambda: guarded.gauge("samba_running", KEY) == 0, 1)
+    assert wait_until(lambda: guarded.gauge("samba_running", KEY) == 0, 10)
     statuses = [guarded.ask_all("POST", "/v1/completions", {"prompt": "a"}, key=OTHER_KEY) for _ in range(5)]
     assert [status for status, _, _ in statuses].count(429) >= 2
     assert 1 <= int(statuses[-1][1]["retry-after"]) <= 21

@@ -219,7 +219,7 @@ def test_leaving_a_stream_frees_its_slot(client: openai.OpenAI, plain: Server) -
         next(iter(stream))
         assert plain.gauge("samba_running") == 1
         stream.close()
-        assert wait_until(lambda: plain.gauge("samba_running") == 0, 1)
+        assert wait_until(lambda: plain.gauge("samba_running") == 0, 10)
 
 
 def test_leaving_a_whole_answer_frees_its_slot(client: openai.OpenAI, plain: Server) -> None:
@@ -227,4 +227,4 @@ def test_leaving_a_whole_answer_frees_its_slot(client: openai.OpenAI, plain: Ser
         client.with_options(timeout=0.3).completions.create(
             model="tiny", prompt="a", max_tokens=4096, n=4, extra_body={"ignore_eos": True}
         )
-    assert wait_until(lambda: plain.gauge("samba_running") == 0, 1)
+    assert wait_until(lambda: plain.gauge("samba_running") == 0, 10)

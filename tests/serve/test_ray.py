@@ -156,7 +156,7 @@ def test_streams_come_as_they_are_made_and_end_with_their_client(cluster: Cluste
     for _ in range(50):
         assert response.readline().startswith(b"data: ")
         response.readline()
-    assert wait_until(lambda: cluster.running() == 1, 5)
+    assert wait_until(lambda: cluster.running() == 1, 10)
     connection.close()
     assert wait_until(lambda: cluster.running() == 0, 10)
 

@@ -33,9 +33,9 @@ def test_what_runs_is_finished_and_new_work_refused(start: Start) -> None:
     whole, streamed = Asking(server, long), Asking(server, long | {"stream": True})
     waiting = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     waiting.connect()
-    assert wait_until(lambda: server.gauge("samba_running") == 2, 5)
+    assert wait_until(lambda: server.gauge("samba_running") == 2, 10)
     server.process.send_signal(signal.SIGTERM)
-    assert wait_until(lambda: server.ask("GET", "/health")[0] == 503, 5)
+    assert wait_until(lambda: server.ask("GET", "/health")[0] == 503, 10)
     assert server.ask("GET", "/health")[1]["status"] == "stopping"
     waiting.request("POST", "/v1/completions", json.dumps(long), {"Content-Type": "application/json"})
     refused = waiting.getresponse()
@@ -54,7 +54,7 @@ def test_what_takes_too_long_is_told(start: Start) -> None:
     server = start("--drain", "0.3", "--max-tokens", "10000000", "--slots", "1")
     endless = LONG | {"max_tokens": 10_000_000}
     askings = [Asking(server, endless), Asking(server, endless | {"stream": True})]
-    assert wait_until(lambda: server.gauge("samba_running") + server.gauge("samba_waiting") == 2, 5)
+    assert wait_until(lambda: server.gauge("samba_running") + server.gauge("samba_waiting") == 2, 10)
     began = time.monotonic()
     assert server.stop() == 0
     assert time.monotonic() - began < 5
@@ -68,9 +68,9 @@ def test_what_takes_too_long_is_told(start: Start) -> None:
 def test_twice_stops_at_once(start: Start) -> None:
     server = start("--max-tokens", "10000000")
     asking = Asking(server, LONG | {"max_tokens": 10_000_000, "stream": True})
-    assert wait_until(lambda: server.gauge("samba_running") == 1, 5)
+    assert wait_until(lambda: server.gauge("samba_running") == 1, 10)
     server.process.send_signal(signal.SIGINT)
-    assert wait_until(lambda: server.ask("GET", "/health")[0] == 503, 5)
+    assert wait_until(lambda: server.ask("GET", "/health")[0] == 503, 10)
     began = time.monotonic()
     server.stop(signal.SIGINT)
     assert time.monotonic() - began < 5

@@ -94,6 +94,28 @@ def test_a_job_that_was_closed_leaves_nothing_behind(service: Service) -> None:
     asyncio.run(run())
 
 
+def test_who_leaves_as_a_token_comes_is_left(service: Service) -> None:
+    """Python 3.11's ``asyncio.wait_for`` loses a cancellation that comes together with what it waits for."""
+
+    async def run() -> None:
+        cancel = service.engine.submit(ENDLESS, lambda _: None)  # has the slot: nothing comes by itself
+        job = Job(service.bridge, [ENDLESS])
+
+        async def read() -> None:
+            async for _ in job.events(patience=60):
+                pass
+
+        reading = asyncio.create_task(read())
+        await asyncio.sleep(0.05)
+        job.take(0, Piece("a", ()))
+        reading.cancel()
+        await asyncio.wait({reading}, timeout=5)
+        cancel()
+        assert reading.cancelled()
+
+    asyncio.run(run())
+
+
 def test_who_does_not_read_is_left() -> None:
     """Who reads slowly is not."""
 

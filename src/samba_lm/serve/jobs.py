@@ -138,8 +138,11 @@ class Job:
     async def _wait(self, patience: float | None) -> None:
         # Others may have taken all places between two of our sequences: then nothing of ours will wake us.
         seconds = RETRY_SECONDS if self._pending and not self._live else patience
+        # Not wait_for: Python 3.11's loses a cancellation that comes together with the event, and a stream whose
+        # client has left would go on for ever.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
 
     def _submit(self, wait: bool = False) -> None:
         while self._pending:

@@ -74,7 +74,8 @@ class Service:
         call = functools.partial(work, *args, **options)
         waiting = asyncio.get_running_loop().run_in_executor(self._storing, call)
         try:
-            return await asyncio.wait_for(waiting, self.settings.store_seconds)
+            async with asyncio.timeout(self.settings.store_seconds):
+                return await waiting
         except TimeoutError:
             why = f"no answer within {self.settings.store_seconds:g} seconds"
         except (PlaceError, OSError) as error:
