@@ -34,11 +34,14 @@ from samba_lm.validation import explain
 
 FORMAT = "samba-lm trainer"
 VERSION = 1
+SECTIONS = {"model", "data", "train"}
+"""Of a recipe, from the beginning; those that came later may be missing and then stand at their defaults."""
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
 def _has_sections(recipe: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    if set(recipe) != set(Recipe.model_fields):
+    known = set(Recipe.model_fields)
+    if not SECTIONS <= set(recipe) <= known:
         raise ValueError(f"a recipe has the sections {', '.join(Recipe.model_fields)}")
     return recipe
 
