@@ -252,7 +252,7 @@ def test_leaving_early_frees_the_slot(model: SambaLM) -> None:
         events.close()  # type: ignore[attr-defined]
         began = time.monotonic()
         text, _ = collect(engine, Request(ids("b"), SamplingParams(max_tokens=3)))
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 10
         assert len(text) <= 3
 
 

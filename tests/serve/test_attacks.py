@@ -160,7 +160,7 @@ def test_a_half_sent_body_at_the_end(start: Start) -> None:
         began = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(20) == 0
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 10
         for each in (half, chunked):
             assert b"HTTP/1.1 503" in read_all(each)
     assert not [line for line in server.log if "rror" in line or "Exception" in line], server.log

@@ -57,7 +57,7 @@ def test_what_takes_too_long_is_told(start: Start) -> None:
     assert wait_until(lambda: server.gauge("samba_running") + server.gauge("samba_waiting") == 2, 10)
     began = time.monotonic()
     assert server.stop() == 0
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
     for asking in askings:
         asking.join()
     assert askings[0].answer[0] == 503
@@ -73,5 +73,5 @@ def test_twice_stops_at_once(start: Start) -> None:
     assert wait_until(lambda: server.ask("GET", "/health")[0] == 503, 10)
     began = time.monotonic()
     server.stop(signal.SIGINT)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
     asking.join()
