@@ -16,8 +16,9 @@ from samba_lm.config import Attention, Mamba, ModelConfig
 from samba_lm.errors import UserError
 from samba_lm.loss import IGNORE_INDEX
 from samba_lm.tokenizer import ByteTokenizer, train_bpe
+from samba_lm.train.data import open_data
 from samba_lm.train.recipe import Recipe
-from samba_lm.train.run import open_data, train
+from samba_lm.train.run import train
 from samba_lm.train.slow_channels import slow_channels
 from samba_lm.train.stretched import stretched
 

@@ -11,23 +11,18 @@ import torch
 
 from samba_lm import checkpoint
 from samba_lm.config import ModelConfig
-from samba_lm.data.interleaved import Interleaved
-from samba_lm.data.loader import Batches, Loader
-from samba_lm.data.shards import TokenDataset
 from samba_lm.errors import UserError
 from samba_lm.model import SambaLM
-from samba_lm.tokenizer import Tokenizer
 from samba_lm.train import checkpoints
 from samba_lm.train.checkpoints import TrainerState
+from samba_lm.train.data import Data, open_data
 from samba_lm.train.interrupt import stop_on_signals
 from samba_lm.train.loop import NonFiniteError, Progress, fit, make_optimizer, prepare_model
 from samba_lm.train.metrics import JsonlMetrics, TensorBoardMetrics
 from samba_lm.train.observer import Observer, Observers
 from samba_lm.train.parallel import Parallel, connect
-from samba_lm.train.recall import recall_loader
 from samba_lm.train.recipe import Recipe
 from samba_lm.train.slow_channels import slow_channels
-from samba_lm.train.validation import ValidationWindows
 
 FIXED = (
     *("train.batch_size", "train.length", "train.seed"),
@@ -62,17 +57,6 @@ class TrainResult:
     device: str
     interrupted: int | None = None
     """The signal that ended the run early."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a run reads."""
-
-    loader: Batches
-    tokenizer: Tokenizer
-    val: ValidationWindows | None
-    fingerprint: str
-    """sha256 of the training data's description."""
 
 
 def train(
@@ -148,29 +132,6 @@ def train(
                 raise NonFiniteError(f"{error} Last good checkpoint: {latest or 'none yet'}.") from None
     assert latest is not None, "the loop saves after its last step"
     return _result(progress, latest, parallel, interrupted=request.signal if progress.step < steps else None)
-
-
-def open_data(recipe: Recipe) -> Data:
-    """Open and check the recipe's data. Raises UserError when it is missing, damaged, too short or mixed up."""
-    settings, section = recipe.train, recipe.data
-    if not section.reads_shards:
-        made = recall_loader(recipe)
-        return Data(made, made.tokenizer, None, made.fingerprint())
-    dataset = TokenDataset.open(section.train)
-    loader: Batches = Loader(dataset, settings.batch_size, settings.length, settings.seed, section.documents)
-    if section.recall is not None:
-        loader = Interleaved(recall_loader(recipe, dataset.tokenizer), loader, section.recall.share)
-    val = None
-    if section.val is not None:
-        held_out = TokenDataset.open(section.val)
-        if held_out.meta.tokenizer != dataset.meta.tokenizer:
-            raise UserError(
-                f"data.val = {section.val!r} was made with another tokenizer than data.train = {section.train!r}: "
-                "prepare both with one."
-            )
-        sequences = settings.eval_batches * settings.batch_size
-        val = ValidationWindows(held_out, sequences, settings.micro_batch_size, settings.length, section.documents)
-    return Data(loader, dataset.tokenizer, val, loader.fingerprint())
 
 
 def _new_model(recipe: Recipe, data: Data) -> SambaLM:
