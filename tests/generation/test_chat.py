@@ -9,12 +9,13 @@ import torch
 
 from samba_lm.errors import UserError
 from samba_lm.generation import chat
-from samba_lm.generation.chat import ChatSession, ChatTemplate
+from samba_lm.generation.chat import ChatSession
 from samba_lm.generation.params import SamplingParams
+from samba_lm.templates import PlainWords
 from samba_lm.tokenizer import Tokenizer
 
 # Stop strings that begin often and are complete seldom, out of the letters the model is kept to.
-TEMPLATE = ChatTemplate(user="Q{text}A:", end="|", stop=("\nab", "ba\n\n"))
+TEMPLATE = PlainWords(user="Q{text}A:", end="|", stop=("\nab", "ba\n\n"))
 
 
 def assert_state_is_the_text(session: ChatSession, model, tokenizer: Tokenizer) -> None:
@@ -128,7 +129,7 @@ def test_braces_in_a_message_are_text(model, tokenizer) -> None:
 
 def test_a_template_without_a_place_for_the_text_is_refused() -> None:
     with pytest.raises(UserError, match="user='Hello' has no place"):
-        ChatTemplate(user="Hello")
+        PlainWords(user="Hello")
 
 
 def talk(session: ChatSession, *messages: str) -> list[str]:

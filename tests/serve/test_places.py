@@ -31,7 +31,7 @@ from samba_lm.serve.places import FolderPlace, Place, PlaceError, UrlPlace
 from samba_lm.serve.service import Service
 from samba_lm.serve.settings import Settings
 from samba_lm.serve.stores import LEFT_SECONDS, FileStore, MemoryStore
-from samba_lm.serve.templates import PlainTemplate
+from samba_lm.templates import PlainTemplate
 from samba_lm.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()

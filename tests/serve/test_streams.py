@@ -25,7 +25,7 @@ from samba_lm.serve.server import PatientProtocol, listen
 from samba_lm.serve.service import Service
 from samba_lm.serve.settings import Settings
 from samba_lm.serve.stores import MemoryStore
-from samba_lm.serve.templates import PlainTemplate
+from samba_lm.templates import PlainTemplate
 from samba_lm.tokenizer import ByteTokenizer
 
 ENDLESS = Request([np.array([65])], SamplingParams(max_tokens=None, stop_at_eos=False))

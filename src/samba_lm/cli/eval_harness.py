@@ -281,12 +281,12 @@ def _measure(
         if place is not None:
             write_json(place, {"results": {HUMANEVAL: score.row()}, "samples": _attempts(attempts, options)})
         return score
-    from samba_lm.eval.harness.chat import find_chat_template
     from samba_lm.eval.harness.model import HarnessLM
+    from samba_lm.templates import folder_template
 
     assert tasks.harness is not None
     lm = HarnessLM(model, tokenizer, batch_size=options.batch, seed=options.seed)
-    lm.name, lm.chat = name, find_chat_template(resolved(name), tokenizer)
+    lm.name, lm.chat = name, folder_template(resolved(name), tokenizer)
     lm.progress = tell
     lm.chat_template(options.chat)  # an error where there is none
     score, told = tasks.harness.run(lm, task, chosen, tasks.written.get(task), options.log_samples)

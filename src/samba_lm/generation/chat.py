@@ -18,35 +18,13 @@ from samba_lm.generation.prompt import TokenIds
 from samba_lm.generation.sampling import History, penalised
 from samba_lm.generation.stream import Answer, Sampler, Timing, advance, check_request
 from samba_lm.model import SambaLM, evaluating
+from samba_lm.templates import PLAIN_WORDS, PlainWords
 from samba_lm.tokenizer import Tokenizer
 
 UNDO_TURNS = 8
 """Turns that can be taken back at most: each holds a state."""
 UNDO_BYTES = 1 << 30
 """What these states may take together; the last turn can be taken back always."""
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """How a conversation is written out for a base model. ``{text}`` stands for what was said."""
-
-    system: str = "{text}\n\n"
-    user: str = "User: {text}\nAssistant:"
-    """A message, and what invites the answer (without a final space: tokenizers join it to the word that follows)."""
-    end: str = "\n"
-    """What stands between an answer and the next message."""
-    stop: tuple[str, ...] = ("\nUser:", "\nAssistant:")
-    """What ends an answer, besides the end-of-text token: the start of somebody's next message."""
-
-    def __post_init__(self) -> None:
-        for name, pattern in (("system", self.system), ("user", self.user)):
-            if "{text}" not in pattern:
-                raise UserError(
-                    f"The chat template's {name}={pattern!r} has no place for the text: write {{text}} in it."
-                )
-
-
-DEFAULT_TEMPLATE = ChatTemplate()
 
 
 @dataclass(frozen=True)
@@ -84,7 +62,7 @@ class ChatSession:
         model: SambaLM,
         tokenizer: Tokenizer,
         system: str | None = None,
-        template: ChatTemplate = DEFAULT_TEMPLATE,
+        template: PlainWords = PLAIN_WORDS,
         params: SamplingParams | None = None,
         chunk: int = DEFAULT_CHUNK,
         context: Reader | None = None,

@@ -28,8 +28,8 @@ from samba_lm.serve.openapi import BINARY, EVENTS, JSON, METRICS, describe, docu
 from samba_lm.serve.schema import grammar_of
 from samba_lm.serve.service import Service
 from samba_lm.serve.sse import ClientGone, EventStream, Pieces, while_connected
-from samba_lm.serve.templates import PlainTemplate
 from samba_lm.serve.webpage import mount
+from samba_lm.templates import PlainTemplate
 from samba_lm.validation import explain
 
 M = TypeVar("M", bound=BaseModel)
@@ -222,7 +222,7 @@ def _texts(app: FastAPI, service: Service) -> None:
         asked = await read_body(request, models.ChatRequest)
         service.check_model(asked.model)
         context = await _of(request).get(asked.context_id)
-        prompt = await off_loop(await request.body(), service.template.encode, asked.messages)
+        prompt = await off_loop(await request.body(), service.template.encode, models.said(asked.messages))
         grammar = None
         if asked.response_format is not None:
             grammar = await asyncio.to_thread(grammar_of, service.words, asked.response_format)

@@ -7,9 +7,12 @@ that we cannot honour are refused unless they are at their default.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from samba_lm.templates import Said
 
 Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -90,6 +93,14 @@ class Message(Wire):
     content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = Field(None, description="Taken and ignored.")
     refusal: None = None
+
+
+def said(messages: Sequence[Message]) -> list[Said]:
+    """Messages as a chat template takes them."""
+    texts = (
+        one.content if isinstance(one.content, str) else "".join(part.text for part in one.content) for one in messages
+    )
+    return [Said(one.role, text) for one, text in zip(messages, texts, strict=True)]
 
 
 class JsonSchema(Wire):

@@ -11,7 +11,7 @@ from samba_lm.serve.auth import Keys
 from samba_lm.serve.service import Service
 from samba_lm.serve.settings import Settings
 from samba_lm.serve.stores import FileStore, MemoryStore, Store
-from samba_lm.serve.templates import find_template
+from samba_lm.templates import find_template
 from samba_lm.tokenizer import Tokenizer
 
 

@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from samba_lm import checkpoint
 from samba_lm.errors import UserError
-from samba_lm.eval.harness.chat import ChatTemplate, find_chat_template
 from samba_lm.eval.harness.scoring import Question, Scorer, windows
 from samba_lm.eval.harness.writing import Prompt, sampling, write
 from samba_lm.model import SambaLM
 from samba_lm.quantization import quantize as quantize_model
+from samba_lm.templates import FolderTemplate, Said, folder_template
 from samba_lm.tokenizer import Tokenizer
 
 OnProgress = Callable[[float], None]
@@ -67,7 +67,7 @@ class HarnessLM(TemplateLM):
     ) -> None:
         super().__init__()
         self.name = "The model"
-        self.chat: ChatTemplate | None = None
+        self.chat: FolderTemplate | None = None
         if isinstance(pretrained, SambaLM):
             model = pretrained
         else:
@@ -79,7 +79,7 @@ class HarnessLM(TemplateLM):
             raise UserError(f"{self.name} has no tokenizer, so it cannot read text: put its tokenizer.json there.")
         if not isinstance(pretrained, SambaLM):
             folder = Path(self.name)
-            self.chat = find_chat_template(checkpoint.latest_step(folder) or folder, tokenizer)
+            self.chat = folder_template(checkpoint.latest_step(folder) or folder, tokenizer)
         self.samba, self._own = model.eval(), tokenizer
         self._device = model.device
         self._batch = None if batch_size in (None, "auto") else _whole("batch_size", batch_size)
@@ -113,7 +113,7 @@ class HarnessLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids; none is added. Special tokens are such only in what the chat template wrote."""
         if self._templated and self.chat is not None:
-            return self.chat.encode(string)
+            return self.chat.encode_text(string).tolist()
         ids: list[int] = self._own.encode(string).tolist()
         return ids
 
@@ -189,13 +189,13 @@ class HarnessLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Raises UserError for a checkpoint without a template."""
-        return self._template().text(chat_history, add_generation_prompt)
+        return self._template().text([Said(one["role"], one["content"]) for one in chat_history], add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         self._templated = bool(chat_template)
         return self._template().source if chat_template else None
 
-    def _template(self) -> ChatTemplate:
+    def _template(self) -> FolderTemplate:
         if self.chat is None:
             raise UserError(
                 f"{self.name} has no chat template, being a base model: ask it without one, or put a "

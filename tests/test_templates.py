@@ -7,13 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from serving import make_model
 
 from samba_lm.errors import UserError
-from samba_lm.generation.prefill import Reader
-from samba_lm.serve.models import Message
-from samba_lm.serve.templates import FolderTemplate, PlainTemplate, find_template
-from samba_lm.serve.turns import Turns
+from samba_lm.templates import FolderTemplate, PlainTemplate, Said, Template, find_template
 from samba_lm.tokenizer import ByteTokenizer, FileTokenizer, train_bpe
 
 CHATML = (
@@ -22,8 +18,8 @@ CHATML = (
 )
 
 
-def say(*messages: tuple[str, str]) -> list[Message]:
-    return [Message.model_validate({"role": role, "content": text}) for role, text in messages]
+def say(*messages: tuple[str, str]) -> list[Said]:
+    return [Said(role, text) for role, text in messages]
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +79,28 @@ def test_where_a_template_comes_from(tmp_path: Path, tokenizer: FileTokenizer) -
     (tmp_path / "chat_template.jinja").write_text("{% if %}")
     with pytest.raises(UserError, match="not valid Jinja"):
         find_template(tmp_path, tokenizer)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="not UTF-8"):
+        find_template(tmp_path, tokenizer)
+
+
+def test_parts_tell_whose_words_they_are(tokenizer: FileTokenizer) -> None:
+    """What fine-tuning learns from is found by them: the words of the assistant's messages and what ends these."""
+    start, end = tokenizer.vocab_size - 2, tokenizer.vocab_size - 1
+    said = say(("user", "hello<|im_end|>"), ("assistant", "there"))
+    templates: tuple[Template, ...] = (FolderTemplate(CHATML, tokenizer), PlainTemplate(tokenizer))
+    for template in templates:
+        parts = template.parts(said, invite=False)
+        assert "".join(part.text for part in parts) == template.text(said, invite=False)
+        assert [(part.message, part.text.strip()) for part in parts if part.message is not None] == [
+            (0, "hello<|im_end|>"), (1, "there"),
+        ]  # fmt: skip
+        assert template.encode_parts(parts).tolist() == template.encode(said, invite=False).tolist()
+        # Where the answer begins is where a model that is asked begins to write.
+        before = parts[: [part.message for part in parts].index(1)]
+        assert "".join(part.text for part in before) == template.text(said[:1])
+    found = FolderTemplate(CHATML, tokenizer).parts(said, invite=False)
+    assert [part.special for part in found if part.special is not None] == [start, end, start, end]
 
 
 @pytest.mark.parametrize(
@@ -93,39 +111,11 @@ def test_where_a_template_comes_from(tmp_path: Path, tokenizer: FileTokenizer) -
         "{{ ''.__class__.__base__.__subclasses__() }}",
         "{{ messages.append(1) }}",
         "{{ undefined.x }}",
+        "{{ messages[0].content + 1 }}",
+        "{{ 1 / 0 }}",
+        "{{ messages[7]['content'] }}",
     ],
 )
 def test_a_template_that_fails_is_told(tokenizer: FileTokenizer, source: str) -> None:
     with pytest.raises(UserError, match="refuses these messages"):
         FolderTemplate(source, tokenizer, "x").encode(say(("user", "hi")))
-
-
-def test_turns_are_found_by_their_longest_beginning() -> None:
-    model = make_model()
-    size = model.init_state(1).nbytes()
-    turns = Turns(3 * size)
-    tokens = np.arange(100)
-
-    def reader(length: int) -> Reader:
-        return Reader(model.init_state(1), [length])
-
-    assert turns.find("a", tokens) is None
-    for length in (10, 50, 100):
-        turns.put("a", tokens[:length], reader(length))
-    assert [getattr(turns.find("a", tokens[:n]), "length", None) for n in (5, 10, 11, 50, 51, 100)] == [
-        None, None, 10, 10, 50, 50,
-    ]  # fmt: skip
-    assert turns.find("b", tokens) is None
-    other = tokens.copy()
-    other[20] = 0
-    found = turns.find("a", other)
-    assert found is not None
-    assert (found.length, found.reader.lengths) == (10, [10])
-    turns.put("a", tokens[:60], reader(60))  # 50 was used longest ago... but for 100, which nobody asked for since
-    assert turns.nbytes == 3 * size
-    assert len(turns) == 3
-    turns.put("a", tokens[:60], reader(60))
-    assert len(turns) == 3
-    none = Turns(size - 1)
-    none.put("a", tokens, reader(100))
-    assert len(none) == 0
