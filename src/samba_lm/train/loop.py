@@ -61,8 +61,9 @@ def prepare_model(model: SambaLM, settings: TrainSection, parallel: Parallel) ->
         remake_cheap_activations(model.layers)
     if settings.compile:
         compile_layers(model.layers)
-    parallel.wrap(model)
-    model.compute_dtype = getattr(torch, settings.dtype)
+    dtype = getattr(torch, settings.dtype)
+    parallel.wrap(model, dtype)
+    model.compute_dtype = dtype
     return model
 
 
@@ -103,7 +104,7 @@ def fit(
     """
     parallel = parallel or connect(settings.device)
     progress = start or Progress()
-    observer = observer or Observer()
+    observer = observer if observer is not None and parallel.is_main else Observer()
     if optimizer is None:
         prepare_model(model, settings, parallel)
         optimizer = make_optimizer(model, settings)
@@ -122,7 +123,7 @@ def fit(
         )
     )
     try:
-        with Ahead(loader, parallel.rank, parallel.world, steps) as batches:
+        with Ahead(loader, parallel.data_rank, parallel.data_world, steps) as batches:
             while progress.step < steps:
                 began = time.perf_counter()
                 lr = learning_rate(

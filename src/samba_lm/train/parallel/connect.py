@@ -1,34 +1,17 @@
-"""Where a run computes, and with whom. The only file that knows about other processes and shards a model."""
+"""Joining a run: from what torchrun says, and a recipe, to :class:`Parallel`."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
 from samba_lm.errors import UserError
+from samba_lm.train.parallel.parallel import Parallel
+from samba_lm.train.recipe import ParallelSection
 
 
-@dataclass(frozen=True)
-class Parallel:
-    """The processes of a run; the loop calls these and stays single-device code. This one is a single process."""
-
-    device: torch.device
-    rank: int = 0
-    world: int = 1
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """Place the model, whose layers are already checkpointed and compiled, on this run's device(s), in place."""
-        return model.to(self.device)
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over all processes."""
-        return tensor
-
-
-def connect(device: str = "auto") -> Parallel:
+def connect(device: str = "auto", section: ParallelSection | None = None) -> Parallel:
     """Join the run: one process on ``device`` ("auto": a CUDA GPU if there is one, else the CPU)."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:

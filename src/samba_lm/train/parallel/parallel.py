@@ -1,0 +1,67 @@
+"""What the loop, checkpoints and data know of a run's other processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """The processes of a run, as one of them sees them. The loop calls these and stays single-device code.
+
+    This one is alone: it computes everything, and there is nobody to wait for.
+    """
+
+    device: torch.device
+    rank: int = 0
+    """Of all processes."""
+    world: int = 1
+    """How many processes there are."""
+    data_rank: int = 0
+    """Which part of a batch's rows this process reads. Those that share rows out among them read the same ones."""
+    data_world: int = 1
+    """How many parts there are."""
+    context: Any = None
+    """The processes that hold the consecutive parts of the same rows (``samba_lm.neighbours``); None: one holds all."""
+    mesh: DeviceMesh | None = None
+    """All processes, with dimensions "replicate", "shard" and "context" (innermost); None: nothing is sharded."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks for all: prints, writes metrics."""
+        return self.rank == 0
+
+    def wrap(self, model: M, dtype: torch.dtype | None = None) -> M:
+        """Place the model, whose layers are already checkpointed and compiled, on this run's device(s), in place.
+
+        ``dtype``: what its layers compute in (None: the parameters' own).
+        """
+        return model.to(self.device)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all processes; the same on all."""
+        return tensor
+
+    def agree(self, flag: bool) -> bool:
+        """True on all processes as soon as it is true on one of them."""
+        return flag
+
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+
+    def broadcast(self, value: T) -> T:
+        """The main process's ``value``, small plain data (what JSON holds), on all."""
+        return value
+
+    def close(self) -> None:
+        """Leave the other processes; nothing here may be called afterwards."""
