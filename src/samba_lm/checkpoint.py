@@ -1,4 +1,8 @@
-"""Models on disk: a folder of config.json, model.safetensors and tokenizer.json. Never pickle, never half a folder."""
+"""Models on disk: a folder of config.json, model.safetensors and tokenizer.json. Never pickle, never half a folder.
+
+Of a run of several processes, a step's folder has a file model-RANK.safetensors of each process in place of the one:
+the pieces of the tensors that it held. It is read like any other.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from samba_lm import shipped, zoo
@@ -17,6 +21,7 @@ from samba_lm.errors import UserError, did_you_mean
 from samba_lm.files import atomic_folder, read_json, recover_folder
 from samba_lm.mixers.mamba import Selection
 from samba_lm.model import SambaLM
+from samba_lm.tensor_files import DamagedError, TensorFiles
 from samba_lm.tokenizer import CONFIG_FILE as TOKENIZER_CONFIG
 from samba_lm.tokenizer import TOKENIZER_FILE as TOKENIZER
 from samba_lm.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -25,6 +30,7 @@ FORMAT = "samba-lm"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+SHARDED_WEIGHTS = "model-*.safetensors"
 
 
 def create(
@@ -67,6 +73,14 @@ def check_replaceable(folder: Path) -> None:
 
 def write(model: SambaLM, folder: Path, tokenizer: Tokenizer | None = None) -> None:
     """Write a checkpoint's files into an existing folder (for callers that make the folder atomic themselves)."""
+    write_config(model, folder, tokenizer)
+    tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
+    # One key only: safetensors writes several in an order that differs from run to run.
+    write_tensors(tensors, folder / WEIGHTS, weights_metadata(model.config))
+
+
+def write_config(model: SambaLM, folder: Path, tokenizer: Tokenizer | None = None) -> None:
+    """Write all of a checkpoint but its weights into an existing folder. Raises UserError as :func:`save`."""
     if model.quantized is not None:
         raise UserError(
             f"This model is {model.quantized}, and checkpoints hold full numbers only: save it before it is quantised, "
@@ -82,9 +96,11 @@ def write(model: SambaLM, folder: Path, tokenizer: Tokenizer | None = None) -> N
         "model": model.config.to_dict(),
     }
     (folder / CONFIG).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
-    tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
-    # One key only: safetensors writes several in an order that differs from run to run.
-    write_tensors(tensors, folder / WEIGHTS, {"samba_lm_config": model.config.fingerprint()})
+
+
+def weights_metadata(config: ModelConfig) -> dict[str, str]:
+    """What the header of a file of weights says of the model that they belong to."""
+    return {"samba_lm_config": config.fingerprint()}
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -165,20 +181,36 @@ def read_config(folder: Path) -> tuple[ModelConfig, str | None]:
 
 def read_weights(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint folder, checked to be whole and to belong to ``config``."""
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise UserError(f"{folder} has no {WEIGHTS}: the checkpoint is incomplete, use another one.")
+    files = open_weights(folder, config)
+    return {name: files.read(name) for name in files.names()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Where a checkpoint folder's weights lie. Raises UserError when it has none."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    found = sorted(folder.glob(SHARDED_WEIGHTS))
+    if not found:
+        raise DamagedError(f"{folder} has no {WEIGHTS}: the checkpoint is incomplete, use another one.")
+    return found
+
+
+def open_weights(folder: Path, config: ModelConfig) -> TensorFiles:
+    """A checkpoint folder's weights, to be read one by one. Raises UserError when they are damaged or of another model.
+
+    What is open stays readable when the folder is deleted.
+    """
+    paths = weight_files(folder)
     try:
-        with safe_open(path, framework="pt") as file:
-            written = (file.metadata() or {}).get("samba_lm_config")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or damaged ({error}): use another checkpoint.") from None
+        files = TensorFiles(paths)
+    except DamagedError as error:
+        raise DamagedError(f"{error} Use another checkpoint.") from None
+    written = files.metadata.get("samba_lm_config")
     if written is not None and written != config.fingerprint():
-        raise UserError(
-            f"{path} belongs to another model than {folder / CONFIG}: restore the pair that was saved together."
+        raise DamagedError(
+            f"{paths[0]} belongs to another model than {folder / CONFIG}: restore the pair that was saved together."
         )
-    return tensors
+    return files
 
 
 def place(model: SambaLM, device: str | torch.device, dtype: torch.dtype | None) -> SambaLM:
