@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import hashlib
 import json
 import re
@@ -17,9 +18,8 @@ import numpy.typing as npt
 
 from samba_lm.errors import UserError
 from samba_lm.files import read_json
-from samba_lm.tokenizer import CONFIG_FILE, Tokenizer
+from samba_lm.tokenizer import CONFIG_FILE, TEMPLATE_FILE, Tokenizer
 
-TEMPLATE_FILE = "chat_template.jinja"
 SYSTEM_ROLES = ("system", "developer")
 _REFUSALS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 """What a template raises that expects other messages, besides jinja2's own errors."""
@@ -30,6 +30,10 @@ class Said(NamedTuple):
 
     role: str
     text: str
+
+
+PROBE = (Said("user", "question"), Said("assistant", "answer"))
+"""A conversation that shows what a template writes."""
 
 
 class Part(NamedTuple):
@@ -44,13 +48,29 @@ class Part(NamedTuple):
     special: int | None = None
 
 
+class Segment(NamedTuple):
+    """What is encoded by itself: text, or the name of a special token (``special``: its id).
+
+    ``answer``: the model is to write it: an assistant's words, and what ends them.
+    """
+
+    text: str
+    special: int | None = None
+    answer: bool = False
+
+
 class Template(abc.ABC):
-    """How conversations are written out. ``stop``: what ends an answer, besides the end-of-text token."""
+    """How conversations are written out. ``stop``: text that ends an answer, besides the end-of-text token."""
 
     stop: tuple[str, ...] = ()
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Special tokens that end an answer."""
+        return ()
 
     @abc.abstractmethod
     def parts(self, messages: Sequence[Said], invite: bool = True) -> list[Part]:
@@ -62,8 +82,58 @@ class Template(abc.ABC):
         return "".join(part.text for part in self.parts(messages, invite))
 
     def encode(self, messages: Sequence[Said], invite: bool = True) -> npt.NDArray[np.int64]:
-        """The same as token ids, int64 [tokens]."""
-        return self.encode_parts(self.parts(messages, invite))
+        """The same as token ids, int64 [tokens], cut as :meth:`segments` says."""
+        return self.encode_segments(self.segments(messages, invite))
+
+    def segments(self, messages: Sequence[Said], invite: bool = True) -> list[Segment]:
+        """The same, cut where an answer begins and ends, and at special tokens.
+
+        There the model that wrote an answer began and ended: so its tokens are read again as they were made, a
+        conversation that goes on keeps the tokens that it had, and training sees what is asked later. An answer goes
+        on until the special token that the template writes after it, if it does.
+        """
+        segments: list[Segment] = []
+        waiting = ""
+        ending = False  # an assistant's words were written, and perhaps the template ends them
+
+        def cut(answer: bool = False) -> None:
+            nonlocal waiting
+            if waiting:
+                segments.append(Segment(waiting, None, answer))
+            waiting = ""
+
+        for part in self.parts(messages, invite):
+            if part.message is not None and messages[part.message].role == "assistant":
+                # What the template writes between what invites an answer and the answer is the model's to write.
+                at = waiting.rfind(self._invitation)
+                begins = len(waiting) if at < 0 else at + len(self._invitation)
+                lead, waiting = waiting[begins:], waiting[:begins]
+                cut()
+                waiting = lead + part.text
+                cut(answer=True)
+                ending = True
+            elif part.special is not None:
+                cut(answer=ending)
+                segments.append(Segment(part.text, part.special, answer=ending))
+                ending = False
+            else:
+                ending = ending and part.message is None
+                waiting += part.text
+        cut()
+        return segments
+
+    def encode_segments(self, segments: Iterable[Segment]) -> npt.NDArray[np.int64]:
+        """Token ids of segments, int64 [tokens]."""
+        found = [
+            self._tokenizer.encode(text) if special is None else np.array([special], dtype=np.int64)
+            for text, special, _ in segments
+        ]
+        return np.concatenate([np.empty(0, dtype=np.int64), *found])
+
+    @property
+    def _invitation(self) -> str:
+        """The text, after any special token, that an answer begins after; empty where the template tells none apart."""
+        return ""
 
     def encode_parts(self, parts: Iterable[Part]) -> npt.NDArray[np.int64]:
         """Token ids of some parts that follow each other: text between special tokens is encoded as one, whoever says
@@ -158,12 +228,31 @@ class FolderTemplate(Template):
             raise UserError(f"{name} holds a chat template that is not valid Jinja: {error}.") from None
         added = json.loads(tokenizer.to_json()).get("added_tokens") or []
         self._special = {one["content"]: int(one["id"]) for one in added if one.get("special")}
+        self._special[tokenizer.eos_token] = tokenizer.eos_id
         names = sorted(map(re.escape, self._special), key=len, reverse=True)
-        self._split = re.compile(f"({'|'.join(names)})") if names else None
+        self._split = re.compile(f"({'|'.join(names)})")
 
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.source.encode()).hexdigest()
+
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        try:
+            parts = self.parts(PROBE, invite=False)
+        except UserError:  # the template wants other conversations than the usual ones
+            return ()
+        at = next((i for i, part in enumerate(parts) if part.message == 1), len(parts))
+        return tuple(part.special for part in parts[at:] if part.special is not None)[:1]
+
+    @functools.cached_property
+    def _invitation(self) -> str:
+        try:
+            text, invited = (self.text(PROBE[:1], invite) for invite in (False, True))
+        except UserError:
+            return ""
+        added = self._told_apart(invited.removeprefix(text)) if invited.startswith(text) else [Part("")]
+        return added[-1].text if added[-1].special is None else ""
 
     def parts(self, messages: Sequence[Said], invite: bool = True) -> list[Part]:
         mark = secrets.token_hex(16)
@@ -180,9 +269,26 @@ class FolderTemplate(Template):
         """Token ids of what :meth:`text` gave, where every name of a special token means it: int64 [tokens]."""
         return self.encode_parts(self._told_apart(text))
 
+    def check_teachable(self) -> None:
+        """Raise UserError unless a model can learn from conversations what it will be asked: each answer stands after
+        what invites it, and a special token ends it."""
+        said = PROBE * 2
+        for k in (1, 3):
+            asked, answered = self.segments(said[:k]), self.segments(said[: k + 1], invite=False)
+            if answered[: len(asked)] != asked or not answered[len(asked)].answer:
+                raise UserError(
+                    "The model's chat template writes something else before an answer than where it asks for one "
+                    f"({asked[-1].text[-40:]!r}): a model taught by it would not be asked as it was taught."
+                )
+        if not self.stop_ids:
+            raise UserError(
+                "The model's chat template writes no special token after an answer, so no model could learn where to "
+                "stop: put {{ eos_token }} there."
+            )
+
     def _told_apart(self, text: str) -> list[Part]:
         """A text as what lies between the names of special tokens, and these."""
-        pieces = self._split.split(text) if self._split else [text]
+        pieces = self._split.split(text)
         return [Part(piece, special=self._special[piece] if i % 2 else None) for i, piece in enumerate(pieces)]
 
     def _render(self, messages: Sequence[dict[str, Any]], invite: bool) -> str:
@@ -194,6 +300,18 @@ class FolderTemplate(Template):
             )
         except (TemplateError, *_REFUSALS) as error:
             raise UserError(f"The model's chat template refuses these messages: {error}.") from None
+
+
+TAUGHT = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ 'User:\\n' + message['content'] + '\\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'Assistant:\\n' + message['content'] + eos_token + '\\n' }}"
+    "{% else %}{{ message['content'] + '\\n\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
+)
+"""The template of models that are fine-tuned here and had none: plain words, for it can add no tokens to a vocabulary,
+and the end-of-text token after each answer."""
 
 
 def folder_template(folder: Path, tokenizer: Tokenizer) -> FolderTemplate | None:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     Ids = NDArray[np.int64]
 
 TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"  # the Hugging Face name; we write and read its "eos_token"
+CONFIG_FILE = "tokenizer_config.json"  # the Hugging Face name; we write and read its "eos_token" and "chat_template"
+TEMPLATE_FILE = "chat_template.jinja"
 EOS = "<|endoftext|>"
 USUAL_EOS = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]")
 _PANIC = "PanicException"  # of Rust code; the library exports no name for it
@@ -55,11 +56,14 @@ class Tokenizer(abc.ABC):
         vocab_size: one more than the largest id (not the number of entries: files may have holes).
         eos_id: the document separator.
         eos_token: its name in ``tokenizer.json``.
+        chat_template: how conversations are written out for its model, in Jinja (:mod:`samba_lm.templates`); None where
+            nothing says so. It changes no ids of a text and is no part of the fingerprint.
     """
 
     vocab_size: int
     eos_id: int
     eos_token: str
+    chat_template: str | None = None
 
     def encode(self, text: str) -> Ids:
         """Return the ids of ``text``, int64 ``[tokens]``, without any special token.
@@ -102,9 +106,15 @@ class Tokenizer(abc.ABC):
         return hashlib.sha256(content.encode()).hexdigest()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``tokenizer.json`` and ``tokenizer_config.json`` (the separator's name) into ``folder``, atomically."""
+        """Write ``tokenizer.json`` and ``tokenizer_config.json`` (the separator's name, the chat template) into
+        ``folder``, atomically."""
         write_text(Path(folder) / TOKENIZER_FILE, self.to_json())
-        write_text(Path(folder) / CONFIG_FILE, json.dumps({"eos_token": self.eos_token}, indent=2) + "\n")
+        write_text(Path(folder) / CONFIG_FILE, json.dumps(self.describe(), indent=2) + "\n")
+
+    def describe(self) -> dict[str, str]:
+        """What ``tokenizer_config.json`` says beside ``tokenizer.json``."""
+        template = {} if self.chat_template is None else {"chat_template": self.chat_template}
+        return {"eos_token": self.eos_token, **template}
 
 
 class ByteTokenizer(Tokenizer):
@@ -278,7 +288,8 @@ def tokenizer_from_json(content: str, eos: str | None = None, source: str = TOKE
 def load_tokenizer(path: str | os.PathLike[str], eos: str | None = None) -> Tokenizer:
     """Load a ``tokenizer.json``, or the one in a folder (a checkpoint, a data set, a downloaded model).
 
-    The separator is ``eos``, or the "eos_token" of a ``tokenizer_config.json`` beside the file, or the usual name.
+    The separator is ``eos``, or the "eos_token" of a ``tokenizer_config.json`` beside the file, or the usual name; a
+    ``chat_template.jinja`` beside it, or else the "chat_template" of that config, is the chat template.
 
     Raises:
         UserError: missing, unreadable or foreign file; no separator.
@@ -288,7 +299,9 @@ def load_tokenizer(path: str | os.PathLike[str], eos: str | None = None) -> Toke
     content = _read_text(file)
     if eos is None:
         eos = _configured_eos(file.with_name(CONFIG_FILE))
-    return tokenizer_from_json(content, eos=eos, source=str(file))
+    tokenizer = tokenizer_from_json(content, eos=eos, source=str(file))
+    tokenizer.chat_template = _chat_template(file.parent)
+    return tokenizer
 
 
 def parse_tokenizer(spec: str, eos: str | None = None) -> Tokenizer | BpeSpec:
@@ -396,16 +409,29 @@ def _find_eos(vocabulary: dict[str, int], eos: str | None, source: str) -> str:
     )
 
 
-def _configured_eos(file: Path) -> str | None:
-    """Return the "eos_token" of a ``tokenizer_config.json``: a name, or a token's description with its name."""
+def _configured(file: Path, key: str) -> Any:
+    """What a ``tokenizer_config.json`` says under ``key``; None where it is missing."""
     if not file.is_file():
         return None
     try:
-        eos = json.loads(_read_text(file)).get("eos_token")
+        return json.loads(_read_text(file)).get(key)
     except (ValueError, RecursionError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file} is not a tokenizer_config.json ({error}): mend or remove it.") from error
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The chat template of a folder, as it stands there."""
+    if (folder / TEMPLATE_FILE).is_file():
+        return _read_text(folder / TEMPLATE_FILE)
+    template = _configured(folder / CONFIG_FILE, "chat_template")
+    return template if isinstance(template, str) else None
+
+
+def _configured_eos(file: Path) -> str | None:
+    """Return the "eos_token" of a ``tokenizer_config.json``: a name, or a token's description with its name."""
+    eos = _configured(file, "eos_token")
     name = eos.get("content") if isinstance(eos, dict) else eos
     if not isinstance(name, str | None):
         raise UserError(f"{file}: eos_token is {json.dumps(eos)[:40]}, not a token's name: mend or remove it.")

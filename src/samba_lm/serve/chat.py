@@ -39,7 +39,10 @@ class Chat:
         most = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
         params = service.params(request, most, service.settings.max_tokens)
         if grammar is None:
-            params = params.replace(stop=(*params.stop, *service.template.stop))
+            template = service.template
+            params = params.replace(
+                stop=(*params.stop, *template.stop), stop_ids=(*params.stop_ids, *template.stop_ids)
+            )
         else:
             params = params.replace(stop_at_eos=True)
         if request.top_logprobs is not None and not request.logprobs:
