@@ -67,8 +67,8 @@ def prepare_model(model: SambaLM, settings: TrainSection, parallel: Parallel) ->
     return model
 
 
-def make_optimizer(model: SambaLM, settings: TrainSection) -> torch.optim.AdamW:
-    """The settings' AdamW for a model that :func:`prepare_model` has placed."""
+def make_optimizer(model: SambaLM, settings: TrainSection) -> torch.optim.Optimizer:
+    """The settings' optimizer for a model that :func:`prepare_model` has placed."""
     return build_optimizer(
         model,
         lr=settings.lr,
@@ -76,6 +76,7 @@ def make_optimizer(model: SambaLM, settings: TrainSection) -> torch.optim.AdamW:
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         decay_all=settings.decay_all,
+        momentum=settings.momentum if settings.optimizer == "muon" else None,
     )
 
 
@@ -132,6 +133,9 @@ def fit(
                     peak=settings.lr,
                     warmup_fraction=settings.warmup_fraction,
                     min_ratio=settings.min_lr_ratio,
+                    schedule=settings.schedule,
+                    decay_fraction=settings.decay_fraction,
+                    decay=settings.decay_shape,
                 )
                 set_learning_rate(optimizer, lr)
                 batch = batches.batch(progress.step)

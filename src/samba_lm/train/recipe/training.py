@@ -25,18 +25,29 @@ class TrainSection(Section):
     """Sequences computed at once, to save memory; none: all. Must divide batch_size. Changes only rounding."""
     length: int = Field(default=512, ge=1)
     """Tokens per sequence."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the weights of the layers' linear maps, AdamW for all else; lr and weight_decay are both's."""
     lr: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Peak learning rate."""
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """How the learning rate goes from its peak to min_lr_ratio: half a cosine, a line, not at all (constant), or wsd:
+    it stays at the peak and falls in the last decay_fraction of the steps."""
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the end, as a fraction of the peak."""
     warmup_fraction: float = Field(default=0.01, ge=0, lt=1)
     """Fraction of the steps in which the learning rate climbs to its peak."""
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    """Fraction of the steps, at the end, in which wsd's learning rate falls."""
+    decay_shape: Literal["sqrt", "linear"] = "sqrt"
+    """How it falls: as 1 - sqrt, fast first, or as a line."""
     betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""
     eps: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon."""
     weight_decay: float = Field(default=0.1, ge=0)
     """AdamW's weight decay."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Muon's decay rate of the mean gradient."""
     decay_all: bool = False
     """Decay every parameter, as the paper did; otherwise norms, biases, A_log and D are left out."""
     clip: float = Field(default=1.0, ge=0)
@@ -82,6 +93,11 @@ class TrainSection(Section):
             raise ValueError(f'float8 = true needs dtype = "bfloat16", not "{self.dtype}"')
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas = {list(self.betas)} must both be at least 0 and below 1")
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError(
+                f"warmup_fraction = {self.warmup_fraction} and decay_fraction = {self.decay_fraction} are more than "
+                "the whole run: their sum may be at most 1"
+            )
         return self
 
     @property
