@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 from samba_lm.errors import UserError
 from samba_lm.train.parallel.parallel import Parallel
@@ -12,11 +14,49 @@ from samba_lm.train.recipe import ParallelSection
 
 
 def connect(device: str = "auto", section: ParallelSection | None = None) -> Parallel:
-    """Join the run: one process on ``device`` ("auto": a CUDA GPU if there is one, else the CPU)."""
+    """Join the run: this process, and those that torchrun started beside it, as ``section`` arranges them.
+
+    ``device``: "auto" is a CUDA GPU if there is one, else the CPU; of several processes on a machine each has a GPU of
+    its own. To join again in the same processes makes another arrangement of them.
+
+    Raises UserError where processes and section do not fit each other, or there is no such device.
+    """
+    section = section or ParallelSection()
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        raise UserError(f"WORLD_SIZE is {world}: this version trains in one process; start it without torchrun.")
-    return Parallel(device=pick_device(device))
+    sizes = layout(section, world)
+    if world == 1:
+        return Parallel(device=pick_device(device))
+    picked = _own_device(device)
+    if not dist.is_initialized():
+        # gloo besides NCCL: what the hosts agree on need not wait for their GPUs.
+        backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=section.timeout))
+    from samba_lm.train.parallel.group import group  # sharding is a second of imports
+
+    return group(picked, sizes)
+
+
+def layout(section: ParallelSection, world: int) -> tuple[int, int, int]:
+    """How many of ``world`` processes replicate, shard and share rows out: three factors of it.
+
+    Raises UserError where there are none.
+    """
+    others = section.replicate * section.context
+    shard = max(1, world // others) if section.shard == "auto" else section.shard
+    sizes = section.replicate, shard, section.context
+    if others * shard != world:
+        asked = f"replicate {section.replicate} x shard {section.shard} x context {section.context}"
+        here = "is one process" if world == 1 else f"are {world}"
+        wanted = f"a multiple of {others}" if section.shard == "auto" else str(others * shard)
+        raise UserError(
+            f"[parallel] {asked} needs {wanted} processes, but there {here}: change it, or torchrun's --nproc-per-node."
+        )
+    return sizes
+
+
+def started_rank() -> int:
+    """This process's number among those that torchrun started, before they are connected; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def pick_device(device: str) -> torch.device:
@@ -34,3 +74,22 @@ def pick_device(device: str) -> torch.device:
     if picked.type not in ("cpu", "cuda"):
         raise UserError(f"Device {device!r} is not supported for training: use auto, cpu or cuda.")
     return picked
+
+
+def _own_device(device: str) -> torch.device:
+    """What one of several processes computes on: the CPU, or the GPU of its number on this machine, made current."""
+    picked = pick_device(device)
+    if picked.type == "cpu":
+        return picked
+    if picked.index is not None:
+        raise UserError(f"Device {device!r} is one GPU, and there are several processes: use cuda, for one each.")
+    number, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", str(number + 1)))
+    if here > found:
+        raise UserError(
+            f"{here} processes on this machine, but {found} CUDA GPUs: start {found} (--nproc-per-node), or use "
+            "--train.device cpu."
+        )
+    own = torch.device("cuda", number)
+    torch.cuda.set_device(own)
+    return own
