@@ -118,6 +118,50 @@ def _old(path: Path) -> Path:
     return path.with_name(path.name + TMP_MARK + "old")
 
 
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str], busy: str) -> Iterator[None]:
+    """Hold the file ``path`` while the context lasts, and remove it then.
+
+    The lock is the system's and not the file: what a killed process leaves behind holds nobody up. Where a file system
+    has no locks, nothing is held. Raises UserError, saying ``busy``, where another process holds it.
+    """
+    path = Path(path)
+    with _disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = _held(path)
+        while fd is None:
+            fd = _held(path)
+    try:
+        if fd < 0:
+            raise UserError(busy)
+        yield
+    finally:
+        if fd >= 0:
+            path.unlink(missing_ok=True)
+            os.close(fd)
+
+
+def _held(path: Path) -> int | None:
+    """The descriptor of a file that this process has locked now, -1 where another process has, None where the file was
+    removed between the two steps."""
+    import fcntl  # which Windows does not have
+
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(fd), os.stat(path)):
+            return fd
+    except BlockingIOError:
+        os.close(fd)
+        return -1
+    except FileNotFoundError:
+        pass
+    except OSError:  # no locks here
+        return fd
+    os.close(fd)
+    return None
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file atomically, as UTF-8."""
     with atomic_file(path) as tmp:

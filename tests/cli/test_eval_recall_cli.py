@@ -6,6 +6,8 @@ import csv
 import json
 import math
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -114,6 +116,52 @@ def test_an_interrupted_run_keeps_what_is_finished(folder: Path, capsys: pytest.
     assert "The same command goes on." in told.out
     assert told.err == "samba-lm: interrupted\n"
     assert 0 < len(_read("a.json")["models"][0]["cells"]) < 2000
+    assert [path.name for path in folder.iterdir() if "a.json" in path.name] == ["a.json"], "nothing is left behind"
+
+
+HOLDER = """
+import sys, time
+from samba_lm.files import locked
+with locked(sys.argv[1], "busy"):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_two_commands_do_not_write_one_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["eval", "passkey", "model", *SMALL, "--json=a.json"]
+    assert main(command) == 0
+    before = Path("a.json").read_bytes()
+    lock = folder / ".a.json.lock"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, lock], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"held\n"
+            assert main([*command, "--lengths=500"]) == 2
+            assert "Another command is writing a.json: wait for it, or give another file with --json." in _error(capsys)
+            assert Path("a.json").read_bytes() == before
+        finally:
+            other.kill()
+    assert lock.exists(), "a killed command leaves its lock's file, which holds nobody up"
+    assert main([*command, "--lengths=500"]) == 0
+    assert not lock.exists()
+    assert {cell["size"] for cell in _read("a.json")["models"][0]["cells"]} == {300, 400, 500}
+
+
+def test_without_a_control_its_column_is_empty(folder: Path) -> None:
+    command = ["eval", "passkey", "model", "--lengths=300,400", "--depths=1", "--keys=2", "--device=cpu"]
+    for _ in range(2):  # measured, and read from the file
+        assert main([*command, "--json=a.json", "--csv=a.csv"]) == 0
+        (model,) = _read("a.json")["models"]
+        assert [cell["control_right"] for cell in [*model["cells"], *model["by_size"]]] == [None] * 4
+        assert {row["control_right"] for row in csv.DictReader(Path("a.csv").read_text().splitlines())} == {""}
+    # Earlier versions wrote that nothing was right.
+    record = _read("a.json")
+    for trial in record["models"][0]["cells"][0]["trials"]:
+        trial["control_right"] = False
+    Path("a.json").write_text(json.dumps(record))
+    assert main([*command, "--json=a.json"]) == 0
+    assert _read("a.json")["models"][0]["by_size"][0]["control_right"] is None
 
 
 def test_lengths_beyond_full_attention_are_marked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 SHIFTS = {"": 0, "K": 10, "M": 20}
 """What the letters behind a length mean: 4K are 4096."""
-STOPPED = "Stopped early. The same command goes on."
-"""Said of an interrupted run that leaves a file to go on from."""
 
 
 def _lengths(words: list[str]) -> tuple[int, ...]:
@@ -89,7 +87,7 @@ def resolved(folder_or_name: str) -> Path:
 def about(name: str, model: SambaLM, tokenizer: Tokenizer | None) -> Model:
     """The facts of a model that was loaded by this name."""
     from samba_lm import checkpoint
-    from samba_lm.data.shards import file_sha256
+    from samba_lm.data.folder import file_sha256
 
     folder = resolved(name)
     weights = folder / checkpoint.WEIGHTS

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from samba_lm.cli.eval import (
-    STOPPED,
     Checkpoints,
     Output,
     OutputOptions,
@@ -132,12 +131,10 @@ def _run(options: EntropyOptions, records: Sequence[Record], settings: dict[str,
 
     output, names, console = options.output, options.checkpoints, Console()
     wanted = {record.row for record in records}
-    results = EntropyResults(
-        output.json, {**settings, "text": f"{BEFORE}{AFTER}"}, {"meaning": MEANING, "data": options.data}
-    )
+    settings = {**settings, "text": f"{BEFORE}{AFTER}"}
     found: dict[str, list[Block]] = {}
     tokenizers = set()
-    try:
+    with EntropyResults(output.json, settings, {"meaning": MEANING, "data": options.data}) as results:
         for name in names:
             model, tokenizer = options.runtime.load(name)
             facts = about(name, model, tokenizer)
@@ -151,12 +148,6 @@ def _run(options: EntropyOptions, records: Sequence[Record], settings: dict[str,
             readings = [reading for reading in results.of(facts) if reading.row in wanted]
             found[label(name, names)] = by_block(readings)
             _print(console, name, readings, found[label(name, names)], left_out(model), len(kept & wanted))
-    except KeyboardInterrupt:
-        if output.json is not None:
-            console.print(STOPPED, markup=False, highlight=False)
-        raise
-    finally:
-        results.save()
     if len(tokenizers) > 1:
         told = (
             "These models cut texts into different tokens, and more tokens have a larger entropy: compare the shares."

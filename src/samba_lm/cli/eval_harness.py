@@ -17,14 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from samba_lm.cli.eval import (
-    STOPPED,
     Checkpoints,
     Output,
     OutputOptions,
     about,
     check_checkpoints,
     label,
-    progress,
+    measuring,
     resolved,
 )
 from samba_lm.cli.model import Runtime, RuntimeOptions
@@ -214,27 +213,20 @@ def _warn(console: Console) -> None:
 def _run(options: HarnessOptions, chosen: RunOptions, tasks: _Tasks, console: Console) -> None:
     """Measure every checkpoint, tell and write what was found."""
     output, names = options.output, options.checkpoints
-    results = HarnessResults(output.json, _settings(options, chosen), {"data_dir": options.data_dir})
     found: dict[str, list[Score]] = {}
-    try:
+    with HarnessResults(output.json, _settings(options, chosen), {"data_dir": options.data_dir}) as results:
         for name in names:
             model, tokenizer = options.runtime.load(name)
             facts = about(name, model, tokenizer)
             kept = {score.task for score in results.of(facts) if tasks.knows(score)}
             for task in tasks.names:
                 if task not in kept:
-                    with progress(f"{label(name, names)}: {task}") as tell:
+                    with measuring(f"{label(name, names)}: {task}") as tell:
                         results.add(facts, _measure(options, chosen, tasks, task, name, model, tokenizer, tell))
                     results.save()
             by_task = {score.task: score for score in results.of(facts)}
             found[label(name, names)] = scores = [by_task[task] for task in tasks.names]
             _print(console, name, scores, len(kept & set(tasks.names)))
-    except KeyboardInterrupt:
-        if output.json is not None:
-            console.print(STOPPED, markup=False, highlight=False)
-        raise
-    finally:
-        results.save()
     if len(found) > 1:
         _print_together(console, found)
     if output.csv is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +16,6 @@ from rich.console import Console
 from tyro.conf import UseAppendAction
 
 from samba_lm.cli.eval import (
-    STOPPED,
     Checkpoints,
     Lengths,
     Output,
@@ -31,7 +31,7 @@ from samba_lm.cli.parse import parse
 from samba_lm.cli.perplexity_results import Measured, PerplexityResults
 from samba_lm.cli.perplexity_table import print_changes, print_lengths, print_models, say
 from samba_lm.cli.results import Model
-from samba_lm.data.shards import META_FILE, TokenDataset, file_sha256, is_dataset, open_splits
+from samba_lm.data.shards import TokenDataset, is_dataset, open_splits
 from samba_lm.data.sources import OnError, ReadOptions, find_files
 from samba_lm.errors import UserError
 from samba_lm.eval.protocols import MEANING, OF_DOCUMENTS, Protocol, Settings
@@ -100,12 +100,13 @@ def main(argv: list[str]) -> None:
     results: PerplexityResults | None = None
     models: list[Model] = []
     console = Console()
-    try:
+    with contextlib.ExitStack() as stack:
         for i, name in enumerate(names):
             model, tokenizer = load(name, runtime.device, runtime.dtype, runtime.quantize)
             data = source.of(name, tokenizer)
             if results is None:
-                results = PerplexityResults(output.json, settings, data.sha256, data.facts)
+                results = stack.enter_context(PerplexityResults(output.json, settings, data.sha256, data.facts))
+                stack.callback(_print, console, settings, results, models, names)  # also where it was broken off
             models.append(_about(name, model, tokenizer, data))
             kept = {item.result.length for item in results.of(models[-1])}
             shown = label(name, names)
@@ -125,17 +126,7 @@ def main(argv: list[str]) -> None:
             if kept:
                 many = f"{len(kept)} of {len(settings.lengths)} lengths were measured before"
                 say(console, f"{many}." if len(names) == 1 else f"{shown}: {many}.")
-    except KeyboardInterrupt:
-        if results is not None:
-            _print(console, settings, results, models, names)
-            if output.json is not None:
-                say(console, STOPPED)
-        raise
-    finally:
-        if results is not None:
-            results.save()
     assert results is not None
-    _print(console, settings, results, models, names)
     if options.against is not None and len(names) > 1:
         _print_changes(console, settings, results, models, options.against, names)
     if output.csv is not None:
@@ -243,7 +234,7 @@ class _Source:
                 f"{dataset.folder} was made with another tokenizer than that of {name}: prepare the text again with "
                 f"--tokenizer {name}, or give the text files themselves."
             )
-        digest = file_sha256(dataset.folder / META_FILE)
+        digest = dataset.meta_sha256
         facts: dict[str, object] = {"paths": [str(dataset.folder)], "documents": dataset.num_documents}
         mine: dict[str, object] = {"tokens": dataset.num_tokens, "tokenizer": dataset.tokenizer.fingerprint()}
         ends = dataset.document_ends(0, dataset.num_tokens) + 1

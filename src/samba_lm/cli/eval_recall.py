@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from samba_lm.cli.eval import (
-    STOPPED,
     Checkpoints,
     Lengths,
     Output,
@@ -150,12 +150,12 @@ def _run(options: Passkey | Phonebook, plan: Plan, make_task: MakeTask) -> None:
     results: RecallResults | None = None
     models: list[Model] = []
     console = Console()
-    try:
+    with contextlib.ExitStack() as stack:
         for name in options.checkpoints:
             model, tokenizer = options.runtime.load(name)
             task = make_task(tokenizer)
             if results is None:
-                results = RecallResults(output.json, task)
+                results = stack.enter_context(RecallResults(output.json, task))
             facts = about(name, model, tokenizer)
             done = frozenset(cell.key for cell in results.of(facts))
             with measuring(label(name, options.checkpoints)) as tell:
@@ -163,13 +163,6 @@ def _run(options: Passkey | Phonebook, plan: Plan, make_task: MakeTask) -> None:
                     results.add(facts, cell)
             models.append(facts)
             _print(console, name, task, results.of(facts), kept=len(done))
-    except KeyboardInterrupt:
-        if results is not None and output.json is not None:
-            console.print(STOPPED, markup=False, highlight=False)
-        raise
-    finally:
-        if results is not None:
-            results.save()
     assert results is not None
     if output.csv is not None:
         results.write_csv(output.csv, models)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from samba_lm.cli.eval import STOPPED, Checkpoints, about, check_checkpoints, label, measuring
+from samba_lm.cli.eval import Checkpoints, about, check_checkpoints, label, measuring
 from samba_lm.cli.model import Runtime, RuntimeOptions
 from samba_lm.cli.output import JsonFile, check_different, output_file
 from samba_lm.cli.parse import parse
@@ -115,31 +116,21 @@ def _run(options: SummarizeOptions, task: Task, samples: Sequence[Sample], data:
         "stop": list(task.stop),
         "scores": scorer(),
     }
-    results = SummaryResults(options.json, settings)
     console, names = Console(), options.checkpoints
     rows: list[dict[str, object]] = []
-    try:
+    with SummaryResults(options.json, settings) as results:
         for name in names:
             model, tokenizer = options.runtime.load(name)
             facts = about(name, model, tokenizer)
             kept = {item.number for item in results.of(facts)}
             missing = [sample for sample in samples if sample.number not in kept]
-
-            def found(summary: Summary, facts: dict[str, object] = facts) -> None:
-                results.add(facts, summary)
-
             if missing:
                 with measuring(label(name, names)) as tell:
+                    found = functools.partial(results.add, facts)
                     measure(model, tokenizer, missing, params, found, progress=tell)
             items = [item for item in results.of(facts) if item.number < len(samples)]
             _print(console, name, settings, items, len(kept & {sample.number for sample in samples}))
             rows.append({"checkpoint": label(name, names), "task": task.name, **_csv_row(items)})
-    except KeyboardInterrupt:
-        if options.json is not None:
-            console.print(STOPPED, markup=False, highlight=False)
-        raise
-    finally:
-        results.save()
     if options.csv is not None:
         write_rows(options.csv, rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import csv
 import hashlib
 import io
@@ -10,16 +11,21 @@ import json
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+from rich.console import Console
 
 from samba_lm.cli.output import write_json
 from samba_lm.errors import UserError
-from samba_lm.files import read_json, write_text
+from samba_lm.files import locked, read_json, write_text
 
 T = TypeVar("T")
 
 SAVE_EVERY = 5.0
 """Seconds between two writings of the file, at least."""
+STOPPED = "Stopped early. The same command goes on."
+"""Said of an interrupted run that leaves a file to go on from."""
 WHO = ("weights_sha256", "config", "tokenizer", "dtype", "quantized")
 """What tells one model from another."""
 
@@ -31,7 +37,8 @@ class Results(abc.ABC, Generic[T]):
     """What was measured of several models with the same settings, in a JSON file (or, without a path, in memory).
 
     A task says what its items are, each the result of one piece of work: see the methods below :meth:`write_csv`. Items
-    that the file already holds are kept.
+    that the file already holds are kept. As a context (``with Results(...) as it:``) it holds the file against other
+    commands, and writes it at the end, also of work that was broken off.
 
     Args:
         path: of the file.
@@ -39,7 +46,7 @@ class Results(abc.ABC, Generic[T]):
         head: more to write at the beginning of the file.
 
     Raises:
-        UserError: the file holds something else, or was made with other settings.
+        UserError: the file holds something else, was made with other settings, or is another command's at the moment.
     """
 
     task: str
@@ -54,8 +61,23 @@ class Results(abc.ABC, Generic[T]):
         self.fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         self._models: list[tuple[Model, dict[Hashable, T]]] = []
         self._saved = time.monotonic()
-        if path is not None and path.exists():
-            self._read(path)
+        self._lock = contextlib.ExitStack()
+        if path is not None:
+            busy = f"Another command is writing {path}: wait for it, or give another file with --json."
+            with contextlib.ExitStack() as lock:
+                lock.enter_context(locked(path.with_name(f".{path.name}.lock"), busy))
+                if path.exists():
+                    self._read(path)
+                self._lock = lock.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        with self._lock:
+            self.save()
+        if isinstance(error, KeyboardInterrupt) and self.path is not None:
+            Console().print(STOPPED, markup=False, highlight=False)
 
     def of(self, model: Model) -> list[T]:
         """A model's items, in order."""

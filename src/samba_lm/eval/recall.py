@@ -124,7 +124,7 @@ class Trial:
         exact: whether its first tokens were the right answer's too.
         tokens: of the text and the question.
         control: what was written with the state set to zero; None: not asked.
-        control_right: whether that was right.
+        control_right: whether that was right; None: not asked.
     """
 
     answer: str
@@ -133,7 +133,7 @@ class Trial:
     exact: bool
     tokens: int
     control: str | None = None
-    control_right: bool = False
+    control_right: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -153,21 +153,22 @@ class Cell:
 
 @dataclass(frozen=True)
 class Count:
-    """The trials of one cell or of several, counted."""
+    """The trials of one cell or of several, counted; ``control_right`` is None where no control was asked."""
 
     total: int
     right: int
     exact: int
-    control_right: int
+    control_right: int | None
 
     @classmethod
     def of(cls, cells: Sequence[Cell]) -> Count:
         trials = [trial for cell in cells for trial in cell.trials]
+        controls = [bool(trial.control_right) for trial in trials if trial.control is not None]
         return cls(
             len(trials),
             sum(trial.right for trial in trials),
             sum(trial.exact for trial in trials),
-            sum(trial.control_right for trial in trials),
+            sum(controls) if controls else None,
         )
 
     @property

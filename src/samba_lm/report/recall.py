@@ -44,7 +44,7 @@ def read(entry: dict[str, Any]) -> Recall:
             raise ValueError(f"{right} of {total} at depth {depth} is no result")
         spots[whole(cell["size"], 1), depth] = Spot(right, total)
     skips = {whole(cell["size"]): str(cell["skipped"]) for cell in cells if cell["skipped"]}
-    return Recall(spots, sum(whole(cell["control_right"]) for cell in cells), skips)
+    return Recall(spots, sum(whole(cell["control_right"] or 0) for cell in cells), skips)
 
 
 def _render_maps(group: Group[Recall]) -> Html:

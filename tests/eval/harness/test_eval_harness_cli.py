@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from samba_lm.checkpoint import create, save
-from samba_lm.cli import eval_harness
+from samba_lm.cli import eval_harness, results
 from samba_lm.cli.main import main
 from samba_lm.config import Attention, Mamba, ModelConfig
 from samba_lm.tokenizer import ByteTokenizer
@@ -135,7 +135,7 @@ def test_an_interrupted_run_keeps_what_it_has(
     monkeypatch.setattr(Harness, "run", stop)
     words = ["eval", "harness", "first", "--tasks=winogrande,piqa", *DATA, "--json=a.json"]
     assert main(words) == 130
-    assert eval_harness.STOPPED in capsys.readouterr().out
+    assert results.STOPPED in capsys.readouterr().out
     assert [task["task"] for task in json.loads(Path("a.json").read_text())["models"][0]["tasks"]] == ["winogrande"]
     monkeypatch.setattr(Harness, "run", own)
     assert main(words) == 0
