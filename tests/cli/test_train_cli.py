@@ -278,6 +278,11 @@ def test_the_paths_of_recipes_and_their_names(tmp_path: Path, monkeypatch: pytes
         UserError, match=r"No recipe 'samba-tinny'. Did you mean 'samba-tiny'\?.*samba-421m, samba-tiny"
     ):
         find_recipe("samba-tinny")
+    assert find_recipe("paper/samba-1.3b").name == "samba-1.3b.toml"
+    with pytest.raises(UserError, match=r"No recipe 'paper/samba-1.3B'. Did you mean 'paper/samba-1.3b'\?"):
+        find_recipe("paper/samba-1.3B")
+    with pytest.raises(UserError, match="No recipe 'paper/base'"):  # what recipes stand on, none itself
+        find_recipe("paper/base")
 
 
 def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:

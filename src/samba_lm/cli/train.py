@@ -17,12 +17,20 @@ from samba_lm.errors import UserError, did_you_mean
 from samba_lm.train.recipe import MAX_NAME_BYTES, Recipe
 
 PROG = "samba-lm train"
-RECIPES = {path.stem: path for path in sorted(Path(__file__).with_name("recipes").glob("*.toml"))}
+FOLDER = Path(__file__).with_name("recipes")
+RECIPES = {path.stem: path for path in sorted(FOLDER.glob("*.toml"))}
 """The recipes that come with samba-lm, by name."""
+COLLECTED = {
+    f"{path.parent.name}/{path.stem}": path
+    for path in sorted(FOLDER.glob("*/*.toml"))
+    if path.stem != "study" and not path.stem.startswith("base")
+}
+"""Those in folders, by folder and name: paper/samba-1.3b."""
 
-DESCRIPTION = f"""Train as RECIPE says: a TOML file, or the name of one that comes with samba-lm ({", ".join(RECIPES)}).
-Options replace single values of it. What it trains on instead of shards stands in it (data.passkey or data.phonebook,
-such as passkey = {{}} under [data]); then they have options too.
+DESCRIPTION = f"""Train as RECIPE says: a TOML file, or the name of one that comes with samba-lm ({", ".join(RECIPES)};
+paper/NAME is any row of the paper's tables, such as paper/samba-1.3b). Options replace single values of it. What it
+trains on instead of shards stands in it (data.passkey or data.phonebook, such as passkey = {{}} under [data]); then
+they have options too.
 
 A run that was stopped, however that was, continues with the same command, bit for bit."""
 
@@ -95,14 +103,22 @@ def main(argv: list[str]) -> None:
 
 
 def find_recipe(name: str) -> Path:
-    """The recipe's file: ``name`` is its path, or one of :data:`RECIPES`; a file of one's own comes first.
+    """The recipe's file: ``name`` is its path, or one of :data:`RECIPES` or :data:`COLLECTED`; a file of one's own
+    comes first.
 
     Raises UserError for a name that is neither. (Whether a path leads to a recipe shows when it is read.)
     """
     path = Path(name)
     if not name or any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in path.parts):
         raise UserError(f"A recipe cannot be named {name[:40]!r}: the name is {'too long' if name else 'empty'}.")
-    if path.is_file() or path.suffix == ".toml" or path.name != name:
+    if path.is_file() or path.suffix == ".toml":
+        return path
+    if name in COLLECTED:
+        return COLLECTED[name]
+    beside = [other for other in COLLECTED if other.startswith(f"{path.parent}/")]
+    if beside and not path.parent.is_dir():
+        raise UserError(f"No recipe {name!r}.{did_you_mean(name, beside)}")
+    if path.name != name:
         return path
     if name not in RECIPES:
         near = did_you_mean(name, RECIPES)
