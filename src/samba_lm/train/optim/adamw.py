@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -27,8 +28,13 @@ def adamw(
 ) -> torch.optim.AdamW:
     """AdamW (fp32 state) over named parameters in two groups, decayed and not; ``decay_all``: all decayed."""
     groups = [
-        {"params": [p for name, p in named if decay_all or decays(name, p)], "weight_decay": weight_decay},
-        {"params": [p for name, p in named if not (decay_all or decays(name, p))], "weight_decay": 0.0},
+        # Sharded parameters by themselves: a fused update takes one kind.
+        {"params": [p for p in some if isinstance(p, DTensor) == sharded], "weight_decay": decay}
+        for some, decay in (
+            ([p for name, p in named if decay_all or decays(name, p)], weight_decay),
+            ([p for name, p in named if not (decay_all or decays(name, p))], 0.0),
+        )
+        for sharded in (True, False)
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=True)
 

@@ -16,6 +16,8 @@ from samba_lm.train.optim.muon import Muon
 class Together(torch.optim.Optimizer):
     """Several optimizers of different parameters as one: the same groups one after another, one state."""
 
+    _step_supports_amp_scaling = True
+
     def __init__(self, members: list[torch.optim.Optimizer]) -> None:
         super().__init__([group for member in members for group in member.param_groups], {})
         self.members = members
@@ -23,10 +25,16 @@ class Together(torch.optim.Optimizer):
             member.state = self.state
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update by each."""
+        """One update by each, which is told the ``found_inf`` and ``grad_scale`` that this one was."""
         assert closure is None
+        told = {name: value for name, value in vars(self).items() if name in ("found_inf", "grad_scale")}
         for member in self.members:
-            member.step()
+            vars(member).update(told)
+            try:
+                member.step()
+            finally:
+                for name in told:
+                    del vars(member)[name]
 
 
 def build_optimizer(

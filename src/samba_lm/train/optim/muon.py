@@ -35,6 +35,9 @@ class Muon(torch.optim.Optimizer):
         weight_decay: decoupled, as AdamW's.
     """
 
+    # What torch.amp.GradScaler asks, and the training loop: `found_inf` and `grad_scale` are looked at on the device.
+    _step_supports_amp_scaling = True
+
     def __init__(self, params: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         for group in self.param_groups:
@@ -45,26 +48,45 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient. All processes must call it together."""
+        """One update of every parameter that has a gradient. All processes must call it together.
+
+        With ``found_inf`` (0 or 1, a scalar on the device) 1, nothing changes; by ``grad_scale`` gradients are divided
+        in place, both as in fused AdamW.
+        """
         assert closure is None
+        refused, scale = vars(self).get("found_inf"), vars(self).get("grad_scale")
         for group in self.param_groups:
             found = [(p, parts) for p, parts in zip(group["params"], group["parts"], strict=True) if p.grad is not None]
             for some in _rounds(found):
-                updates = [self._momentum(p, group["momentum"]) for p, _ in some]
+                updates = [self._momentum(p, group["momentum"], refused, scale) for p, _ in some]
                 for (p, _), update in zip(some, _orthogonal(updates, [parts for _, parts in some]), strict=True):
-                    weight = p.to_local() if isinstance(p, DTensor) else p
-                    weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    weight.add_(update.to(weight.dtype), alpha=-group["lr"])
+                    weight = _local(p)
+                    share = 1.0 if refused is None else (1 - refused).to(weight.dtype)
+                    weight.mul_(1 - group["lr"] * group["weight_decay"] * share)
+                    weight.add_(update.to(weight.dtype).mul_(-group["lr"] * share))
 
-    def _momentum(self, parameter: Tensor, rate: float) -> Tensor:
+    def _momentum(self, parameter: Tensor, rate: float, refused: Tensor | None, scale: Tensor | None) -> Tensor:
         """The running mean with this step's gradient in it, looked ahead; same shape and placement."""
         state = self.state[parameter]
         if not state:
             state |= first_state(parameter)
-        grad, mean = parameter.grad, state["momentum_buffer"]
-        assert grad is not None
+        grad, mean = _local(parameter.grad), _local(state["momentum_buffer"])
+        if scale is not None:
+            grad.div_(scale)
+        if refused is not None:
+            grad = torch.where(refused != 0, mean, grad)  # not a factor 0: what is refused may be NaN
         mean.lerp_(grad, 1 - rate)
-        return grad.lerp(mean, rate)
+        update = grad.lerp(mean, rate)
+        if isinstance(parameter, DTensor):
+            return DTensor.from_local(
+                update,
+                parameter.device_mesh,
+                parameter.placements,
+                run_check=False,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
+        return update
 
 
 def first_state(parameter: Tensor) -> dict[str, Tensor]:
@@ -102,14 +124,22 @@ def _orthogonal(updates: Sequence[Tensor], parts: Sequence[Sequence[int]]) -> li
 
 def _rounds(found: list[tuple[Tensor, Sequence[int]]]) -> Iterator[list[tuple[Tensor, Sequence[int]]]]:
     """As many matrices at a time as processes share them, those of like size together; one at a time where none do."""
-    largest = sorted(found, key=lambda entry: -entry[0].numel())
-    size = _sharded_over(largest[0][0])[0] if largest and isinstance(largest[0][0], DTensor) else 1
-    for i in range(0, len(largest), size):
-        yield largest[i : i + size]
+    yield from ([entry] for entry in found if not isinstance(entry[0], DTensor))
+    sharded = sorted((e for e in found if isinstance(e[0], DTensor)), key=lambda entry: -entry[0].numel())
+    size = _sharded_over(sharded[0][0])[0] if sharded else 1
+    for i in range(0, len(sharded), size):
+        yield sharded[i : i + size]
 
 
-def _sharded_over(tensor: DTensor) -> tuple[int, int, dist.ProcessGroup]:
+def _local(tensor: Tensor | None) -> Tensor:
+    """What this process holds of a tensor."""
+    assert tensor is not None
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _sharded_over(tensor: Tensor) -> tuple[int, int, dist.ProcessGroup]:
     """How many processes hold the rows of ``tensor``, which of them this one is, and their group."""
+    assert isinstance(tensor, DTensor)
     mesh = tensor.device_mesh
     dims = [i for i, placement in enumerate(tensor.placements) if placement == Shard(0)]
     assert len(dims) == 1, f"Muon knows matrices that are sharded by rows once, not {tensor.placements}"
