@@ -23,6 +23,7 @@ from samba_lm.mixers import (  # noqa: F401 - they register
 )
 from samba_lm.mixers.base import Tensors
 from samba_lm.mixers.registry import build_mixer
+from samba_lm.neighbours import Neighbours
 from samba_lm.nn.init import RULES
 from samba_lm.nn.norm import RMSNorm
 from samba_lm.ops.linear import linear
@@ -113,12 +114,35 @@ class SambaLM(nn.Module):
         hidden, state = self.run(span.pack(input_ids), state, span)
         return span.unpack(hidden), state
 
-    def hidden_states(self, input_ids: torch.Tensor, segments: torch.Tensor | None = None) -> torch.Tensor:
-        """The hidden states of ``features`` read from nothing, with no state made of what was read: for training."""
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        segments: torch.Tensor | None = None,
+        start: Cursor | None = None,
+        neighbours: Neighbours | None = None,
+    ) -> torch.Tensor:
+        """The hidden states of ``features`` read from nothing, with no state made of what was read: for training.
+
+        With ``neighbours`` the tokens are this process's part of the rows, all parts equally long, and ``start`` says
+        where it begins; see ``samba_lm.data.columns``. Each of them must call this, and with gradients go backward.
+        """
         self._check(input_ids, None)
         batch, length = input_ids.shape
-        span = Span.of(batch, length, input_ids.device, None, segments, keep=False)
+        if neighbours is not None:
+            self.require_parts(length)
+        span = Span.of(batch, length, input_ids.device, start, segments, keep=False, neighbours=neighbours)
         return span.unpack(self.run(span.pack(input_ids), None, span)[0])
+
+    def require_parts(self, length: int) -> None:
+        """Raise UserError unless every layer can read parts of rows, of ``length`` tokens each."""
+        if length < 2:
+            raise UserError(f"parts of rows hold {length} token: a part needs 2 at least; share rows among fewer")
+        for i, layer in enumerate(map(_layer, self.layers)):
+            if not layer.mixer.reads_parts:
+                raise UserError(
+                    f"layer {i} ({type(layer.mixer).__name__}) reads rows only as a whole, so no processes can share "
+                    "them: set parallel.context to 1, or let it ask the span for what precedes (docs/extending.md)"
+                )
 
     @torch.no_grad()
     def step(self, token_ids: torch.Tensor, state: State, longest: int | None = None) -> torch.Tensor:

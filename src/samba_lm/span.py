@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from samba_lm.errors import UserError
+from samba_lm.neighbours import Neighbours
 from samba_lm.ops.rope import rope_angles
 
 T = TypeVar("T")
@@ -55,6 +56,9 @@ class Span:
     """Caches may be written in place: the caller gives the old state away."""
     keep: bool = True
     """The state after the call is wanted. If not, what a layer gives back as its state may be anything."""
+    neighbours: Neighbours | None = None
+    """The tokens are a part of rows whose other parts these processes hold, padding at the rows' right ends. What
+    precedes a part comes from them, and no layer's state counts. None: what precedes is in the state."""
     _made: dict[Hashable, Any] = field(default_factory=dict)
 
     @classmethod
@@ -68,20 +72,26 @@ class Span:
         in_place: bool = False,
         keep: bool = True,
         longest: int | None = None,
+        neighbours: Neighbours | None = None,
     ) -> Span:
         """Read ``segments`` (int64 [B, L] document ids or None) from where ``start`` stands (None: a fresh cursor).
 
         ``segments`` may lie on the CPU, whatever ``device`` is. ``longest``: the largest starting position, if known.
         """
+        if neighbours is not None:
+            # What a row's earlier parts may hold of its document.
+            longest = neighbours.index * length
         steps = torch.arange(length, device=device)
         begin = Cursor.fresh(batch, device) if start is None else start
-        longest = 0 if start is None else longest
+        longest = 0 if start is None and neighbours is None else longest
         if segments is None:
             uniform = start is None or batch == 1 or _agree(start.position)
             positions = steps[None] + (begin.position[:1, None] if uniform else begin.position[:, None])
             end = Cursor(begin.segment, begin.position + length)
-            return cls(length, begin, end, positions, longest=longest, in_place=in_place, keep=keep)
-        return cls._packed(begin, _checked(segments, batch, length), steps, longest, in_place, keep)
+            return cls(
+                length, begin, end, positions, longest=longest, in_place=in_place, keep=keep, neighbours=neighbours
+            )
+        return cls._packed(begin, _checked(segments, batch, length), steps, longest, in_place, keep, neighbours)
 
     @classmethod
     def padded(cls, start: Cursor, length: int, lengths: torch.Tensor, longest: int) -> Span:
@@ -100,6 +110,7 @@ class Span:
         longest: int | None,
         in_place: bool,
         keep: bool,
+        neighbours: Neighbours | None,
     ) -> Span:
         padding = segments < 0
         # Asked where the segments lie: on the CPU, a GPU that has work queued is not waited for.
@@ -127,7 +138,9 @@ class Span:
                 torch.where(read, segments.gather(1, last)[:, 0], start.segment),
                 torch.where(read, positions.gather(1, last)[:, 0] + 1, start.position),
             )
-        return cls(steps.shape[0], start, end, positions, documents, lengths, order, longest, in_place, keep)
+        return cls(
+            steps.shape[0], start, end, positions, documents, lengths, order, longest, in_place, keep, neighbours
+        )
 
     @cached_property
     def longest_past(self) -> int:
@@ -138,6 +151,24 @@ class Span:
     def resets(self) -> torch.Tensor | None:
         """bool [B, L]: a document starts at this token. None: none does."""
         return None if self.documents is None else (self.positions == 0) & (self.documents > 0)
+
+    def before(self, x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """The inputs before the span's x [B, L, ...], [B, P, ...]: ``state``, or as many of the part to the left."""
+        return state if self.neighbours is None else self.neighbours.from_left(x, state.shape[1])
+
+    def entered(self, state: torch.Tensor, effect: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """The state [B, ...] that a recurrence reads the span from: ``state``, or what the parts before it make.
+
+        effect: gives the span's effect on a state, ``final`` and ``kept`` as ``Neighbours.carry`` takes them, no matter
+        whether a document begins within the span (which keeps nothing of what was before).
+        """
+        if self.neighbours is None:
+            return state
+        final, kept = effect()
+        resets = self.resets
+        if resets is not None:
+            kept = kept.masked_fill(resets.any(1).view(-1, *(1,) * (kept.dim() - 1)), 0.0)
+        return self.neighbours.carry(final, kept)
 
     @property
     def tap_positions(self) -> torch.Tensor | None:
@@ -199,6 +230,7 @@ class Span:
             longest=min(self.longest_past, size),
             in_place=self.in_place,
             keep=self.keep,
+            neighbours=self.neighbours,
         )
 
 

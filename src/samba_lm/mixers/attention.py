@@ -33,8 +33,7 @@ def attend(
     if span.length == 1:
         cache = kv_cache.update(cache, k, v, span)
         return attend_one(q[:, 0], cache["k"], cache["v"], kv_cache.filled(cache, span), scale)[:, None], cache
-    reach = cache["k"].shape[1] if window is None else window - 1
-    k_past, v_past, past_documents = kv_cache.past(cache, span, reach)
+    k_past, v_past, past_documents = kv_cache.past(cache, k, v, span, None if window is None else window - 1)
     q_documents, k_documents = span.documents, None
     if q_documents is not None or (past_documents is not None and past_documents.numel()):
         batch = q.shape[0]
@@ -60,6 +59,8 @@ def attend(
 class AttentionMixer(Mixer):
     """Query i sees keys j of its document with 0 <= i - j < window. State: rings ``k``, ``v``; ``conv`` with +SC."""
 
+    reads_parts = True
+
     def __init__(self, spec: Attention, config: ModelConfig) -> None:
         super().__init__()
         self.spec, self.max_context = spec, config.max_context
@@ -76,7 +77,11 @@ class AttentionMixer(Mixer):
         qkv, state = self.qkv(x), {}
         if self.spec.short_conv is not None:
             qkv, state["conv"] = causal_conv1d(
-                qkv, self.conv_weight, state=tensors["conv"], positions=span.tap_positions, lengths=span.lengths
+                qkv,
+                self.conv_weight,
+                state=span.before(qkv, tensors["conv"]),
+                positions=span.tap_positions,
+                lengths=span.lengths,
             )
         cos = sin = None
         if rope:

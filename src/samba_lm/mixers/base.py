@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
@@ -16,6 +18,10 @@ class Mixer(nn.Module):
 
     It is built from ``(spec, config)``: its layer spec and the ModelConfig it is part of.
     """
+
+    reads_parts: ClassVar[bool] = False
+    """Asks the span for what precedes its tokens (``Span.before``, ``Span.entered``, ``kv_cache.past``), or needs none
+    of it: then several processes may share a row, each reading a part."""
 
     def forward(
         self, x: torch.Tensor, state: Tensors | None = None, segments: torch.Tensor | None = None

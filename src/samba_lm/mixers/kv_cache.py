@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from samba_lm.errors import UserError
 from samba_lm.mixers.base import Tensors
+from samba_lm.neighbours import Neighbours
 from samba_lm.span import Span
 
 
@@ -42,13 +43,18 @@ def grow(cache: Tensors, span: Span, max_context: int) -> Tensors:
     return {name: F.pad(cache[name], (0, 0, 0, 0, 0, target - slots)) for name in ("k", "v")}
 
 
-def past(cache: Tensors, span: Span, reach: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The last keys and values before the span, oldest first: k, v [B, P, G, *], P <= reach, and their documents.
+def past(
+    cache: Tensors, k: torch.Tensor, v: torch.Tensor, span: Span, reach: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The last keys and values before the span's k [B, L, G, K], v [B, L, G, Kv], oldest first: k, v [B, P, G, *], P
+    <= reach (None: all), and their documents. From the cache, or from the processes that hold what precedes.
 
     Documents are int64 [B, P]: 0 for keys of the state's document, -1 for slots that hold nothing yet; None: all 0.
     """
+    if span.neighbours is not None:
+        return _from_left(span.neighbours, k, v, span, reach)
     begin, slots = span.start.position, cache["k"].shape[1]
-    count = min(reach, span.longest_past)
+    count = min(slots if reach is None else reach, span.longest_past)
     if count == 0:
         return cache["k"][:, :0], cache["v"][:, :0], begin.new_empty(begin.shape[0], 0)
     position = begin[:, None] + torch.arange(-count, 0, device=begin.device)
@@ -59,6 +65,20 @@ def past(cache: Tensors, span: Span, reach: int) -> tuple[torch.Tensor, torch.Te
     if held.device.type == "cpu" and bool(held.all()):  # a GPU would be waited for
         return k, v, None
     return k, v, torch.where(held, 0, -1)
+
+
+def _from_left(
+    neighbours: Neighbours, k: torch.Tensor, v: torch.Tensor, span: Span, reach: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As ``past``; as many on every process, also on those that are nearer to the row's beginning."""
+    most = (neighbours.count - 1) * span.length
+    count = most if reach is None else min(reach, most)
+    # One exchange of what others want of both.
+    last = span.length - min(count, span.length)
+    before = neighbours.from_left(torch.cat((k[:, last:], v[:, last:]), dim=-1), count)
+    k, v = before.split((k.shape[-1], v.shape[-1]), dim=-1)
+    position = span.start.position[:, None] + torch.arange(-count, 0, device=k.device)
+    return k, v, torch.where(position >= 0, 0, -1)
 
 
 def update(cache: Tensors, k: torch.Tensor, v: torch.Tensor, span: Span) -> Tensors:

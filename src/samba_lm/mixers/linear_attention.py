@@ -21,6 +21,8 @@ class LinearAttentionMixer(Mixer):
     One norm weight of a head's value width serves all heads.
     """
 
+    reads_parts = True
+
     def __init__(self, spec: LinearAttentionSpec, config: ModelConfig) -> None:
         super().__init__()
         self.heads = spec.heads
@@ -44,12 +46,18 @@ class LinearAttentionMixer(Mixer):
     def mix(self, x: torch.Tensor, tensors: Tensors, span: Span) -> tuple[torch.Tensor, Tensors]:
         q, k = self.queries_keys(x, span)
         v = self.v_proj(x).unflatten(-1, (self.heads, -1))
+        log_decay = self.log_decay(x)
+
+        def effect() -> tuple[torch.Tensor, torch.Tensor]:
+            _, final = gated_linear_attention(k, k, v, log_decay, documents=span.documents, lengths=span.lengths)
+            return final, log_decay.sum(1).exp()[..., None]
+
         o, kv = gated_linear_attention(
             q * self.key_dim**-0.5,
             k,
             v,
-            self.log_decay(x),
-            state=tensors["kv"],
+            log_decay,
+            state=span.entered(tensors["kv"], effect),
             documents=span.documents,
             lengths=span.lengths,
         )

@@ -18,7 +18,7 @@ from samba_lm.nn.linear import Linear
 from samba_lm.nn.recompute import remade
 from samba_lm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from samba_lm.ops.linear import linear
-from samba_lm.ops.selective_scan import selective_scan, selective_scan_step
+from samba_lm.ops.selective_scan import scan_effect, selective_scan, selective_scan_step
 from samba_lm.span import Span
 
 
@@ -90,23 +90,27 @@ class S6(nn.Module):
             h,
             self.conv.weight,
             self.conv.bias,
-            state=tensors["conv"],
+            state=span.before(h, tensors["conv"]),
             positions=span.tap_positions,
             lengths=span.lengths,
         )
         low, B, C = self.x_proj(u).split((self.rank, self.state, self.state), dim=-1)
-        delta = self.dt_proj(low)
+        delta, A, bias = self.dt_proj(low), self.selection.A(state_dtype(h.dtype)), self.selection.dt_bias
         with self._keeping(low, delta):
+
+            def effect() -> tuple[torch.Tensor, torch.Tensor]:
+                return scan_effect(u, delta, A, B, bias, resets=span.resets, lengths=span.lengths)
+
             y, ssm = selective_scan(
                 u,
                 delta,
-                self.selection.A(state_dtype(h.dtype)),
+                A,
                 B,
                 C,
                 self.selection.D,
                 gate,
-                self.selection.dt_bias,
-                state=tensors["ssm"],
+                bias,
+                state=span.entered(tensors["ssm"], effect),
                 resets=span.resets,
                 lengths=span.lengths,
             )
@@ -147,6 +151,8 @@ class S6(nn.Module):
 @register_mixer(Mamba)
 class MambaMixer(Mixer):
     """O = (S6(X W_in) * SiLU(X W_g)) W_out."""
+
+    reads_parts = True
 
     def __init__(self, spec: Mamba, config: ModelConfig) -> None:
         super().__init__()

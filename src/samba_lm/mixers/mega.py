@@ -28,6 +28,8 @@ class MegaS6Mixer(Mixer):
     State: S6's ``conv`` and ``ssm``, and ``k``, ``v`` of the chunk being read.
     """
 
+    reads_parts = True
+
     def __init__(self, spec: MegaS6, config: ModelConfig) -> None:
         super().__init__()
         D, Z = config.d_model, spec.z_dim

@@ -16,6 +16,8 @@ from samba_lm.span import Span
 class SwiGLUMLP(Mixer):
     """W3(SiLU(W1 x) * W2 x); no state. w1, w2 are one product."""
 
+    reads_parts = True
+
     def __init__(self, spec: SwiGLU, config: ModelConfig) -> None:
         super().__init__()
         self.w12 = Linear(config.d_model, 2 * spec.width)  # rows [W1 (gate); W2 (up)]

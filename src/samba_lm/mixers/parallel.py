@@ -28,6 +28,8 @@ class TwoPathsMixer(Mixer):
     State: that of each path, its names after ``mamba.`` and ``attention.``
     """
 
+    reads_parts = True
+
     def __init__(self, spec: TwoPaths, config: ModelConfig) -> None:
         super().__init__()
         self.mamba = MambaMixer(spec.mamba, config)

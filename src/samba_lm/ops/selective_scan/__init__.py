@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from samba_lm.errors import UserError
 from samba_lm.ops.backend import Backend, choose, compute_dtype
 from samba_lm.ops.selective_scan.cpu import scan_cpu
+from samba_lm.ops.selective_scan.effect import total_step
 from samba_lm.ops.selective_scan.reference import scan_reference
 from samba_lm.ops.shapes import require, require_rank, require_type
 
@@ -98,6 +99,28 @@ def selective_scan(
         run = scan_cpu
     y, final = run(u, delta, A, B, C, D, z, delta_bias, state, resets, padding)
     return y.to(u.dtype), final
+
+
+def scan_effect(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    delta_bias: torch.Tensor | None = None,
+    *,
+    resets: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What :func:`selective_scan` of these tokens does to a state h without resets: h -> kept * h + final.
+
+    Both [B, E, N], differentiable, in fp32 (fp64 if any input is fp64): ``final`` the state that is made of zeros,
+    ``kept`` = exp(A sum_t Delta_t) of all L tokens, padding too (what follows padding is padding).
+    """
+    # The outputs are not looked at, so any C serves.
+    _, final = selective_scan(u, delta, A, B, B, delta_bias=delta_bias, resets=resets, lengths=lengths, backend=backend)
+    total = total_step(delta, delta_bias, final.dtype)
+    return final, torch.exp(total[..., None] * A.to(final.dtype))
 
 
 def _choose(backend: Backend, u: torch.Tensor, N: int, dtype: torch.dtype) -> str:
