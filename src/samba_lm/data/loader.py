@@ -34,12 +34,15 @@ class Batch:
         targets: the token after each; with documents, ``IGNORE_INDEX`` where that belongs to the next document.
         segments: the number of the document each token is in, counted within the row from 0; None without documents.
         stretch: how many times as long the texts are that the rows stand for (``samba_lm.train.stretched``).
+        before: of parts of rows (``samba_lm.data.columns``), which document precedes the first column and how many of
+            its tokens do, int64 [B] both; None: rows begin here.
     """
 
     input_ids: Tensor
     targets: Tensor
     segments: Tensor | None
     stretch: float = 1.0
+    before: tuple[Tensor, Tensor] | None = None
 
 
 class Batches(Protocol):
