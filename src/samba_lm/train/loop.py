@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from samba_lm.data.ahead import Ahead
+from samba_lm.data.columns import part_length, part_of
 from samba_lm.data.loader import Batch, Batches
 from samba_lm.errors import UserError
 from samba_lm.loss import IGNORE_INDEX, valid_tokens
 from samba_lm.model import SambaLM
+from samba_lm.neighbours import Neighbours
 from samba_lm.nn.cast import cast_once
 from samba_lm.ops.linear.float8 import require_float8
 from samba_lm.ops.linear_cross_entropy import linear_cross_entropy
+from samba_lm.span import Cursor
 from samba_lm.train.metrics import device_peak, mfu
 from samba_lm.train.observer import Observer, Plan, StepRecord
 from samba_lm.train.optim import build_optimizer, optimizer_tensors, set_learning_rate
@@ -104,6 +107,8 @@ def fit(
     optimizer state that are not.
     """
     parallel = parallel or connect(settings.device)
+    if parallel.context is not None:
+        model.require_parts(part_length(loader.length, parallel.context.count))
     progress = start or Progress()
     observer = observer if observer is not None and parallel.is_main else Observer()
     if optimizer is None:
@@ -199,7 +204,7 @@ def train_step(
     accumulation nor padding changes it. The device is waited for once, when the update is queued; an update from a loss
     or gradient that is not finite changes nothing and raises NonFiniteError.
     """
-    batch = on_device(batch, parallel.device)
+    batch = on_device(columns(batch, parallel), parallel.device)
     valid = parallel.sum(valid_tokens(batch.targets)).clamp(min=1)
     total = torch.zeros((), dtype=torch.float32, device=parallel.device)
     optimizer.zero_grad(set_to_none=True)
@@ -208,7 +213,7 @@ def train_step(
         pieces = settings.batch_size // settings.micro_batch_size
         for micro in micro_batches(batch, -(-batch.input_ids.shape[0] // pieces)):
             with stretched(model, batch.stretch):
-                loss_sum, _ = batch_loss(model, micro, parallel.device)
+                loss_sum, _ = batch_loss(model, micro, parallel.device, parallel.context)
                 torch.autograd.backward(loss_sum / valid)
             total += loss_sum.detach()
     mean = parallel.sum(total) / valid
@@ -262,17 +267,28 @@ def evaluate(model: SambaLM, batches: Iterable[Batch], parallel: Parallel) -> fl
     total = torch.zeros((), dtype=torch.float64, device=parallel.device)
     count = torch.zeros((), dtype=torch.int64, device=parallel.device)
     for batch in batches:
-        loss_sum, valid = batch_loss(model, batch, parallel.device)
+        batch = columns(batch, parallel)
+        loss_sum, valid = batch_loss(model, batch, parallel.device, parallel.context)
         total += loss_sum
         count += valid
     model.train(was_training)
     return float(parallel.sum(total) / parallel.sum(count).clamp(min=1))
 
 
-def batch_loss(model: SambaLM, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Sum of the batch's token losses, and how many tokens it is over."""
-    batch = on_device(batch, device)
-    hidden = model.hidden_states(batch.input_ids, batch.segments)
+def columns(batch: Batch, parallel: Parallel) -> Batch:
+    """The part of the batch's rows that this process reads, of those that share them."""
+    us = parallel.context
+    return batch if us is None else part_of(batch, us.index, us.count)
+
+
+def batch_loss(
+    model: SambaLM, batch: Batch, device: torch.device, neighbours: Neighbours | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum of the batch's token losses, and how many tokens it is over; of this process's columns, with ``neighbours``."""
+    batch, start = on_device(batch, device), None
+    if batch.before is not None:
+        start = Cursor(*(t.to(device, non_blocking=True) for t in batch.before))
+    hidden = model.hidden_states(batch.input_ids, batch.segments, start, neighbours)
     loss_sum = linear_cross_entropy(hidden, model.head_weight, batch.targets, ignore_index=IGNORE_INDEX)
     return loss_sum, valid_tokens(batch.targets)
 
@@ -295,7 +311,9 @@ def micro_batches(batch: Batch, size: int) -> Iterable[Batch]:
     for i in range(0, batch.input_ids.shape[0], size):
         rows = slice(i, i + size)
         segments = None if batch.segments is None else batch.segments[rows]
-        yield replace(batch, input_ids=batch.input_ids[rows], targets=batch.targets[rows], segments=segments)
+        before = None if batch.before is None else (batch.before[0][rows], batch.before[1][rows])
+        ids, targets = batch.input_ids[rows], batch.targets[rows]
+        yield replace(batch, input_ids=ids, targets=targets, segments=segments, before=before)
 
 
 def _due(step: int, every: int) -> bool:
