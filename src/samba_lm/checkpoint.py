@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ from samba_lm.errors import UserError, did_you_mean
 from samba_lm.files import atomic_folder, read_json, recover_folder
 from samba_lm.mixers.mamba import Selection
 from samba_lm.model import SambaLM
+from samba_lm.nn import lora
+from samba_lm.nn.lora import LoraSettings
 from samba_lm.tensor_files import DamagedError, TensorFiles
 from samba_lm.tokenizer import CONFIG_FILE as TOKENIZER_CONFIG
 from samba_lm.tokenizer import TOKENIZER_FILE as TOKENIZER
@@ -95,6 +98,9 @@ def write_config(model: SambaLM, folder: Path, tokenizer: Tokenizer | None = Non
         "tokenizer": None if tokenizer is None else tokenizer.fingerprint(),
         "model": model.config.to_dict(),
     }
+    adapted = lora.settings_of(model)
+    if adapted is not None:
+        header["lora"] = asdict(adapted)
     (folder / CONFIG).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
 
 
@@ -141,7 +147,8 @@ def load(
     config, tokenizer_hash = read_config(folder)
     if max_context is not None:
         config = config.with_overrides(max_context=max_context)
-    model = build(config, read_weights(folder, config))
+    model = build(config, read_weights(folder, config), read_lora(folder))
+    lora.fold(model)
     tokenizer = _read_tokenizer(folder, config, tokenizer_hash)
     return place(model, device, dtype).eval(), tokenizer
 
@@ -230,6 +237,22 @@ def place(model: SambaLM, device: str | torch.device, dtype: torch.dtype | None)
     return model
 
 
+def read_lora(folder: Path) -> LoraSettings | None:
+    """With what the weights of a checkpoint folder have adapters beside them, from its config.json; None: they have
+    none. Only the steps of a run that trains adapters do."""
+    found = read_json(folder / CONFIG).get("lora")
+    if found is None:
+        return None
+    try:
+        settings = LoraSettings(**{**found, "targets": tuple(found["targets"])})
+        ok = settings.rank >= 1 and settings.alpha > 0
+    except (TypeError, KeyError):
+        ok = False
+    if not ok:
+        raise UserError(f"{folder / CONFIG} is damaged at 'lora' ({str(found)[:60]}): use another checkpoint.")
+    return settings
+
+
 def check_tokenizer(config: ModelConfig, tokenizer: Tokenizer) -> None:
     """Raise UserError if the tokenizer makes ids that the model has no embedding for."""
     if tokenizer.vocab_size > config.vocab_size:
@@ -239,10 +262,17 @@ def check_tokenizer(config: ModelConfig, tokenizer: Tokenizer) -> None:
         )
 
 
-def build(config: ModelConfig, tensors: dict[str, torch.Tensor] | None = None) -> SambaLM:
-    """A model with the given weights (checked by name and shape, UserError otherwise), or with uninitialised ones."""
+def build(
+    config: ModelConfig, tensors: dict[str, torch.Tensor] | None = None, adapted: LoraSettings | None = None
+) -> SambaLM:
+    """A model with the given weights (checked by name and shape, UserError otherwise), or with uninitialised ones.
+
+    ``adapted``: it has adapters, among the given weights, and trains them alone.
+    """
     with torch.device("meta"):
         model = SambaLM(config)
+        if adapted is not None:
+            lora.attach(model, adapted)
     if tensors is None:
         return model.to_empty(device="cpu")
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
