@@ -39,7 +39,7 @@ def rows_of(batch: Batch) -> list[list[int]]:
 
 def test_targets_are_the_next_tokens(dataset: TokenDataset, stream: np.ndarray) -> None:
     loader = Loader(dataset, batch_size=4, length=8, seed=1)
-    windows = {tuple(stream[i * 8 : i * 8 + 8]): i for i in range(loader.windows)}
+    windows = {tuple(stream[i * 8 : i * 8 + 8]): i for i in range(loader.rows)}
     for step in range(10):
         batch = loader.batch(step)
         assert batch.segments is None
@@ -56,7 +56,7 @@ def test_each_epoch_reads_every_window_once(
     dataset: TokenDataset, stream: np.ndarray, batch_size: int, length: int
 ) -> None:
     loader = Loader(dataset, batch_size, length, seed=3)
-    count = loader.windows
+    count = loader.rows
     assert count == (len(stream) - 1) // length
     epochs = 4
     steps = -(-epochs * count // batch_size)

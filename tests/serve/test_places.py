@@ -27,7 +27,8 @@ from samba_lm.files import atomic_file, write_text
 from samba_lm.serve.auth import Keys
 from samba_lm.serve.contexts import Contexts
 from samba_lm.serve.errors import ApiError
-from samba_lm.serve.places import FolderPlace, Place, PlaceError, UrlPlace
+from samba_lm.serve.places import FolderPlace, Place, UrlPlace
+from samba_lm.urls import PlaceError
 from samba_lm.serve.service import Service
 from samba_lm.serve.settings import Settings
 from samba_lm.serve.stores import LEFT_SECONDS, FileStore, MemoryStore

@@ -208,7 +208,7 @@ def test_in_memory_training_reports_and_learns(data: Path) -> None:
     val = ValidationWindows(TokenDataset.open(data / "val"), 8, 4, 32)
     seen = Recorder()
     model = nano()
-    progress = fit(model, train, settings(steps=20, lr=3e-3, eval_every=8), val=val, observer=seen)
+    progress = fit(model, train, settings(steps=20, lr=3e-3, eval_every=8), val={"": val}, observer=seen)
     assert [r.step for r in seen.records] == list(range(1, 21))
     assert [r.step for r in seen.records if r.val_loss is not None] == [8, 16, 20]
     assert [r.tokens for r in seen.records][:2] == [128, 256]

@@ -28,10 +28,14 @@ class Interleaved:
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """The rows of ``rank`` in the global batch of ``step``, from 0."""
-        before, after = int(step * self.share), int((step + 1) * self.share)
+        before, after = self.before(step), self.before(step + 1)
         if after > before:
             return self.some.batch(before, rank, world)
         return self.others.batch(step - before, rank, world)
+
+    def before(self, step: int) -> int:
+        """How many of the steps before ``step`` read ``some``."""
+        return int(step * self.share)
 
     def fingerprint(self) -> str:
         """sha256 of the data."""

@@ -1,13 +1,13 @@
 """Batches from a data set: a pure function of the seed and the step.
 
 The stream of tokens is cut into disjoint windows of ``length`` tokens (and one more, shared with the next window, as
-the last target). Each epoch reads every window once, in an order of its own drawn from the seed. Nothing is kept but
-the integer step, so a run resumes exactly by counting steps, on any number of ranks.
+the last target). Each epoch reads every window once, in an order of its own drawn from the seed
+(:mod:`samba_lm.data.order`). Nothing is kept but the integer step, so a run resumes exactly by counting steps, on any
+number of ranks.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from samba_lm.data.order import LARGEST_TABLE, Order, Shuffle, Shuffled, ShuffledInGroups
 from samba_lm.data.shards import TokenDataset
 from samba_lm.errors import UserError
 from samba_lm.loss import IGNORE_INDEX
@@ -69,12 +70,24 @@ class Loader:
         length: tokens in a row.
         seed: of the order of the windows.
         documents: whether to tell documents apart (``segments``, ignored targets) or read one endless stream.
+        group: read the shards in groups of so many, each shuffled by itself; None: all rows in one order.
+        table: up to so many rows an epoch's order is kept as a table (:class:`samba_lm.data.order.Shuffle`).
 
     Raises:
         UserError: the data set is shorter than one window, or a size is not positive.
     """
 
-    def __init__(self, dataset: TokenDataset, batch_size: int, length: int, seed: int, documents: bool = False) -> None:
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        batch_size: int,
+        length: int,
+        seed: int,
+        documents: bool = False,
+        *,
+        group: int | None = None,
+        table: int = LARGEST_TABLE,
+    ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: it must be at least 1.")
         if not 0 <= seed < 2**32:
@@ -82,9 +95,28 @@ class Loader:
         self.dataset = dataset
         self.batch_size = batch_size
         self.length = length
-        self.seed = seed
         self.documents = documents
-        self.windows = num_windows(dataset, length)
+        self.group = group
+        windows, shuffle = num_windows(dataset, length), Shuffle(seed, table)
+        sizes = [shard.tokens for shard in dataset.meta.shards]
+        self.order: Order
+        if group is None:
+            self.order = Shuffled(windows, length, shuffle, len(sizes))
+        else:
+            self.order = ShuffledInGroups(sizes, length, shuffle, group, str(dataset.folder))
+
+    @property
+    def rows(self) -> int:
+        """Rows of an epoch."""
+        return self.order.rows
+
+    def bytes_at_once(self) -> int:
+        """Upper bound of the shards' bytes that must be at hand, those that come next included."""
+        sizes = sorted(
+            (shard.tokens_bytes + shard.offsets_bytes * self.documents for shard in self.dataset.meta.shards),
+            reverse=True,
+        )
+        return sum(sizes if self.group is None else sizes[: 2 * self.group])
 
     def fingerprint(self) -> str:
         """sha256 of the data's description, which holds the sha256 of every shard."""
@@ -99,19 +131,27 @@ class Loader:
         Raises:
             UserError: ``batch_size`` is not a multiple of ``world``.
         """
-        if self.batch_size % world:
-            raise UserError(
-                f"batch_size {self.batch_size} does not divide among {world} processes: use a multiple of {world}."
-            )
-        assert step >= 0
-        assert 0 <= rank < world
-        rows = self.batch_size // world
-        first = step * self.batch_size + rank * rows
-        return read_windows(self.dataset, self._order(first, rows), self.length, self.documents)
+        return self.read(local_rows(self.batch_size, step, rank, world))
 
-    def _order(self, first: int, rows: int) -> list[int]:
-        epochs = (divmod(row, self.windows) for row in range(first, first + rows))
-        return [int(_permutation(self.windows, self.seed, epoch)[at]) for epoch, at in epochs]
+    def read(self, rows: NDArray[np.int64]) -> Batch:
+        """The rows of these numbers, counted through all epochs, in this order."""
+        self.dataset.expect(*self.order.shards(int(rows[0])), documents=self.documents)
+        return read_rows(self.dataset, self.order.starts(rows).tolist(), self.length, self.documents)
+
+
+def local_rows(batch_size: int, step: int, rank: int, world: int) -> NDArray[np.int64]:
+    """The numbers of the rows of ``rank`` in the global batch of ``step``, int64, rising.
+
+    Raises:
+        UserError: ``batch_size`` is not a multiple of ``world``.
+    """
+    if batch_size % world:
+        raise UserError(f"batch_size {batch_size} does not divide among {world} processes: use a multiple of {world}.")
+    assert step >= 0
+    assert 0 <= rank < world
+    rows = batch_size // world
+    first = step * batch_size + rank * rows
+    return np.arange(first, first + rows)
 
 
 def num_windows(dataset: TokenDataset, length: int) -> int:
@@ -136,22 +176,20 @@ def read_windows(dataset: TokenDataset, windows: Sequence[int], length: int, doc
 
     For evaluation read them in sequence: ``range(num_windows(dataset, length))`` covers the data set once.
     """
+    return read_rows(dataset, [i * length for i in windows], length, documents)
+
+
+def read_rows(dataset: TokenDataset, starts: Sequence[int], length: int, documents: bool = False) -> Batch:
+    """Return as a batch the ``length`` tokens from each of ``starts`` on, in that order."""
     # One more token than is read: the last one's target.
-    tokens = np.stack([dataset.tokens(i * length, (i + 1) * length + 1) for i in windows])
+    tokens = np.stack([dataset.tokens(start, start + length + 1) for start in starts])
     inputs, targets = tokens[:, :-1], tokens[:, 1:].copy()
     segments = None
     if documents:
         last = np.zeros(inputs.shape, dtype=np.int64)
-        for row, i in zip(last, windows, strict=True):
-            row[dataset.document_ends(i * length, (i + 1) * length) - i * length] = 1
+        for row, start in zip(last, starts, strict=True):
+            row[dataset.document_ends(start, start + length) - start] = 1
         # What follows a document says nothing of it: that target would teach noise.
         targets[last == 1] = IGNORE_INDEX
         segments = torch.from_numpy(np.cumsum(last, axis=1) - last)
     return Batch(torch.from_numpy(inputs.copy()), torch.from_numpy(targets), segments)
-
-
-@functools.lru_cache(maxsize=4)
-def _permutation(windows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    # RandomState is the one numpy generator whose stream is promised never to change between versions.
-    order: NDArray[np.int64] = np.random.RandomState([seed, epoch]).permutation(windows)
-    return order

@@ -13,20 +13,27 @@ in order. Nothing in the folder depends on the time, the machine or the number o
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
+import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
+from samba_lm.data.cache import Cache
+from samba_lm.data.folder import AGAIN, DataFolder, LocalFolder, ShardFile, file_sha256
+from samba_lm.data.remote import data_folder
 from samba_lm.errors import UserError
-from samba_lm.files import read_json, recover_folder
-from samba_lm.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer, load_tokenizer
+from samba_lm.files import recover_folder
+from samba_lm.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from samba_lm.urls import Url
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,7 +46,8 @@ _OUR_FILES = re.compile(
     "|".join([*map(re.escape, (META_FILE, TOKENIZER_FILE, CONFIG_FILE)), r"(tokens|offsets)-\d{5,}\.npy"])
 )
 _VERIFY_BLOCK = 2**24
-_AGAIN = "make the data again with `samba-lm data prepare`, or copy it again"
+_OPEN_ARRAYS = 256
+"""Memory-mapped at once: each takes one of the files that a process may have open, often 1,024."""
 
 
 class ShardMeta(BaseModel):
@@ -181,50 +189,91 @@ class ShardWriter:
 class TokenDataset:
     """A prepared data set, memory-mapped: one stream of ``num_tokens`` tokens in ``num_documents`` documents.
 
-    Open it with :meth:`open`, which checks the folder.
+    Open it with :meth:`open`, which checks the folder. Shards are mapped as they are read, not all at once.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        meta: Meta,
-        tokenizer: Tokenizer,
-        tokens: list[NDArray[np.unsignedinteger]],
-        offsets: list[NDArray[np.int64]],
-    ) -> None:
-        self.folder = folder
+    def __init__(self, files: DataFolder, meta: Meta, tokenizer: Tokenizer) -> None:
+        self.files = files
         self.meta = meta
         self.tokenizer = tokenizer
-        self._tokens = tokens
-        self._offsets = offsets
         # Where each shard starts in the stream of tokens, and in the list of documents.
         self._token_base = np.cumsum([0] + [shard.tokens for shard in meta.shards])
         self._document_base = np.cumsum([0] + [shard.documents for shard in meta.shards])
+        self._tokens = functools.lru_cache(maxsize=_OPEN_ARRAYS)(self._map_tokens)
+        self._offsets = functools.lru_cache(maxsize=_OPEN_ARRAYS)(self._map_offsets)
+        self._expected: tuple[Sequence[int], Sequence[int]] = ((), ())
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> TokenDataset:
-        """Open a folder made by ``samba-lm data prepare``; reads no tokens yet.
+    def open(cls, folder: str | os.PathLike[str] | Url, cache: Cache | None = None) -> TokenDataset:
+        """Open a folder made by ``samba-lm data prepare``, here or at a URL; reads no tokens yet.
+
+        Args:
+            folder: a path, or a URL of fsspec (``s3://bucket/data``).
+            cache: where shards from a URL are kept; None: the usual one.
 
         Raises:
-            UserError: a file is missing, foreign, cut short, or of another size or version.
+            UserError: a file is missing, foreign, cut short, or of another size or version. (At a URL a shard is looked
+                at when it is read.)
         """
-        folder = Path(folder)
-        _recover(folder)
-        meta = _read_meta(folder)
-        tokenizer = load_tokenizer(folder)
+        files = data_folder(folder, cache)
+        if isinstance(files, LocalFolder):
+            _recover(files.path)
+        meta = _read_meta(files)
+        tokenizer = files.tokenizer()
         if tokenizer.fingerprint() != meta.tokenizer:
-            raise UserError(f"{folder} holds another tokenizer than the one that made its tokens: {_AGAIN}.")
-        tokens = []
-        offsets = []
-        for number, shard in enumerate(meta.shards):
-            path = folder / offsets_file(number)
-            starts = _map(path, shard.offsets_bytes, np.dtype("<i8"), shard.documents + 1)
-            if starts[0] != 0 or starts[-1] != shard.tokens:
-                raise UserError(f"{path} does not fit its shard of {shard.tokens} tokens: {_AGAIN}.")
-            offsets.append(starts)
-            path = folder / tokens_file(number)
-            tokens.append(_map(path, shard.tokens_bytes, token_dtype(meta.vocab_size), shard.tokens))
-        return cls(folder, meta, tokenizer, tokens, offsets)
+            raise UserError(f"{files} holds another tokenizer than the one that made its tokens: {AGAIN}.")
+        dataset = cls(files, meta, tokenizer)
+        if isinstance(files, LocalFolder):
+            for number in range(len(meta.shards)):
+                dataset._offsets(number)
+                dataset._tokens(number)
+        return dataset
+
+    @property
+    def folder(self) -> Path | Url:
+        return self.files.path
+
+    @functools.cached_property
+    def meta_sha256(self) -> str:
+        """sha256 (hex) of ``meta.json``, which holds that of every shard."""
+        return hashlib.sha256(self.files.small(META_FILE) or b"").hexdigest()
+
+    def shard_files(self, numbers: Iterable[int], documents: bool = True) -> list[ShardFile]:
+        """The files of these shards, in this order; without ``documents``, of the tokens alone."""
+        found = []
+        for number in numbers:
+            shard, of = self.meta.shards[number], f"shard {number + 1} of {len(self.meta.shards)}"
+            found.append(ShardFile(tokens_file(number), shard.tokens_bytes, shard.tokens_sha256, of))
+            if documents:
+                found.append(ShardFile(offsets_file(number), shard.offsets_bytes, shard.offsets_sha256, of))
+        return found
+
+    def shards_of(self, start: int, stop: int) -> range:
+        """The shards that hold the tokens ``start .. stop - 1``, which are at least one."""
+        first, last = np.searchsorted(self._token_base, [start, stop - 1], side="right") - 1
+        return range(int(first), int(last) + 1)
+
+    def expect(self, now: Sequence[int], later: Sequence[int], documents: bool = True) -> None:
+        """These shards will be read, ``now`` and ``later``: they are fetched ahead, and others are let go."""
+        if (now, later) != self._expected:
+            self._expected = (now, later)
+            self._tokens.cache_clear()
+            self._offsets.cache_clear()
+            self.files.ahead(self.shard_files([*now, *later], documents))
+
+    def _map_tokens(self, number: int) -> NDArray[np.unsignedinteger]:
+        (file,) = self.shard_files([number], documents=False)
+        return self._mapped(file, token_dtype(self.meta.vocab_size), self.meta.shards[number].tokens)
+
+    def _map_offsets(self, number: int) -> NDArray[np.int64]:
+        shard, file = self.meta.shards[number], self.shard_files([number])[1]
+        starts = self._mapped(file, np.dtype("<i8"), shard.documents + 1)
+        if starts[0] != 0 or starts[-1] != shard.tokens:
+            raise UserError(f"{self.folder / file.name} does not fit its shard of {shard.tokens} tokens: {AGAIN}.")
+        return starts
+
+    def _mapped(self, file: ShardFile, dtype: np.dtype, length: int) -> NDArray:
+        return map_array(self.files.local(file), str(self.folder / file.name), dtype, length)
 
     @property
     def num_tokens(self) -> int:
@@ -257,7 +306,7 @@ class TokenDataset:
         done = 0
         while done < out.size:
             at = start + done - int(self._token_base[shard])
-            part = self._tokens[shard][at : at + out.size - done]
+            part = self._tokens(shard)[at : at + out.size - done]
             out[done : done + part.size] = part
             done += part.size
             shard += 1
@@ -277,7 +326,7 @@ class TokenDataset:
         shard = int(np.searchsorted(self._document_base, index, side="right")) - 1
         at = index - int(self._document_base[shard])
         base = int(self._token_base[shard])
-        start, stop = (int(offset) for offset in self._offsets[shard][at : at + 2])
+        start, stop = (int(offset) for offset in self._offsets(shard)[at : at + 2])
         if not 0 <= start < stop <= self.meta.shards[shard].tokens:
             raise self._damaged(f"document {index} has the bounds {start}..{stop}")
         return base + start, base + stop
@@ -294,23 +343,23 @@ class TokenDataset:
         """
         found = []
         first = int(np.searchsorted(self._token_base, start, side="right")) - 1
-        for shard in range(first, len(self._offsets)):
+        for shard in range(first, len(self.meta.shards)):
             base = int(self._token_base[shard])
             if base >= stop:
                 break
-            ends = self._offsets[shard][1:]
+            ends = self._offsets(shard)[1:]
             # The last token of a document stands one before the next one's start.
             low, high = np.searchsorted(ends, [start - base + 1, stop - base + 1])
             last = np.asarray(ends[low:high]) - 1
             within = (last >= max(start - base, 0)) & (last < min(stop - base, self.meta.shards[shard].tokens))
-            if not within.all() or (self._tokens[shard][last] != self.meta.eos_id).any():
+            if not within.all() or (self._tokens(shard)[last] != self.meta.eos_id).any():
                 raise self._damaged("a document does not end where it says")
             found.append(last + base)
         return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
 
     def _damaged(self, what: str) -> UserError:
         return UserError(
-            f"{self.folder} is damaged ({what}): `samba-lm data verify {self.folder}` names the file; {_AGAIN}."
+            f"{self.folder} is damaged ({what}): `samba-lm data verify {self.folder}` names the file; {AGAIN}."
         )
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -324,49 +373,57 @@ class TokenDataset:
         """
         done = 0
         for number, shard in enumerate(self.meta.shards):
-            tokens, offsets = self._tokens[number], self._offsets[number]
-            for name, expected in (
-                (tokens_file(number), shard.tokens_sha256),
-                (offsets_file(number), shard.offsets_sha256),
-            ):
-                actual = file_sha256(self.folder / name)
-                if actual != expected:
-                    raise UserError(
-                        f"{self.folder / name} was changed: its sha256 is {actual[:12]}..., not {expected[:12]}...; "
-                        f"{_AGAIN}."
-                    )
-            if (np.diff(offsets) < 1).any() or (tokens[offsets[1:] - 1] != self.meta.eos_id).any():
-                raise UserError(
-                    f"{self.folder / offsets_file(number)}: a document does not end where it says; {_AGAIN}."
+            with contextlib.ExitStack() as stack:
+                tokens_path, offsets_path = (
+                    self._unchanged(file, stack.enter_context(self.files.as_it_lies(file)))
+                    for file in self.shard_files([number])
                 )
-            for start in range(0, shard.tokens, _VERIFY_BLOCK):
-                block = tokens[start : start + _VERIFY_BLOCK]
-                if block.max() >= self.meta.vocab_size:
-                    raise UserError(
-                        f"{self.folder / tokens_file(number)} has the token id {block.max()}, outside the vocabulary "
-                        f"of {self.meta.vocab_size}: {_AGAIN}."
-                    )
-                done += block.size
-                if progress:
-                    progress(done, self.num_tokens)
+                dtype = token_dtype(self.meta.vocab_size)
+                tokens = map_array(tokens_path, str(self.folder / tokens_file(number)), dtype, shard.tokens)
+                where = str(self.folder / offsets_file(number))
+                offsets = map_array(offsets_path, where, np.dtype("<i8"), shard.documents + 1)
+                if (np.diff(offsets) < 1).any() or (tokens[offsets[1:] - 1] != self.meta.eos_id).any():
+                    raise UserError(f"{where}: a document does not end where it says; {AGAIN}.")
+                for start in range(0, shard.tokens, _VERIFY_BLOCK):
+                    block = tokens[start : start + _VERIFY_BLOCK]
+                    if block.max() >= self.meta.vocab_size:
+                        raise UserError(
+                            f"{self.folder / tokens_file(number)} has the token id {block.max()}, outside the "
+                            f"vocabulary of {self.meta.vocab_size}: {AGAIN}."
+                        )
+                    done += block.size
+                    if progress:
+                        progress(done, self.num_tokens)
+
+    def _unchanged(self, file: ShardFile, path: Path) -> Path:
+        actual = file_sha256(path)
+        if actual != file.sha256:
+            raise UserError(
+                f"{self.folder / file.name} was changed: its sha256 is {actual[:12]}..., not {file.sha256[:12]}...; "
+                f"{AGAIN}."
+            )
+        return path
 
 
-def open_splits(folder: str | os.PathLike[str]) -> tuple[TokenDataset, TokenDataset | None]:
+def open_splits(
+    folder: str | os.PathLike[str] | Url, cache: Cache | None = None
+) -> tuple[TokenDataset, TokenDataset | None]:
     """Open ``folder/train`` and ``folder/val`` where they are, else ``folder`` itself and no validation data.
 
     Raises:
         UserError: see :meth:`TokenDataset.open`.
     """
-    folder = Path(folder)
-    _recover(folder)
-    if not _has_splits(folder):
-        return TokenDataset.open(folder), None
-    return TokenDataset.open(folder / "train"), TokenDataset.open(folder / "val")
+    files = data_folder(folder, cache)
+    if isinstance(files, LocalFolder):
+        _recover(files.path)
+    if not _has_splits(files):
+        return TokenDataset.open(files.path, cache), None
+    return TokenDataset.open(files.path / "train", cache), TokenDataset.open(files.path / "val", cache)
 
 
 def is_dataset(folder: Path) -> bool:
     """Whether ``folder`` is a data set or a pair of splits (whole or damaged): something ``prepare`` wrote."""
-    return (folder / META_FILE).is_file() or _has_splits(folder)
+    return (folder / META_FILE).is_file() or _has_splits(LocalFolder(folder))
 
 
 def foreign_file(folder: Path) -> Path | None:
@@ -378,12 +435,6 @@ def foreign_file(folder: Path) -> Path | None:
         elif path.is_dir() or not _OUR_FILES.fullmatch(path.name):
             return path
     return None
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 (hex) of a file, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
@@ -408,18 +459,26 @@ def _recover(folder: Path) -> None:
         recover_folder(folder.parent)
 
 
-def _has_splits(folder: Path) -> bool:
-    return (folder / "train" / META_FILE).is_file() and (folder / "val").is_dir()
+def _has_splits(files: DataFolder) -> bool:
+    if isinstance(files, LocalFolder):
+        return (files.path / "train" / META_FILE).is_file() and (files.path / "val").is_dir()
+    # At a URL a folder is seen by what is in it.
+    return all(files.small(f"{name}/{META_FILE}") is not None for name in ("train", "val"))
 
 
-def _read_meta(folder: Path) -> Meta:
-    file = folder / META_FILE
-    if not file.is_file():
-        if _has_splits(folder):
-            raise UserError(f"{folder} holds two data sets: name {folder / 'train'} or {folder / 'val'}.")
-        what = "has no meta.json, so it is not prepared data" if folder.is_dir() else "is not a folder"
-        raise UserError(f"{folder} {what}: make it with `samba-lm data prepare TEXT... --out {folder}`.")
-    content = read_json(file)
+def _read_meta(files: DataFolder) -> Meta:
+    file = files.path / META_FILE
+    text = files.small(META_FILE)
+    if text is None:
+        if _has_splits(files):
+            raise UserError(f"{files} holds two data sets: name {files.path / 'train'} or {files.path / 'val'}.")
+        if not isinstance(files, LocalFolder):
+            raise UserError(
+                f"{files} has no meta.json: check the address, or copy there what `samba-lm data prepare` made."
+            )
+        what = "has no meta.json, so it is not prepared data" if files.path.is_dir() else "is not a folder"
+        raise UserError(f"{files} {what}: make it with `samba-lm data prepare TEXT... --out {files}`.")
+    content = _parsed(text, str(file))
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{file} is not of the format {FORMAT!r}: give a folder made by `samba-lm data prepare`.")
     if content.get("version") != VERSION:
@@ -428,34 +487,38 @@ def _read_meta(folder: Path) -> Meta:
             "prepare the data again."
         )
     try:
-        meta = Meta.model_validate_json(file.read_bytes())
+        meta = Meta.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{file} is damaged at {key!r} ({first['msg']}): {_AGAIN}.") from error
+        raise UserError(f"{file} is damaged at {key!r} ({first['msg']}): {AGAIN}.") from error
     if (
         meta.dtype != token_dtype(meta.vocab_size).name
         or meta.tokens != sum(shard.tokens for shard in meta.shards)
         or meta.documents != sum(shard.documents for shard in meta.shards)
     ):
-        raise UserError(f"{file} contradicts itself (dtype or counts): {_AGAIN}.")
+        raise UserError(f"{file} contradicts itself (dtype or counts): {AGAIN}.")
     return meta
 
 
-def _map(path: Path, size: int, dtype: np.dtype, length: int) -> NDArray:
-    """Memory-map one array after checking that it is the file ``meta.json`` speaks of."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing: {_AGAIN}.")
-    actual = path.stat().st_size
-    if actual != size:
-        raise UserError(f"{path} has {actual} bytes, not the {size} of meta.json (cut short or changed): {_AGAIN}.")
+def _parsed(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise UserError(f"{where} is not valid: it is nested too deeply.") from None
+    except ValueError as error:  # not UTF-8, not JSON, a number too long
+        raise UserError(f"{where} is not valid JSON ({error}): it is damaged; {AGAIN}.") from None
+
+
+def map_array(path: Path, where: str, dtype: np.dtype, length: int) -> NDArray:
+    """Memory-map one array after checking that it is what ``meta.json`` speaks of; ``where``: its name for people."""
     try:
         array: NDArray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise UserError(f"{path} is not an array of tokens ({error}): {_AGAIN}.") from error
+        raise UserError(f"{where} is not an array of tokens ({error}): {AGAIN}.") from error
     if array.dtype != dtype or array.shape != (length,):
         raise UserError(
-            f"{path} holds {array.dtype} {list(array.shape)}, not the {dtype} [{length}] of meta.json: {_AGAIN}."
+            f"{where} holds {array.dtype} {list(array.shape)}, not the {dtype} [{length}] of meta.json: {AGAIN}."
         )
     return array
 

@@ -5,23 +5,18 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import re
 import secrets
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import urlsplit
 
-from samba_lm.errors import UserError, one_line
+from samba_lm.errors import UserError
+from samba_lm.urls import PlaceError, failures, shown
 
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "obs", "oci"}
 """fsspec's protocols where an object is seen when it is whole, and where nothing can be renamed."""
-
-
-class PlaceError(Exception):
-    """A place for files does not answer, or refuses: a disk, a network, a permission. For the log, not for clients."""
 
 
 class Place(Protocol):
@@ -62,14 +57,14 @@ class FolderPlace:
 
     @contextlib.contextmanager
     def writing(self, owner: str, name: str) -> Iterator[Path]:
-        with _failures():
+        with failures():
             (self._root / owner).mkdir(mode=0o700, exist_ok=True)
         yield self._root / owner / name
 
     @contextlib.contextmanager
     def reading(self, owner: str, name: str) -> Iterator[Path | None]:
         path = self._root / owner / name
-        with _failures():
+        with failures():
             there = path.exists()
         yield path if there else None
 
@@ -80,12 +75,12 @@ class FolderPlace:
             return None
 
     def owners(self) -> list[str]:
-        with _failures():
+        with failures():
             return sorted(entry.name for entry in self._root.iterdir() if entry.is_dir())
 
     def names(self, owner: str) -> list[str]:
         try:
-            with _failures():
+            with failures():
                 return sorted(os.listdir(self._root / owner))
         except FileNotFoundError:
             return []
@@ -93,7 +88,7 @@ class FolderPlace:
     def remove(self, owner: str, name: str, older_than: float = 0.0) -> bool:
         path = self._root / owner / name
         try:
-            with _failures():
+            with failures():
                 if older_than and time.time() - path.stat().st_mtime < older_than:
                     return False
                 path.unlink()
@@ -108,9 +103,8 @@ class UrlPlace:
     def __init__(self, url: str) -> None:
         import fsspec
 
-        shown = urlsplit(url)._replace(netloc=urlsplit(url).hostname or "").geturl()  # no password in a log
         try:
-            with _failures():
+            with failures():
                 self._fs, root = fsspec.core.url_to_fs(url)
                 self._root = str(root).rstrip("/")
                 protocols = self._fs.protocol
@@ -121,7 +115,7 @@ class UrlPlace:
                 self._fs.pipe_file(probe, b"")
                 self._fs.rm_file(probe)
         except (PlaceError, FileNotFoundError) as error:
-            raise UserError(f"Contexts cannot be kept at {shown}: {error}. Give another --contexts.") from error
+            raise UserError(f"Contexts cannot be kept at {shown(url)}: {error}. Give another --contexts.") from error
 
     def _path(self, owner: str, name: str = "") -> str:
         return "/".join(part for part in (self._root, owner, name) if part)
@@ -131,7 +125,7 @@ class UrlPlace:
         with tempfile.TemporaryDirectory(prefix="samba-lm-") as folder:
             path = Path(folder) / name
             yield path
-            with _failures():
+            with failures():
                 if self._whole:
                     self._fs.put_file(str(path), self._path(owner, name))
                     return
@@ -144,7 +138,7 @@ class UrlPlace:
         with tempfile.TemporaryDirectory(prefix="samba-lm-") as folder:
             path = Path(folder) / name
             try:
-                with _failures():
+                with failures():
                     self._fs.get_file(self._path(owner, name), str(path))
             except FileNotFoundError:
                 yield None
@@ -153,7 +147,7 @@ class UrlPlace:
 
     def text(self, owner: str, name: str) -> str | None:
         try:
-            with _failures():
+            with failures():
                 return str(self._fs.cat_file(self._path(owner, name)), "utf-8")
         except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
             return None
@@ -166,7 +160,7 @@ class UrlPlace:
 
     def _list(self, folder: str) -> list[str]:
         try:
-            with _failures():
+            with failures():
                 self._fs.invalidate_cache()  # other replicas write there too
                 found = self._fs.ls(folder, detail=False)
         except FileNotFoundError:
@@ -176,7 +170,7 @@ class UrlPlace:
     def remove(self, owner: str, name: str, older_than: float = 0.0) -> bool:
         path = self._path(owner, name)
         try:
-            with _failures():
+            with failures():
                 self._fs.invalidate_cache()
                 if not self._fs.exists(path):
                     return False
@@ -189,15 +183,3 @@ class UrlPlace:
         except (FileNotFoundError, IsADirectoryError, NotImplementedError):  # the last: a place that knows no times
             return False
         return True
-
-
-@contextlib.contextmanager
-def _failures() -> Iterator[None]:
-    """Whatever goes wrong becomes a PlaceError: fsspec's packages raise errors of all kinds."""
-    try:
-        yield
-    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError, NotImplementedError, UserError):
-        raise
-    except Exception as error:
-        told = re.sub(r"""[^\s/"']+@""", "...@", one_line(str(error)))  # a URL's user and password
-        raise PlaceError(told or type(error).__name__) from error

@@ -22,12 +22,12 @@ from samba_lm.serve.errors import ApiError
 from samba_lm.serve.jobs import Bridge
 from samba_lm.serve.metrics import Metrics
 from samba_lm.serve.models import Sampling, Usage
-from samba_lm.serve.places import PlaceError
 from samba_lm.serve.settings import Settings
 from samba_lm.serve.stores import Store
 from samba_lm.serve.turns import Turns
 from samba_lm.serve.words import Words
 from samba_lm.templates import Template
+from samba_lm.urls import PlaceError
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -20,8 +20,9 @@ from samba_lm.errors import UserError
 from samba_lm.files import atomic_file
 from samba_lm.model import SambaLM
 from samba_lm.serve.models import Context
-from samba_lm.serve.places import FolderPlace, Place, PlaceError, UrlPlace
+from samba_lm.serve.places import FolderPlace, Place, UrlPlace
 from samba_lm.tokenizer import Tokenizer
+from samba_lm.urls import PlaceError
 
 NAME = re.compile(r"ctx-[A-Za-z0-9_-]{22}")
 OWNER = re.compile(r"[0-9a-f]{32}|anyone")

@@ -28,6 +28,10 @@ FREE = (
 """Fields of [train] that may change without training again."""
 
 
+PLACES = ("train", "val", "tokenizer", "cache", "cache_gb")
+"""Fields of [data] that say where data are, not what they are."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One training, and what is measured of it."""
@@ -218,7 +222,7 @@ class Planner:
         return self._jobs[key]
 
     def _vocab(self, recipe: Recipe) -> int:
-        return self.data.open(recipe.data.train, "data.train").meta.vocab_size
+        return [self.data.open(path, name) for name, path in recipe.data.sources.items()][0].meta.vocab_size
 
     def _fingerprint(self, recipe: Recipe, config: ModelConfig) -> str:
         section = recipe.data
@@ -226,11 +230,13 @@ class Planner:
         told = recipe.model_dump(mode="json", exclude_defaults=True)
         train = {name: value for name, value in told["train"].items() if name not in FREE}
         begun = {name: value for name, value in told.get("model", {}).items() if name == "slow_channels"}
-        data = {
-            name: value for name, value in told.get("data", {}).items() if name not in ("train", "val", "tokenizer")
-        }
-        data["train"] = described(self.data.open(section.train, "data.train"))
-        data["val"] = None if section.val is None else described(self.data.open(section.val, "data.val"))
+        begun |= {name: told[name] for name in ("lora",) if name in told}
+        data = {name: value for name, value in told.get("data", {}).items() if name not in PLACES}
+        for name, source in data.get("mixture", {}).items():
+            source["path"] = described(self.data.open(section.mixture[name].path, f"data.mixture.{name}"))
+        data["train"] = None if section.mixture else described(self.data.open(section.train, "data.train"))
+        held_out = {name: described(self.data.open(path, "data.val")) for name, path in section.validation.items()}
+        data["val"] = held_out.get("", held_out or None)
         return _sha256({"model": config.fingerprint(), **begun, "data": data, "train": train})
 
     def _evaluations(self, config: ModelConfig) -> tuple[tuple[Evaluation, str], ...]:

@@ -269,10 +269,10 @@ class StudyData:
             section = recipes[run.name].data
             if run.name not in names:
                 continue
-            for field, folder in (("train", section.train), ("val", section.val)):
-                if folder is not None:
-                    opened = self.open(folder, f"Run {run.name}, data.{field} = {folder!r}")
-                    made_with[opened.tokenizer.fingerprint()] = folder
+            held_out = {f"data.val.{name}" if name else "data.val": path for name, path in section.validation.items()}
+            for field, folder in (section.sources | held_out).items():
+                opened = self.open(folder, f"Run {run.name}, {field} = {folder!r}")
+                made_with[opened.tokenizer.fingerprint()] = folder
         for evaluation in study.evaluations:
             opened = self.open(evaluation.data, f"Evaluation {evaluation.name}, data = {evaluation.data!r}", True)
             made_with[opened.tokenizer.fingerprint()] = evaluation.data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -88,7 +88,7 @@ def fit(
     loader: Batches,
     settings: TrainSection,
     *,
-    val: Iterable[Batch] | None = None,
+    val: Mapping[str, Iterable[Batch]] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     parallel: Parallel | None = None,
     start: Progress | None = None,
@@ -99,8 +99,9 @@ def fit(
     """Train ``model`` in place for the settings' steps and return where the run then stands.
 
     Without ``optimizer`` the model is prepared and given a new one; with it, both are used as they are and ``start``
-    says how far they came. ``val`` are the batches of one validation, iterated anew for each. ``save`` is called for
-    each checkpoint due. ``stop`` is asked after every step; when it says so the loop saves and returns early.
+    says how far they came. ``val``: the batches of a validation, iterated anew each time, by the names of its sets, the
+    first of which counts. ``save`` is called for each checkpoint due. ``stop`` is asked after every step; when it says
+    so the loop saves and returns early.
 
     Nothing but the model, the optimizer and ``start.step`` decides what follows: step n always reads batch n.
     Raises NonFiniteError before an update from a loss or gradient that is not finite, and before a save of weights or
@@ -156,11 +157,14 @@ def fit(
                     loss=loss,
                 )
                 last = progress.step == steps
-                val_loss = None
-                if val is not None and (last or _due(progress.step, settings.eval_every)):
-                    val_loss = evaluate(model, val, parallel)
-                    if not math.isfinite(val_loss):
-                        raise NonFiniteError(_spoiled(progress.step, f"the validation loss is {val_loss}"))
+                val_loss, val_losses = None, {}
+                if val and (last or _due(progress.step, settings.eval_every)):
+                    val_losses = {name: evaluate(model, batches, parallel) for name, batches in val.items()}
+                    val_loss = next(iter(val_losses.values()))
+                    for name, each in val_losses.items():
+                        if not math.isfinite(each):
+                            what = f"the validation loss{f' on {name}' if name else ''} is {each}"
+                            raise NonFiniteError(_spoiled(progress.step, what))
                     best = val_loss if progress.best_val_loss is None else min(val_loss, progress.best_val_loss)
                     progress = replace(progress, val_loss=val_loss, best_val_loss=best)
                 rate = tokens / elapsed
@@ -175,6 +179,7 @@ def fit(
                         mfu=mfu(rate, flops, peak),
                         val_loss=val_loss,
                     )
+                        val_losses={name: each for name, each in val_losses.items() if name},
                 )
                 stopping = stop()
                 if last or stopping or _due(progress.step, settings.save_every):

@@ -77,7 +77,7 @@ class JsonlMetrics(Observer):
             record.step % self.every == 0 or record.step in (1, self.last) or record.val_loss is not None
         ):
             return
-        fields = {key: value for key, value in asdict(record).items() if value is not None}
+        fields = {key: value for key, value in asdict(record).items() if value is not None and value != {}}
         self.file.write(json.dumps(fields) + "\n")
         self.file.flush()
 

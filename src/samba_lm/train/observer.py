@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -19,6 +19,10 @@ class Plan:
     """Steps already done: 0, or those of the checkpoint that is continued."""
     steps: int
     tokens_per_step: int
+    world: int = 1
+    """Processes that train together."""
+    mesh: str = ""
+    """How they share the work, such as "2 replicas x 4 shards"; empty where one does all."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,26 @@ class StepRecord:
     mfu: float | None
     """Model FLOPs utilisation, 0 to 1; None where the device's peak is not known."""
     val_loss: float | None = None
-    """Mean loss on validation tokens, nats, when this step was followed by a validation."""
+    """Mean loss on validation tokens, nats, when this step was followed by a validation; of several sets the first's."""
+    val_losses: Mapping[str, float] = field(default_factory=dict)
+    """That of each set by its name, where sets have names."""
+    tokens_per_s_per_gpu: float | None = None
+    """Of one process, which has one GPU (or computes on the CPU)."""
+    data_wait_s: float | None = None
+    """Time that the main process waited for the step's batch, seconds."""
+    memory_peak: int | None = None
+    """Bytes taken by the main process's tensors on its GPU at most so far; on a CPU, of its resident memory."""
+    memory_reserved: int | None = None
+    """Bytes that its allocator held on the GPU at most; None on a CPU."""
+    grad_norms: Mapping[str, float] = field(default_factory=dict)
+    """The norm of each group of parameters before clipping, on steps that are logged: embedding, head, norms, and the
+    layers by their kind (mamba, attention, mlp, ...)."""
+    refused: bool = False
+    """Whether the guard left this step's update out."""
+    skipped: int | None = None
+    """Updates left out since the beginning of the run; None without guard."""
+    rollbacks: int | None = None
+    """Times that the run went back to a checkpoint; None without guard."""
 
 
 class Observer:
@@ -55,6 +78,9 @@ class Observer:
 
     def saved(self, step: int, folder: Path) -> None:
         """It is on the disk."""
+
+    def returned(self, step: int) -> None:
+        """The run went back to its checkpoint after ``step``; the steps after it come anew, with other batches."""
 
     def message(self, text: str) -> None:
         """A sentence for people."""
@@ -84,6 +110,10 @@ class Observers(Observer):
     def saved(self, step: int, folder: Path) -> None:
         for member in self.members:
             member.saved(step, folder)
+
+    def returned(self, step: int) -> None:
+        for member in self.members:
+            member.returned(step)
 
     def message(self, text: str) -> None:
         for member in self.members:

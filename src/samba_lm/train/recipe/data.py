@@ -6,6 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from samba_lm.data.cache import DEFAULT_GB
 from samba_lm.train.recipe.section import PathText, Section
 
 
@@ -46,13 +47,47 @@ class PhonebookSection(RecallSection):
     """Files with a name a line: one of whole names, or one of first and one of last names; none: faker's."""
 
 
+DEFAULT_TRAIN = "data/train"
+
+
+class SourceSection(Section):
+    """One data set of a mixture."""
+
+    path: PathText
+    """Folder or URL of token shards that `samba-lm data prepare` wrote."""
+    weight: float = Field(gt=0, allow_inf_nan=False)
+    """How much of each step is read from here, in proportion to the sum of all weights."""
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """How often it may be read; then the others go on alone. None: as often as it takes."""
+
+
+class ChatSection(Section):
+    """Conversations, of which the answers are learnt."""
+
+    files: Annotated[tuple[PathText, ...], Field(strict=False)] = ()
+    """JSON lines (messages, or prompt and completion; also .gz, .xz, .bz2), or one folder of `samba-lm data chat`."""
+    val: Annotated[tuple[PathText, ...], Field(strict=False)] = ()
+    """The same, held out, to measure the answers' loss on; none: no validation."""
+
+
 class DataSection(Section):
     """What it is trained on."""
 
-    train: PathText = "data/train"
-    """Folder of token shards that `samba-lm data prepare` wrote; not read where all rows are made (passkey, ...)."""
-    val: PathText | None = None
-    """Folder of token shards to measure the validation loss on; none: no validation."""
+    train: PathText = DEFAULT_TRAIN
+    """Folder or URL (s3://, gs://, hf://, https://) of token shards that `samba-lm data prepare` wrote; not read where
+    all rows are made (passkey, ...), or where there is a mixture."""
+    mixture: dict[str, SourceSection] = Field(default_factory=dict)
+    """Several data sets instead, by name, each with a path and a weight."""
+    val: PathText | dict[str, PathText] | None = None
+    """Folder or URL of token shards to measure the validation loss on, or several by name, the first of which is the
+    one that counts; none: no validation."""
+    shuffle_shards: Annotated[int, Field(ge=1)] | None = None
+    """Read so many shards at a time, shuffled among themselves: for data that one machine cannot hold, at a URL. None:
+    each epoch all rows in one order."""
+    cache: PathText | None = None
+    """Where shards from a URL are kept on this machine; none: samba-lm/shards in the user's folder for caches."""
+    cache_gb: float = Field(default=DEFAULT_GB, gt=0, allow_inf_nan=False)
+    """How large that may grow, in GB; what was not read for the longest time goes first."""
     documents: bool = False
     """Reset attention and state at document boundaries instead of reading over them (the paper reads over them)."""
     tokenizer: PathText | None = None
@@ -62,12 +97,29 @@ class DataSection(Section):
     """Train on passkey texts instead of shards, or now and then."""
     phonebook: PhonebookSection | None = None
     """Train on phonebook texts instead of shards, or now and then."""
+    chat: ChatSection | None = None
+    """Fine-tune on conversations instead of shards."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.passkey is not None and self.phonebook is not None:
             raise ValueError("passkey and phonebook are both given: keep one")
-        if not self.reads_shards and self.val is not None:
+        if self.chat is not None and self.recall is not None:
+            raise ValueError("chat is given beside passkey or phonebook: keep one")
+        if self.chat is not None and self.val is not None:
+            raise ValueError(f"val = {self.val!r} is given beside chat, which has its own: give chat.val")
+        if self.mixture and self.train != DEFAULT_TRAIN:
+            raise ValueError(
+                f"train = {self.train!r} and mixture ({', '.join(self.mixture)}) are both given: make train one of the "
+                "mixture's, or leave one out"
+            )
+        for kind, names in (("mixture", [*self.mixture]), ("val", [*self.validation])):
+            for name in names:
+                if name != name.strip() or not name.isprintable() or (not name and kind == "mixture"):
+                    raise ValueError(f"{kind} has the name {name!r}: use letters, digits and - or _")
+        if self.mixture and not self.reads_shards:
+            raise ValueError("mixture is given, but all rows are made: give passkey or phonebook a share below 1")
+        if not self.reads_shards and self.validation:
             raise ValueError(
                 f"val = {self.val!r} is given, but made rows have no validation: leave it out, and measure with "
                 "`samba-lm eval passkey` or `eval phonebook`"
@@ -80,6 +132,20 @@ class DataSection(Section):
         return self.passkey or self.phonebook
 
     @property
+    def sources(self) -> dict[str, str]:
+        """Where shards are read from, if any are, by what a recipe calls it: data.train, or each of the mixture's data sets."""
+        if not self.mixture:
+            return {"data.train": self.train}
+        return {f"data.mixture.{name}": source.path for name, source in self.mixture.items()}
+
+    @property
+    def validation(self) -> dict[str, str]:
+        """The validation sets by name; a single one has the name ""."""
+        if self.val is None:
+            return {}
+        return {"": self.val} if isinstance(self.val, str) else dict(self.val)
+
+    @property
     def reads_shards(self) -> bool:
         """Whether data.train is read at all."""
-        return self.recall is None or self.recall.share < 1
+        return self.chat is None and (self.recall is None or self.recall.share < 1)
