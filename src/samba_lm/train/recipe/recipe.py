@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from samba_lm.errors import UserError
-from samba_lm.train.recipe.data import DataSection, PasskeySection, PhonebookSection
+from samba_lm.train.recipe.data import ChatSection, DataSection, PasskeySection, PhonebookSection
+from samba_lm.train.recipe.lora import LoraSection
 from samba_lm.train.recipe.model import ModelSection
 from samba_lm.train.recipe.parallel import ParallelSection
 from samba_lm.train.recipe.section import Section
@@ -25,6 +26,15 @@ class Recipe(Section):
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
     parallel: ParallelSection = ParallelSection()
+    lora: LoraSection = LoraSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.lora.rank and self.model.init_from is None:
+            raise ValueError(f"lora.rank = {self.lora.rank} adapts a model that is made: give model.init_from")
+        if self.lora.rank and self.train.float8:
+            raise ValueError(f"lora.rank = {self.lora.rank} and train.float8 do not go together: leave one out")
+        return self
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], source: str = "Recipe") -> Recipe:
@@ -65,8 +75,11 @@ class Recipe(Section):
 
 
 DEFAULTS = Recipe().to_dict()
-MADE = {"passkey": PasskeySection().model_dump(mode="json"), "phonebook": PhonebookSection().model_dump(mode="json")}
-"""The sections of made rows, at their defaults."""
+MADE = {
+    name: section.model_dump(mode="json")
+    for name, section in (("passkey", PasskeySection()), ("phonebook", PhonebookSection()), ("chat", ChatSection()))
+}
+"""What is read instead of shards: the sections at their defaults."""
 
 
 def read_toml(path: Path, kind: str = "recipe") -> dict[str, Any]:
@@ -89,7 +102,7 @@ def read_toml(path: Path, kind: str = "recipe") -> dict[str, Any]:
         raise UserError(f"{path} is not valid TOML: {error}") from None
 
 
-EITHER = {"train": ({"steps", "tokens"},), "data": ({"passkey", "phonebook"},)}
+EITHER = {"train": ({"steps", "tokens"},), "data": ({"passkey", "phonebook", "chat"},)}
 """Keys of which a recipe has one: where it gives it, the base's other one is dropped."""
 
 
