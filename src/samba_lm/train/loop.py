@@ -178,8 +178,8 @@ def fit(
                         tokens_per_s=rate,
                         mfu=mfu(rate, flops, peak),
                         val_loss=val_loss,
-                    )
                         val_losses={name: each for name, each in val_losses.items() if name},
+                    )
                 )
                 stopping = stop()
                 if last or stopping or _due(progress.step, settings.save_every):
