@@ -140,11 +140,11 @@ def _bytes(piece: Piece) -> memoryview:
     tensor = piece.get().detach().to("cpu").contiguous()
     assert (tensor.dtype, tuple(tensor.shape)) == (piece.dtype, piece.shape), piece.name
     # numpy knows no bfloat16, and a tensor of no dimension has no other view.
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def sha256(path: Path, *, from_disk: bool = False, stopped: Callable[[], bool] = lambda: False) -> str:
-    """A file's checksum. ``from_disk``: what the disk has, not what the system remembers of it, where that can be asked.
+    """A file's checksum. ``from_disk``: of what the disk has, not what the system remembers, where that can be asked.
 
     Raises OSError, and StoppedError when ``stopped`` says so.
     """
@@ -177,12 +177,12 @@ class TensorFiles:
         """Open the files. Raises DamagedError when one is missing or cut off, or pieces of a tensor are missing."""
         self.paths = tuple(paths)
         self.metadata: dict[str, str] = {}
-        self._files = []
+        self._files: list[Any] = []
         self._places: dict[str, list[_Place]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         for number, path in enumerate(self.paths):
             try:
-                file = safe_open(path, framework="pt").__enter__()
+                file = safe_open(path, framework="pt")
                 self._files.append(file)
                 self._read_header(number, file)
             except FileNotFoundError:

@@ -95,6 +95,7 @@ def test_checkpoints_are_models_and_only_the_last_are_kept(recipe: MakeRecipe, t
     assert not list((tmp_path / "run").glob(f"*{TMP_MARK}*"))
     assert sorted(path.name for path in result.folder.iterdir()) == [
         "config.json",
+        "manifest.json",
         "model.safetensors",
         "optimizer.safetensors",
         "tokenizer.json",
@@ -343,19 +344,97 @@ def test_what_a_killed_write_left_is_ignored_and_cleared(recipe: MakeRecipe, who
     assert not torn.exists()
 
 
+@pytest.mark.parametrize("name", ["trainer.json", "optimizer.safetensors", "model.safetensors", "config.json"])
+@pytest.mark.parametrize("harm", ["cut", "missing", "changed"])
+def test_a_damaged_checkpoint_is_told_and_passed_over(recipe: MakeRecipe, whole: Path, name: str, harm: str) -> None:
+    good = sha256(whole)
+    shutil.rmtree(whole)
+    damage(whole.with_name("step-00000004") / name, harm)
+    told = Messages()
+    result = train(recipe("whole"), observer=told)
+    passed, resumed = told.texts[:2]
+    assert passed.startswith("A damaged checkpoint was passed over: ")
+    assert f"step-00000004/{name}" in passed
+    assert "it is now step-00000004.aside-" in passed
+    assert "step 2 of 6" in resumed
+    assert sha256(result.folder) == good
+
+
+def test_a_finished_runs_damage_is_seen_too(recipe: MakeRecipe, whole: Path) -> None:
+    good = sha256(whole)
+    damage(whole / "model.safetensors", "changed")
+    assert sha256(train(recipe("whole")).folder) == good
+    (whole / "optimizer.safetensors").unlink()  # of a run that is done, it may be deleted
+    told = Messages()
+    train(recipe("whole"), observer=told)
+    assert "raise train.steps" in told.texts[0]
+
+
+def damage(path: Path, harm: str) -> None:
+    data = path.read_bytes()
+    path.unlink()
+    if harm == "cut":
+        path.write_bytes(data[:-10])
+    elif harm == "changed":
+        # One bit, in the middle: the file still opens, as long as before.
+        middle = len(data) // 2
+        path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+
+
 @pytest.mark.parametrize("name", ["trainer.json", "optimizer.safetensors", "model.safetensors"])
-@pytest.mark.parametrize("harm", ["truncated", "missing"])
-def test_a_damaged_checkpoint_is_named(recipe: MakeRecipe, whole: Path, name: str, harm: str) -> None:
-    path = whole / name
-    if harm == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(UserError) as error:
+@pytest.mark.parametrize("harm", ["cut", "missing"])
+def test_damage_is_seen_where_an_earlier_version_left_no_checksums(
+    recipe: MakeRecipe, whole: Path, name: str, harm: str
+) -> None:
+    good = sha256(whole)
+    shutil.rmtree(whole)
+    newest = whole.with_name("step-00000004")
+    (newest / "manifest.json").unlink()
+    damage(newest / name, harm)
+    told = Messages()
+    assert sha256(train(recipe("whole"), observer=told).folder) == good
+    assert name in told.texts[0]
+
+
+def test_an_earlier_versions_checkpoint_is_gone_on_from(recipe: MakeRecipe, whole: Path) -> None:
+    good = sha256(whole)
+    shutil.rmtree(whole)
+    before = whole.with_name("step-00000004")
+    (before / "manifest.json").unlink()
+    assert sha256(train(recipe("whole")).folder) == good
+
+
+def test_when_nothing_is_whole_nothing_is_begun(recipe: MakeRecipe, whole: Path) -> None:
+    for folder in list_checkpoints(whole.parent):
+        (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"step-00000006.*has no other to go on from: start over with --fresh"):
         train(recipe("whole", steps=7))
-    assert name in str(error.value)
-    assert str(whole) in str(error.value)
-    assert "\n" not in str(error.value)
+    assert len(list_checkpoints(whole.parent)) == 3
+
+
+def test_going_on_from_an_earlier_step(recipe: MakeRecipe, whole: Path, tmp_path: Path) -> None:
+    good, early = sha256(whole), whole.with_name("step-00000002")
+    told = Messages()
+    branch = train(recipe("branch"), resume=early, observer=told)
+    assert (branch.folder.parent.name, sha256(branch.folder)) == ("branch", good)
+    assert "step 2 of 6" in told.texts[0]
+    assert whole.exists()
+    again = train(recipe("whole"), resume=early, observer=told)
+    assert sha256(again.folder) == good
+    aside = sorted(path.name.partition(".aside-")[0] for path in whole.parent.glob("*.aside-*"))
+    assert aside == ["step-00000004", "step-00000006"]
+    with pytest.raises(UserError, match="has checkpoints of its own"):
+        train(recipe("branch"), resume=whole.parent)
+    for other in (tmp_path / "nothing", whole.with_name("step-00000009"), tmp_path):
+        with pytest.raises(UserError, match="--resume"):
+            train(recipe("other"), resume=other)
+    with pytest.raises(UserError, match="exclude each other"):
+        train(recipe("whole"), resume=whole, fresh=True)
+
+
+def test_some_checkpoints_are_kept_for_good(recipe: MakeRecipe, tmp_path: Path) -> None:
+    train(recipe(keep=1, keep_every=3, save_every=1))
+    assert [path.name[-1] for path in list_checkpoints(tmp_path / "run")] == ["3", "6"]
 
 
 @pytest.mark.parametrize(
@@ -365,21 +444,30 @@ def test_a_damaged_checkpoint_is_named(recipe: MakeRecipe, whole: Path, name: st
         ("recipe", {"model": None}),
         ("step", -1),
         ("step", 5),
-        ("rng", {}),
-        ("rng", {"0": {"cpu": "AA"}}),
     ],
 )
 def test_a_wrong_trainer_json_is_told(recipe: MakeRecipe, whole: Path, key: str, value: object) -> None:
     path = whole / "trainer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(UserError, match=key):
+    told = Messages()
+    train(recipe("whole", steps=7), observer=told)
+    assert key in told.texts[0]
+
+
+@pytest.mark.parametrize("value", [{}, {"0": {"cpu": "AA"}}])
+def test_wrong_generators_are_told(recipe: MakeRecipe, whole: Path, value: object) -> None:
+    path = whole / "trainer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rng": value}))
+    (whole / "manifest.json").unlink()
+    with pytest.raises(UserError, match="rng"):
         train(recipe("whole", steps=7))
 
 
 def test_deep_json_is_told(recipe: MakeRecipe, whole: Path) -> None:
     (whole / "trainer.json").write_text("[" * 100_000)
-    with pytest.raises(UserError, match=r"trainer.json"):
-        train(recipe("whole", steps=7))
+    told = Messages()
+    train(recipe("whole", steps=7), observer=told)
+    assert "trainer.json is damaged" in told.texts[0]
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", ".lock"])

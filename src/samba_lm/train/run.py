@@ -1,8 +1,12 @@
-"""A run in a folder: data, model and optimizer from a recipe, checkpoints on the way, and exact continuation."""
+"""A run in a folder: data, model and optimizer from a recipe, checkpoints on the way, and exact continuation.
+
+Of several processes each runs this; the main one alone makes, holds and clears the folder, and speaks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,26 +18,30 @@ from samba_lm.config import ModelConfig
 from samba_lm.errors import UserError
 from samba_lm.model import SambaLM
 from samba_lm.train import checkpoints
-from samba_lm.train.checkpoints import TrainerState
+from samba_lm.train.checkpoints import Saver, TrainerState
 from samba_lm.train.data import Data, open_data
 from samba_lm.train.interrupt import stop_on_signals
 from samba_lm.train.loop import NonFiniteError, Progress, fit, make_optimizer, prepare_model
-from samba_lm.train.metrics import JsonlMetrics, TensorBoardMetrics
+from samba_lm.train.metrics import JsonlMetrics
 from samba_lm.train.observer import Observer, Observers
 from samba_lm.train.parallel import Parallel, connect
 from samba_lm.train.recipe import Recipe
+from samba_lm.train.resume import Resume, find_resume, put_newer_aside
 from samba_lm.train.slow_channels import slow_channels
+from samba_lm.train.together import together
+from samba_lm.train.trackers import TensorBoardMetrics, WandbMetrics
 
 FIXED = (
     *("train.batch_size", "train.length", "train.seed"),
     *("data.documents", "data.passkey", "data.phonebook"),
-    "model.slow_channels",
+    *("model.slow_channels", "train.optimizer"),
 )
 """Fields, or sections, that decide which tokens step n reads (a run continued with others would skip or repeat data),
 or how the run began."""
 
 FREE = (
-    *("train.out", "train.tensorboard", "train.log_every", "train.save_every", "train.keep"),
+    *("train.out", "train.tensorboard", "train.wandb", "train.log_every", "train.save_every", "train.keep"),
+    "train.keep_every",
     *("data.train", "data.val", "data.tokenizer"),
 )
 """Fields that may change without a word: the numbers do not depend on them, or are checked otherwise (data)."""
@@ -65,54 +73,95 @@ def train(
     model: SambaLM | None = None,
     observer: Observer | None = None,
     fresh: bool = False,
+    resume: Path | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
     """Train as ``recipe`` says, into its ``train.out``; a run found there is continued bit for bit.
 
     ``model`` (its config decides, its weights are trained in place) stands in for the one that the recipe would make.
-    ``fresh`` moves an earlier run aside and starts over. Ctrl-C, SIGTERM, SIGHUP and a true ``stop()`` end the run
-    after the current step, with a checkpoint. Raises UserError for whatever the user can put right: settings, data, a
-    checkpoint of another model, tokenizer or data, a full disk, a loss that is not finite.
+    ``fresh`` moves an earlier run aside and starts over. ``resume``: go on from this step's folder, of this run or,
+    where train.out has none yet, of another; None: from the newest that is whole. Ctrl-C, SIGTERM, SIGHUP and a true
+    ``stop()`` end the run after the current step, with a checkpoint. Raises UserError for whatever the user can put
+    right: settings, data, a checkpoint of another model, tokenizer or data, a full disk, a loss that is not finite.
+
+    Under torchrun all its processes call this. A UserError of one is raised on all; a process that ends otherwise is
+    noticed by torchrun, or by the others after ``parallel.timeout``.
     """
+    if fresh and resume is not None:
+        raise UserError("Starting over and going on from a checkpoint exclude each other: give --fresh or --resume.")
+    parallel = connect(recipe.train.device, recipe.parallel)
+    try:
+        return _train(recipe, parallel, model, observer or Observer(), fresh, resume, stop)
+    finally:
+        parallel.close()
+
+
+def _train(
+    recipe: Recipe,
+    parallel: Parallel,
+    model: SambaLM | None,
+    observer: Observer,
+    fresh: bool,
+    resume: Path | None,
+    stop: Callable[[], bool],
+) -> TrainResult:
     settings = recipe.train
     steps = settings.total_steps
     out = Path(settings.out)
-    observer = observer or Observer()
-    parallel = connect(settings.device)
-    data = open_data(recipe)
-    if fresh:
-        _move_aside(out, observer)
-    with checkpoints.run_folder(out):
-        latest = checkpoint.latest_step(out)
+    if not parallel.is_main:
+        observer = Observer()
+    with together(parallel):
+        data = open_data(recipe, parallel.data_rank, parallel.data_world)
+    with _held(out, parallel, observer, fresh):
+        found = find_resume(out, resume, steps, parallel)
         # Before anything is made: a mixer of the user's own may draw from the default generator.
         torch.manual_seed(settings.seed)
-        if latest is None:
-            state = None
-            model = model or _new_model(recipe, data)
-            _check_vocab(model.config, data)
-        else:
-            state = checkpoints.read_state(latest)
-            model = _saved_model(latest, state, recipe, data, model)
-            if state.step >= steps:
-                observer.message(f"{latest} has all {steps} steps: raise train.steps to go on.")
-                return _result(_progress(state), latest, parallel)
-            _tell_resume(latest, state, recipe, observer)
+        with together(parallel):
+            if found is None:
+                model = model or _new_model(recipe, data)
+                _check_vocab(model.config, data)
+            else:
+                model = _saved_model(found, recipe, data, model)
+        if found is not None and found.state.step >= steps:
+            observer.message(f"{found.folder} has all {steps} steps: raise train.steps to go on.")
+            return _result(_progress(found.state), found.folder, parallel)
+        if found is not None:
+            put_newer_aside(found, parallel, observer)
+            _tell_resume(found, recipe, parallel, observer)
         prepare_model(model, settings, parallel)
         optimizer = make_optimizer(model, settings)
         progress = Progress()
-        if latest is not None and state is not None:
-            checkpoints.restore_optimizer(latest, model, optimizer)
-            checkpoints.restore_rng(latest, state.rng.get(str(parallel.rank), {}), parallel.device)
-            progress = _progress(state)
+        if found is not None:
+            checkpoints.restore_model(found.folder, model, parallel)
+            checkpoints.restore_optimizer(found.folder, model, optimizer, parallel)
+            checkpoints.restore_rng(found.folder, found.state, settings.seed, parallel.rank, parallel.device)
+            progress = _progress(found.state)
 
-        watchers = Observers([*_metrics(out, recipe), observer])
+        watchers = Observers([*_metrics(out, recipe), observer]) if parallel.is_main else Observers([])
+        saver = Saver(
+            out,
+            data.tokenizer,
+            parallel,
+            keep=settings.keep,
+            keep_every=settings.keep_every,
+            timeout=recipe.parallel.timeout,
+        )
+        latest = None if found is None else found.folder
+
+        def saved(folder: Path | None) -> None:
+            nonlocal latest
+            if folder is not None:
+                latest = folder
+                watchers.saved(checkpoints.step_of(folder), folder)
 
         def save(progress: Progress) -> None:
-            nonlocal latest
             watchers.saving()
-            state = _state(progress, recipe, model, data, parallel)
-            latest = checkpoints.save_checkpoint(out, model, data.tokenizer, optimizer, state, keep=settings.keep)
-            watchers.saved(progress.step, latest)
+            saved(saver.wait())
+            saved(saver.save(model, optimizer, _state(progress, recipe, model, data, parallel)))
+
+        def stopping() -> bool:
+            saved(saver.poll())  # asked by every process after every step
+            return bool(request) or stop()
 
         with stop_on_signals() as request:
             try:
@@ -126,12 +175,30 @@ def train(
                     start=progress,
                     observer=watchers,
                     save=save,
-                    stop=lambda: bool(request) or stop(),
+                    stop=stopping,
                 )
+                saved(saver.wait())
             except NonFiniteError as error:
-                raise NonFiniteError(f"{error} Last good checkpoint: {latest or 'none yet'}.") from None
+                saver.finish()
+                good = checkpoint.latest_step(out) or latest
+                raise NonFiniteError(f"{error} Last good checkpoint: {good or 'none yet'}.") from None
+            except BaseException:
+                saver.abandon()
+                raise
     assert latest is not None, "the loop saves after its last step"
     return _result(progress, latest, parallel, interrupted=request.signal if progress.step < steps else None)
+
+
+@contextlib.contextmanager
+def _held(out: Path, parallel: Parallel, observer: Observer, fresh: bool) -> Iterator[None]:
+    """The run's folder, made, cleared and locked by the main process before any other looks at it."""
+    with contextlib.ExitStack() as held:
+        with together(parallel):
+            if parallel.is_main:
+                if fresh:
+                    _move_aside(out, observer)
+                held.enter_context(checkpoints.run_folder(out))
+        yield
 
 
 def _new_model(recipe: Recipe, data: Data) -> SambaLM:
@@ -155,15 +222,17 @@ def _wanted_config(recipe: Recipe, data: Data) -> ModelConfig:
     return recipe.model.config(data.tokenizer.vocab_size)
 
 
-def _saved_model(folder: Path, state: TrainerState, recipe: Recipe, data: Data, model: SambaLM | None) -> SambaLM:
-    """The model to go on with, after checking that the checkpoint belongs to this recipe, model and data."""
+def _saved_model(found: Resume, recipe: Recipe, data: Data, model: SambaLM | None) -> SambaLM:
+    """A model to go on with, its weights still to be read, after checking that the checkpoint belongs to this recipe,
+    model and data."""
+    folder, state = found.folder, found.state
     remedy = "set train.out to another folder, or start over with --fresh"
-    saved, _ = checkpoint.load(folder, dtype=torch.float32)
+    saved, _ = checkpoint.read_config(folder)
     changes = recipe.differences(state.recipe)
     if model is not None or any(field.startswith("model.") for field in changes):
         wanted = model.config if model is not None else _wanted_config(recipe, data)
-        if wanted.fingerprint() != saved.config.fingerprint():
-            raise UserError(f"{folder} holds another model: {_difference(saved.config, wanted)}; {remedy}.")
+        if wanted.fingerprint() != saved.fingerprint():
+            raise UserError(f"{folder} holds another model: {_difference(saved, wanted)}; {remedy}.")
     if state.tokenizer != data.tokenizer.fingerprint():
         raise UserError(
             f"{folder} was trained with tokenizer {state.tokenizer[:12]}, but {_data_name(recipe)} "
@@ -177,21 +246,27 @@ def _saved_model(folder: Path, state: TrainerState, recipe: Recipe, data: Data, 
             f"{folder} was trained on data {state.data[:12]} ({state.recipe['data'].get('train')!r}), but "
             f"{_data_name(recipe)} is {data.fingerprint[:12]}; {remedy}, or fine-tune with model.init_from."
         )
-    if model is None:
-        return saved
-    model.load_state_dict(saved.state_dict())
-    return model
+    return model or checkpoint.build(saved)
 
 
-def _tell_resume(folder: Path, state: TrainerState, recipe: Recipe, observer: Observer) -> None:
-    observer.message(f"Continuing from {folder}, step {state.step} of {recipe.train.total_steps}.")
+def _tell_resume(found: Resume, recipe: Recipe, parallel: Parallel, observer: Observer) -> None:
+    state = found.state
+    observer.message(f"Continuing from {found.folder}, step {state.step} of {recipe.train.total_steps}.")
     for field, (now, before) in recipe.differences(state.recipe).items():
         if field not in FREE:
             observer.message(f"Changed since the checkpoint: {field} = {now}, was {before}.")
+    if state.world != parallel.world:
+        observer.message(
+            f"With {_processes(parallel.world)} instead of {_processes(state.world)} the last digits will differ."
+        )
     if state.threads != torch.get_num_threads():
         observer.message(
             f"With {torch.get_num_threads()} CPU threads instead of {state.threads} the last digits will differ."
         )
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
 
 
 def _result(progress: Progress, folder: Path, parallel: Parallel, interrupted: int | None = None) -> TrainResult:
@@ -233,6 +308,8 @@ def _metrics(out: Path, recipe: Recipe) -> list[Observer]:
     metrics: list[Observer] = [JsonlMetrics(out / "metrics.jsonl", every)]
     if recipe.train.tensorboard:
         metrics.append(TensorBoardMetrics(out / "tensorboard", every))
+    if recipe.train.wandb is not None:
+        metrics.append(WandbMetrics(out / "wandb", every, recipe.train.wandb, recipe.to_dict()))
     return metrics
 
 

@@ -52,6 +52,17 @@ class TrainSection(Section):
     """Decay every parameter, as the paper did; otherwise norms, biases, A_log and D are left out."""
     clip: float = Field(default=1.0, ge=0)
     """Largest global norm of the gradient; 0: no clipping."""
+    spike: Literal["skip", "rollback"] | None = None
+    """What to do about a step whose loss or gradient stands out, or is not finite. skip: leave its update out;
+    rollback: go back to the last checkpoint and pass over the batches since; none: nothing, and what is not finite
+    ends the run."""
+    spike_factor: float = Field(default=6.0, gt=0, allow_inf_nan=False)
+    """Robust standard deviations above the median at which a step stands out."""
+    spike_window: int = Field(default=128, ge=8)
+    """Accepted steps that the median and the deviation are of."""
+    spike_limit: int = Field(default=5, ge=1)
+    """Steps in a row that may be skipped, or times that the run may go back to one checkpoint. After that what stands
+    out is taken for how things are, and what is not finite ends the run."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters and optimizer stay float32."""
     float8: bool = False
@@ -74,11 +85,15 @@ class TrainSection(Section):
     save_every: int = Field(default=100, ge=0)
     """Steps between checkpoints; 0: only at the end."""
     keep: int = Field(default=3, ge=1)
-    """Checkpoints kept; older ones are deleted once a new one is on the disk."""
+    """Checkpoints kept; older ones are deleted once a new one is on the disk and was read back."""
+    keep_every: int = Field(default=0, ge=0)
+    """Keep the checkpoints after every so many steps for good, besides the newest; 0: none."""
     log_every: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl and of plain output."""
     tensorboard: bool = False
     """Also write TensorBoard event files (extra: tensorboard)."""
+    wandb: Annotated[str, Field(min_length=1)] | None = None
+    """Also report to this project of Weights & Biases (extra: wandb); WANDB_MODE=offline keeps it on this machine."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
