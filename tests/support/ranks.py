@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,9 +94,10 @@ def _free_port() -> int:
 
 def _serve() -> None:
     import torch
+    import torch._dynamo  # what sharding imports
 
     import samba_lm.train.loop
-    import samba_lm.train.parallel.group  # noqa: F401 - the ranks have them at once
+    import samba_lm.train.parallel.group  # noqa: F401 - so that no rank has to
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which then ends this
@@ -139,6 +141,7 @@ def _rank(order: dict[str, Any], rank: int) -> None:
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": order["world"], "LOCAL_WORLD_SIZE": order["world"]}
         os.environ.update({key: str(value) for key, value in numbers.items()}, **order["env"])
         sys.path[:] = order["path"]
+        warnings.simplefilter("error")  # as in pytest
         spec = importlib.util.spec_from_file_location("ranks_test", order["file"])
         assert spec is not None
         assert spec.loader is not None

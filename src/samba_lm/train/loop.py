@@ -108,6 +108,7 @@ def fit(
     optimizer state that are not.
     """
     parallel = parallel or connect(settings.device)
+    pieces(settings, parallel)
     if parallel.context is not None:
         model.require_parts(part_length(loader.length, parallel.context.count))
     progress = start or Progress()
@@ -176,14 +177,14 @@ def fit(
                         lr=lr,
                         grad_norm=grad_norm,
                         tokens_per_s=rate,
-                        mfu=mfu(rate, flops, peak),
+                        mfu=mfu(rate / parallel.world, flops, peak),
                         val_loss=val_loss,
                         val_losses={name: each for name, each in val_losses.items() if name},
                     )
                 )
-                stopping = stop()
+                stopping = parallel.agree(stop())
                 if last or stopping or _due(progress.step, settings.save_every):
-                    check_finite(model, optimizer, progress.step)
+                    check_finite(model, optimizer, progress.step, parallel)
                     if save is not None:
                         save(progress)
                 if stopping:
@@ -206,32 +207,55 @@ def train_step(
     """One update from one batch; returns the mean loss (nats a token) and the gradient's norm before clipping.
 
     The loss is the sum of token losses over the number of valid tokens in the whole batch on all processes, so neither
-    accumulation nor padding changes it. The device is waited for once, when the update is queued; an update from a loss
-    or gradient that is not finite changes nothing and raises NonFiniteError.
+    accumulation, padding nor the number of processes changes it. The device is waited for once, when the update is
+    queued; an update from a loss or gradient that is not finite changes nothing and raises NonFiniteError.
     """
     batch = on_device(columns(batch, parallel), parallel.device)
     valid = parallel.sum(valid_tokens(batch.targets)).clamp(min=1)
-    total = torch.zeros((), dtype=torch.float32, device=parallel.device)
+    wide = torch.float64 if model.dtype == torch.float64 else torch.float32
+    total = torch.zeros((), dtype=wide, device=parallel.device)
     optimizer.zero_grad(set_to_none=True)
     with cast_once():
         # The number of pieces is what is kept: of shorter rows a batch has more, and as many tokens.
-        pieces = settings.batch_size // settings.micro_batch_size
-        for micro in micro_batches(batch, -(-batch.input_ids.shape[0] // pieces)):
+        number = pieces(settings, parallel)
+        for i, micro in enumerate(micro_batches(batch, -(-batch.input_ids.shape[0] // number))):
+            parallel.begin_backward(model, last=i == number - 1)
             with stretched(model, batch.stretch):
                 loss_sum, _ = batch_loss(model, micro, parallel.device, parallel.context)
                 torch.autograd.backward(loss_sum / valid)
             total += loss_sum.detach()
     mean = parallel.sum(total) / valid
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    parallel.finish_gradients(model)
+    norm = parallel.norm([p.grad for p in model.parameters() if p.grad is not None])
     finite = mean.isfinite() & norm.isfinite()
-    _update(optimizer, finite, norm / settings.clip if settings.clip else None)
+    _update(optimizer, finite, norm / settings.clip if settings.clip else None, parallel)
     loss, grad_norm = torch.stack((mean.double(), norm.double())).tolist()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise NonFiniteError(_non_finite(model, step, loss, grad_norm))
+        raise NonFiniteError(_non_finite(model, step, loss, grad_norm, parallel))
     return loss, grad_norm
 
 
-def _update(optimizer: torch.optim.Optimizer, finite: Tensor, excess: Tensor | None) -> None:
+def pieces(settings: TrainSection, parallel: Parallel) -> int:
+    """How many micro-batches each process makes of its rows of a batch.
+
+    Raises UserError where the rows do not divide among the processes, or these into micro-batches.
+    """
+    rows, rest = divmod(settings.batch_size, parallel.data_world)
+    if rest:
+        raise UserError(
+            f"train.batch_size = {settings.batch_size} rows do not divide among {parallel.data_world} processes: make "
+            "it a multiple."
+        )
+    micro = min(settings.micro_batch_size, rows)
+    if rows % micro:
+        raise UserError(
+            f"train.micro_batch = {micro} does not divide the {rows} rows that each of {parallel.data_world} processes "
+            f"has of train.batch_size = {settings.batch_size}."
+        )
+    return rows // micro
+
+
+def _update(optimizer: torch.optim.Optimizer, finite: Tensor, excess: Tensor | None, parallel: Parallel) -> None:
     """One step of the optimizer if ``finite`` (bool scalar), decided on the device where the optimizer can.
 
     ``excess``: the gradient's norm as a multiple of the allowed one; above 1 the gradient is divided by it, in the
@@ -250,17 +274,15 @@ def _update(optimizer: torch.optim.Optimizer, finite: Tensor, excess: Tensor | N
     elif bool(finite):
         if divisor is not None:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            torch._foreach_div_(gradients, divisor)
+            torch._foreach_div_([parallel.local(gradient) for gradient in gradients], divisor)
         optimizer.step()
 
 
 @torch.no_grad()
-def check_finite(model: SambaLM, optimizer: torch.optim.Optimizer, step: int) -> None:
+def check_finite(model: SambaLM, optimizer: torch.optim.Optimizer, step: int, parallel: Parallel) -> None:
     """Raise NonFiniteError, naming the first bad tensor, unless all weights and optimizer state are finite."""
-    tensors = dict(model.named_parameters()) | optimizer_tensors(model, optimizer)
-    finite = torch.stack([tensor.isfinite().all().to("cpu") for tensor in tensors.values()])
-    if not finite.all():
-        bad = list(tensors)[int(finite.int().argmin())]
+    bad = _first_bad(dict(model.named_parameters()) | optimizer_tensors(model, optimizer), parallel)
+    if bad is not None:
         raise NonFiniteError(_spoiled(step, f"the update left {bad} not finite"))
 
 
@@ -271,13 +293,26 @@ def evaluate(model: SambaLM, batches: Iterable[Batch], parallel: Parallel) -> fl
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=parallel.device)
     count = torch.zeros((), dtype=torch.int64, device=parallel.device)
-    for batch in batches:
-        batch = columns(batch, parallel)
+    for batch in _evenly((columns(batch, parallel) for batch in batches), parallel):
         loss_sum, valid = batch_loss(model, batch, parallel.device, parallel.context)
         total += loss_sum
         count += valid
+    parallel.settle(model)
     model.train(was_training)
     return float(parallel.sum(total) / parallel.sum(count).clamp(min=1))
+
+
+def _evenly(batches: Iterable[Batch], parallel: Parallel) -> Iterator[Batch]:
+    """The batches, and after them, while another process still has some, one without targets for each of its."""
+    iterator = iter(batches)
+    while True:
+        batch = next(iterator, None)
+        if not parallel.agree(batch is not None):
+            return
+        if batch is None:
+            blank = torch.zeros(1, 2, dtype=torch.int64)
+            batch = Batch(blank, torch.full_like(blank, IGNORE_INDEX), None)
+        yield batch
 
 
 def columns(batch: Batch, parallel: Parallel) -> Batch:
@@ -289,7 +324,7 @@ def columns(batch: Batch, parallel: Parallel) -> Batch:
 def batch_loss(
     model: SambaLM, batch: Batch, device: torch.device, neighbours: Neighbours | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the batch's token losses, and how many tokens it is over; of this process's columns, with ``neighbours``."""
+    """Sum of the batch's token losses, and how many tokens it is over: this process's, with ``neighbours``."""
     batch, start = on_device(batch, device), None
     if batch.before is not None:
         start = Cursor(*(t.to(device, non_blocking=True) for t in batch.before))
@@ -329,10 +364,17 @@ def _spoiled(step: int, what: str) -> str:
     return f"Step {step}: {what}, so this step is not saved; lower train.lr or check the data."
 
 
-def _non_finite(model: SambaLM, step: int, loss: float, grad_norm: float) -> str:
+def _first_bad(tensors: dict[str, Tensor], parallel: Parallel) -> str | None:
+    """The name of the first tensor that is not finite, on whichever process; the same on all."""
+    finite = torch.stack([parallel.local(tensor).isfinite().all().to("cpu") for tensor in tensors.values()])
+    bad = parallel.sum((~finite).int())
+    return list(tensors)[int(bad.clamp(max=1).argmax())] if bool(bad.any()) else None
+
+
+def _non_finite(model: SambaLM, step: int, loss: float, grad_norm: float, parallel: Parallel) -> str:
     if not math.isfinite(loss):
         what = f"the loss is {loss}"
     else:
-        bad = next((n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), None)
+        bad = _first_bad({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, parallel)
         what = f"the gradient's norm is {grad_norm}" + (f" (first bad: {bad})" if bad else "")
     return f"Step {step}: {what}, so training stopped before applying it; lower train.lr or check the data."

@@ -10,6 +10,8 @@ cast; so every number is rounded exactly where one process rounds it.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -20,14 +22,14 @@ from samba_lm.train.parallel.parallel import M
 
 
 def shard(model: M, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype | None) -> M:
-    """Share ``model`` out over the last dimension of ``mesh``, once in each group of its first. In place.
+    """Share ``model`` out over the second dimension of ``mesh``, once for each of its first. In place.
 
-    ``mesh``: two dimensions, the first of which replicates. ``dtype``: what the layers compute in (None: the
+    ``mesh``: of dimensions "replicate" and "fsdp". ``dtype``: what the layers compute in (None: the
     parameters' own). All processes hold the same model, on any device.
     """
     assert isinstance(model, SambaLM)
     if mesh.size(0) == 1:
-        mesh = mesh[mesh.mesh_dim_names[1]]
+        mesh = mesh["fsdp"]
     matrices = {m.weight for m in model.layers.modules() if isinstance(m, Linear)}
     kept = {p for p in [*model.layers.parameters(), *model.norm.parameters()] if p not in matrices}
     own = dtype is None or dtype == model.embedding.dtype
@@ -38,6 +40,8 @@ def shard(model: M, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype |
             fully_shard(layer, mesh=mesh, mp_policy=as_it_is if own else narrow, ignored_params=kept)
     fully_shard(model, mesh=mesh, mp_policy=as_it_is, ignored_params=kept)
     register_fsdp_forward_method(model, "run")
+    # Branches may be views; nothing is added to them in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     for parameter in kept:
         parameter.data = parameter.data.to(device)
     for module in model.modules():
