@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from pathlib import Path
@@ -34,6 +35,8 @@ def nano(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     samba_lm.save(
         checkpoint.place(model, "cpu", torch.bfloat16), tmp_path / "shipped" / "samba-nano", samba_lm.ByteTokenizer()
     )
+    header = tmp_path / "shipped" / "samba-nano" / "config.json"
+    header.write_text(json.dumps({**json.loads(header.read_text()), "dtype": "float32"}))
     (tmp_path / "shipped" / "samba-nano" / "README.md").write_text("# samba-nano\n\nA stand-in.\n")
     monkeypatch.setattr(shipped, "FOLDER", tmp_path / "shipped")
     return tmp_path / "shipped" / "samba-nano"

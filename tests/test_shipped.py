@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,24 @@ BYTES = 15 << 20
 """What its weights may take."""
 
 
-def test_it_is_loaded_by_name_in_fp32(nano: Path) -> None:
+def test_it_is_fp32_in_memory_however_it_is_named(nano: Path, tmp_path: Path) -> None:
     model, tokenizer = samba_lm.load("samba-nano")
     assert {t.dtype for t in model.state_dict().values()} == {torch.float32}, "16 bits are slow on many processors"
-    same, _ = samba_lm.load(nano)
-    assert same.dtype == torch.bfloat16, "a folder of one's own stays as it is"
-    for name, tensor in same.state_dict().items():
-        assert torch.equal(tensor.float(), model.state_dict()[name])
+    copy = tmp_path / "copy"
+    shutil.copytree(nano, copy)
+    for place in (nano, copy):
+        same, _ = samba_lm.load(place)
+        for name, tensor in same.state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[name]), (
+                "a checkpoint's numbers do not hang on how it is named"
+            )
+    copy = tmp_path / "saved"
+    samba_lm.save(samba_lm.load(nano, dtype=torch.bfloat16)[0], copy)
+    assert samba_lm.load(copy)[0].dtype == torch.bfloat16, "what names no dtype stays as it is"
+    header = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**header, "dtype": "float8"}))
+    with pytest.raises(UserError, match="asks for dtype 'float8': it must be one of float32, bfloat16"):
+        samba_lm.load(copy)
     assert tokenizer is not None
     assert samba_lm.load("samba-nano", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
     assert checkpoint.find("samba-nano") == nano
@@ -131,8 +143,10 @@ def test_what_is_shipped_is_whole_and_small() -> None:
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"
     }  # fmt: skip
     assert (folder / "model.safetensors").stat().st_size <= BYTES
-    model, tokenizer = samba_lm.load(folder)
-    assert model.dtype == torch.bfloat16
+    assert checkpoint.memory_dtype(folder) == torch.float32
+    model, tokenizer = samba_lm.load(folder, dtype=torch.bfloat16)
+    kept = checkpoint.read_weights(folder, model.config)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in model.state_dict().items()), "16 bits in the file"
     for module in model.modules():
         if isinstance(module, Selection):
             assert {p.dtype for p in module.parameters()} == {torch.float32}, "how long a channel remembers"

@@ -132,8 +132,9 @@ def load(
 
     The name of a model that comes with the package (`samba_lm.shipped`) gives that one, a name of the zoo a model with
     fresh random weights (and a byte tokenizer where it fits). A folder of that name is taken first.
-    ``dtype``: of the parameters; None keeps the file's, but for a model that comes with the package: it has 16 bits in
-    its file, to be small, and is fp32 in memory. ``max_context``: replaces the config's, for full attention.
+    ``dtype``: of the parameters; None takes the one that config.json names, else keeps the file's. (A model that comes
+    with the package has 16 bits in its file, to be small, and is fp32 in memory, in which many processors are faster.)
+    ``max_context``: replaces the config's, for full attention.
     Raises UserError for a missing, truncated, foreign or mismatched checkpoint.
     """
     if not os.fspath(folder_or_name):
@@ -142,9 +143,9 @@ def load(
     folder = find(folder_or_name)
     if folder is None:
         return _from_name(str(folder_or_name), device, dtype)
-    if dtype is None and shipped.find(folder_or_name) is not None:
-        dtype = torch.float32
     config, tokenizer_hash = read_config(folder)
+    if dtype is None:
+        dtype = memory_dtype(folder)
     if max_context is not None:
         config = config.with_overrides(max_context=max_context)
     model = build(config, read_weights(folder, config), read_lora(folder))
@@ -184,6 +185,15 @@ def read_config(folder: Path) -> tuple[ModelConfig, str | None]:
     if not isinstance(model, dict) or not isinstance(tokenizer, str | None):
         raise UserError(f"{path} is damaged (its model or tokenizer is not what we write): use another checkpoint.")
     return ModelConfig.from_dict(model), tokenizer
+
+
+def memory_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype that a checkpoint folder asks for in memory, ``"dtype"`` of its config.json; None: that of its file."""
+    name = read_json(folder / CONFIG).get("dtype")
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    if name is not None and name not in known:
+        raise UserError(f"{folder / CONFIG} asks for dtype {name!r}: it must be one of {', '.join(known)}.")
+    return known.get(name)
 
 
 def read_weights(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:

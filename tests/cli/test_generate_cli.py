@@ -58,6 +58,7 @@ def test_the_text_goes_to_stdout_and_its_cost_to_stderr(checkpoint: Path, capsys
         err,
     )
     figures = json.loads(record.read_text())
+    assert (figures["device"], figures["dtype"]) == ("cpu", "float32"), "what it ran in, though nothing was asked"
     assert (figures["prompt_tokens"], figures["new_tokens"], figures["finish"]) == (5, 40, "length")
     assert figures["sampling"]["temperature"] == 0
     assert figures["decode_tokens_per_second"] > 0

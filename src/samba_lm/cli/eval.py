@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -86,15 +87,11 @@ def resolved(folder_or_name: str) -> Path:
 
 def about(name: str, model: SambaLM, tokenizer: Tokenizer | None) -> Model:
     """The facts of a model that was loaded by this name."""
-    from samba_lm import checkpoint
-    from samba_lm.data.folder import file_sha256
-
     folder = resolved(name)
-    weights = folder / checkpoint.WEIGHTS
     return {
         "name": name,
         "checkpoint": name if shipped.find(name) else str(folder),
-        "weights_sha256": file_sha256(weights) if weights.is_file() else None,
+        "weights_sha256": _weights_sha256(folder) if folder.is_dir() else None,
         "config": model.config.fingerprint(),
         "model": model.config.to_dict(),
         "parameters": model.config.parameters(),
@@ -103,6 +100,15 @@ def about(name: str, model: SambaLM, tokenizer: Tokenizer | None) -> Model:
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantized": model.quantized,
     }
+
+
+def _weights_sha256(folder: Path) -> str:
+    """Of the file with a checkpoint's weights; of several files, the hash of their hashes."""
+    from samba_lm import checkpoint
+    from samba_lm.tensor_files import sha256
+
+    found = [sha256(path) for path in checkpoint.weight_files(folder)]
+    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
 
 def label(name: str, among: Sequence[str]) -> str:

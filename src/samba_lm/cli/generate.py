@@ -194,7 +194,7 @@ def write_continuation(
         except KeyboardInterrupt:
             interrupted = True
     print(flush=True)
-    _report(command, sampling, text.timing, model.device, interrupted, context)
+    _report(command, sampling, text.timing, model, interrupted, context)
     if interrupted:
         raise KeyboardInterrupt
 
@@ -211,11 +211,11 @@ def _report(
     command: Command,
     sampling: SamplingParams,
     timing: Timing,
-    device: torch.device,
+    model: SambaLM,
     interrupted: bool,
     context: Snapshot | None,
 ) -> None:
-    memory = _peak_memory(device)
+    memory = _peak_memory(model.device)
     prompt = f"{timing.prompt_tokens:,} token{'s' * (timing.prompt_tokens != 1)}"
     before = "" if context is None else f"went on after {context.tokens:,} tokens of {context.title!r}, "
     ending = "interrupted" if interrupted else timing.finish
@@ -230,8 +230,8 @@ def _report(
     if command.json is not None:
         record = {
             "checkpoint": command.name,
-            "device": str(device),
-            "dtype": command.runtime.dtype,
+            "device": str(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
             "quantize": command.runtime.quantize,
             "sampling": dataclasses.asdict(sampling),
             "context_tokens": 0 if context is None else context.tokens,
