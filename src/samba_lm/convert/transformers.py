@@ -229,7 +229,7 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
 
 
-def _parts(config: ModelConfig) -> dict[str, list[Part]]:
+def transformers_parts(config: ModelConfig) -> dict[str, list[Part]]:
     """Our name of each tensor -> theirs, whose rows it holds from top to bottom."""
     V, D = config.vocab_size, config.d_model
     mamba = _family(config) == "mamba"
@@ -250,7 +250,7 @@ def _parts(config: ModelConfig) -> dict[str, list[Part]]:
 
 
 def _layer_parts(spec: LayerSpec, D: int) -> tuple[str, str, dict[str, list[Part]]]:
-    """Their name of a layer's norm, the prefix of its other tensors, and :func:`_parts` of these."""
+    """Their name of a layer's norm, the prefix of its other tensors, and :func:`transformers_parts` of these."""
     if isinstance(spec, Mamba):
         E, N, R = spec.inner(D), spec.state, spec.rank(D)
         return "norm", "mixer", {
@@ -278,7 +278,7 @@ def _layer_parts(spec: LayerSpec, D: int) -> tuple[str, str, dict[str, list[Part
 def rename_transformers(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> Tensors:
     """Our names and layouts for their tensors. Raises UserError for one missing, of a wrong shape, or left over."""
     weights, ours = Weights(dict(tensors)), {}
-    for name, parts in _parts(config).items():
+    for name, parts in transformers_parts(config).items():
         taken = [weights.take(part.name, *part.shape) for part in parts]
         tensor = taken[0] if len(taken) == 1 else torch.cat(taken)
         ours[name] = tensor.squeeze(1) if tensor.dim() == 3 else tensor  # a depthwise kernel: [E, 1, k] -> [E, k]
@@ -291,7 +291,7 @@ def rename_transformers(tensors: Mapping[str, torch.Tensor], config: ModelConfig
 def to_transformers_names(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> Tensors:
     """Their names and layouts for our tensors (a state dict of ``config``): the inverse of `rename_transformers`."""
     theirs: Tensors = {}
-    for name, parts in _parts(config).items():
+    for name, parts in transformers_parts(config).items():
         rows = tensors[name].detach().split([part.shape[0] for part in parts])
         theirs |= {part.name: t.reshape(part.shape) for part, t in zip(parts, rows, strict=True)}
     return theirs
@@ -340,7 +340,7 @@ def to_transformers(model: SambaLM, folder: str | os.PathLike[str], tokenizer: T
         if tokenizer is not None:
             (tmp / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
             # The class that takes tokenizer.json as it is; the default of a Llama would put its own rules in place.
-            named = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos_token}
+            named = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.describe()}
             (tmp / TOKENIZER_CONFIG).write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from samba_lm.data.conversation_set import ConversationSet
-from samba_lm.data.loader import Batch
+from samba_lm.data.loader import Batch, local_rows
 from samba_lm.data.packing import pack
 from samba_lm.errors import UserError
 from samba_lm.loss import IGNORE_INDEX
@@ -114,13 +115,7 @@ class ConversationLoader:
 
         Raises UserError when the batch does not divide among ``world`` processes.
         """
-        if self.batch_size % world:
-            raise UserError(
-                f"batch_size {self.batch_size} does not divide among {world} processes: use a multiple of {world}."
-            )
-        share = self.batch_size // world
-        first = step * self.batch_size + rank * share
-        return self.read(np.arange(first, first + share))
+        return self.read(local_rows(self.batch_size, step, rank, world))
 
     def read(self, rows: NDArray[np.int64]) -> Batch:
         """The rows of these numbers, counted through all epochs, in this order."""
@@ -129,15 +124,26 @@ class ConversationLoader:
 
 
 class ConversationValidation:
-    """The first ``sequences`` rows of held-out conversations (all where there are fewer), ``rows`` a batch."""
+    """The first ``sequences`` rows of held-out conversations (all where there are fewer), ``rows`` a batch.
 
-    def __init__(self, conversations: ConversationSet, sequences: int, rows: int, length: int) -> None:
-        self._packed, self.rows = ConversationRows(conversations, length), rows
-        self.sequences = min(sequences, self._packed.rows)
+    Of several processes, the ``rank``-th of ``world`` has its share; all make as many batches of the same sizes: where
+    the rows do not divide, some process's last one has no targets that count.
+    """
+
+    def __init__(
+        self, conversations: ConversationSet, sequences: int, rows: int, length: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self.packed, self.rows = ConversationRows(conversations, length), rows
+        self.sequences = min(sequences, self.packed.rows)
+        self._rank, self._world = rank, world
 
     def __iter__(self) -> Iterator[Batch]:
-        for first in range(0, self.sequences, self.rows):
-            yield self._packed.read(range(first, min(first + self.rows, self.sequences)))
+        share = -(-self.sequences // self._world)
+        for first in range(0, share, self.rows):
+            wanted = [i * self._world + self._rank for i in range(first, min(first + self.rows, share))]
+            batch = self.packed.read(min(row, self.sequences - 1) for row in wanted)
+            missing = torch.tensor([row >= self.sequences for row in wanted])
+            yield replace(batch, targets=batch.targets.masked_fill(missing[:, None], IGNORE_INDEX))
 
 
 @functools.lru_cache(maxsize=4)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from samba_lm.data.cache import Cache, gigabytes
 from samba_lm.data.interleaved import Interleaved
-from samba_lm.data.loader import Batches, Loader
+from samba_lm.data.loader import Batch, Batches, Loader
 from samba_lm.data.mixture import SOURCE_TABLE, Mixture, Part, source_seed
 from samba_lm.data.shards import TokenDataset
 from samba_lm.errors import UserError
 from samba_lm.tokenizer import Tokenizer
+from samba_lm.train.conversations import open_conversations
 from samba_lm.train.recall import recall_loader
 from samba_lm.train.recipe import Recipe
 from samba_lm.train.validation import ValidationWindows
@@ -25,12 +26,14 @@ class Data:
 
     loader: Batches
     tokenizer: Tokenizer
-    val: dict[str, ValidationWindows]
+    val: Mapping[str, Iterable[Batch]]
     """Held-out batches by name, the one that counts first; a single one has the name ""; none: no validation."""
     fingerprint: str
     """sha256 of the training data's description."""
     tokens_read: Callable[[int], dict[str, int]] | None = None
     """How many tokens the first so many steps read of each source of a mixture; None: there is but one."""
+    notes: tuple[str, ...] = ()
+    """What people should know of the data, in sentences."""
 
 
 def open_data(recipe: Recipe, rank: int = 0, world: int = 1) -> Data:
@@ -39,6 +42,11 @@ def open_data(recipe: Recipe, rank: int = 0, world: int = 1) -> Data:
     Raises UserError when it is missing, damaged, too short or mixed up.
     """
     section = recipe.data
+    if section.chat is not None:
+        chat, held_out = open_conversations(recipe, rank, world)
+        found = (note for note in (chat.packed.note(), held_out and held_out.packed.note()) if note)
+        known = {} if held_out is None else {"": held_out}
+        return Data(chat, chat.conversations.tokenizer, known, chat.fingerprint(), notes=tuple(found))
     if not section.reads_shards:
         made = recall_loader(recipe)
         return Data(made, made.tokenizer, {}, made.fingerprint())
