@@ -173,6 +173,11 @@ def read_config(folder: Path) -> tuple[ModelConfig, str | None]:
     if not path.is_file():
         raise UserError(f"{folder} is not a checkpoint: it has no {CONFIG}.")
     header = read_json(path)
+    if isinstance(header, dict) and "model_type" in header:
+        raise UserError(
+            f"{folder} is a model of transformers: `samba-lm convert from-transformers {folder} --out FOLDER` makes a "
+            "checkpoint of it."
+        )
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise UserError(
             f"{path} was not written by samba-lm. Convert it first: `samba-lm convert --help` shows from what."

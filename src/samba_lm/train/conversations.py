@@ -42,7 +42,9 @@ def open_conversations(
 def _open(field: str, files: tuple[str, ...], recipe: Recipe) -> ConversationSet:
     for name in files:
         if is_conversation_set(Path(name) / "train"):
-            raise UserError(f"{field}: {name!r} holds two sets: give {name}/train to data.chat.files, {name}/val to val.")
+            raise UserError(
+                f"{field}: {name!r} holds two sets: data.chat.files is {name}/train, data.chat.val {name}/val."
+            )
     folders = [name for name in files if is_conversation_set(name)]
     if not folders:
         return ConversationSet.of_files(files, _tokenizer(recipe))

@@ -22,6 +22,7 @@ from samba_lm.train.checkpoints import Saver, TrainerState
 from samba_lm.train.data import Data, open_data
 from samba_lm.train.interrupt import stop_on_signals
 from samba_lm.train.loop import NonFiniteError, Progress, fit, make_optimizer, prepare_model
+from samba_lm.train.lora import adapt, export_adapters
 from samba_lm.train.metrics import JsonlMetrics
 from samba_lm.train.observer import Observer, Observers
 from samba_lm.train.parallel import Parallel, connect
@@ -34,7 +35,7 @@ from samba_lm.train.trackers import TensorBoardMetrics, WandbMetrics
 FIXED = (
     *("train.batch_size", "train.length", "train.seed"),
     *("data.documents", "data.passkey", "data.phonebook"),
-    *("model.slow_channels", "train.optimizer"),
+    *("model.slow_channels", "train.optimizer", "lora"),
 )
 """Fields, or sections, that decide which tokens step n reads (a run continued with others would skip or repeat data),
 or how the run began."""
@@ -42,7 +43,7 @@ or how the run began."""
 FREE = (
     *("train.out", "train.tensorboard", "train.wandb", "train.log_every", "train.save_every", "train.keep"),
     "train.keep_every",
-    *("data.train", "data.val", "data.tokenizer"),
+    *("data.train", "data.val", "data.tokenizer", "data.chat.files", "data.chat.val"),
 )
 """Fields that may change without a word: the numbers do not depend on them, or are checked otherwise (data)."""
 
@@ -122,6 +123,9 @@ def _train(
                 _check_vocab(model.config, data)
             else:
                 model = _saved_model(found, recipe, data, model)
+        adapt(model, recipe)
+        for note in data.notes:
+            observer.message(note)
         if found is not None and found.state.step >= steps:
             observer.message(f"{found.folder} has all {steps} steps: raise train.steps to go on.")
             return _result(_progress(found.state), found.folder, parallel)
@@ -186,6 +190,10 @@ def _train(
                 saver.abandon()
                 raise
     assert latest is not None, "the loop saves after its last step"
+    with together(parallel):
+        adapter = export_adapters(model, recipe, data.tokenizer) if parallel.is_main else None
+    if adapter is not None:
+        observer.message(f"The adapters alone, in peft's format, are in {adapter}.")
     return _result(progress, latest, parallel, interrupted=request.signal if progress.step < steps else None)
 
 
@@ -335,6 +343,8 @@ def _data_name(recipe: Recipe) -> str:
     section = recipe.data
     if section.reads_shards:
         return f"data.train = {section.train!r}"
+    if section.chat is not None:
+        return f"data.chat.files = {list(section.chat.files)}"
     return "data.passkey" if section.passkey is not None else "data.phonebook"
 
 
