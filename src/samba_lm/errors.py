@@ -13,6 +13,10 @@ class UserError(ValueError):
     The command line prints it as ``samba-lm: error: ...`` and exits with code 2, without a traceback.
     """
 
+    patience = 0.0
+    """Seconds to wait before it is printed: of several processes another may have the cause to tell, and end this one
+    meanwhile."""
+
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest option, or a short list when nothing is near."""

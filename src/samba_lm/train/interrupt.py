@@ -23,11 +23,11 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(tell: bool = True) -> Iterator[StopRequest]:
     """Catch the first SIGINT, SIGTERM or SIGHUP; the handlers of before then stand again: a second one stops at once.
 
-    SIGHUP stays ignored where it was (nohup).
-    Outside the main thread, where Python allows no handlers, the request stays unset.
+    SIGHUP stays ignored where it was (nohup). Outside the main thread, where Python allows no handlers, the request
+    stays unset. ``tell``: say so on stderr; torchrun passes a signal on to all processes, of which one speaks.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -46,8 +46,9 @@ def stop_on_signals() -> Iterator[StopRequest]:
         restore()
         if number == signal.SIGHUP:
             _leave_terminal()
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, b"\nStopping after this step; once more stops at once.\n")
+        if tell:
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, b"\nStopping after this step; once more stops at once.\n")
 
     try:
         for number in before:

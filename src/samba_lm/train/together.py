@@ -12,6 +12,8 @@ from samba_lm.train.parallel import Parallel
 class ElsewhereError(UserError):
     """Another process of the run stopped; that one tells why."""
 
+    patience = 1.5
+
 
 @contextmanager
 def together(parallel: Parallel) -> Iterator[None]:

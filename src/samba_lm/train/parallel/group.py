@@ -28,7 +28,19 @@ LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed out|broken
 
 
 class LostProcessError(UserError):
-    """Another process of the run ended, or does not answer."""
+    """Another process of the run ended, or does not answer; whoever notices first tells."""
+
+    def __init__(self, parallel: Parallel, error: RuntimeError) -> None:
+        text = str(error).strip() or type(error).__name__
+        super().__init__(
+            f"Process {parallel.rank} of {parallel.world} lost another one, which ended or did not answer within "
+            f"parallel.timeout ({text.splitlines()[0]}). The same command goes on from the last checkpoint."
+        )
+        try:
+            first = dist.distributed_c10d._get_default_store().add("samba_lm/lost", 1) == 1
+        except RuntimeError:  # the store went with the lost process
+            first = True
+        self.patience = 0.0 if first else 5.0
 
 
 @dataclass(frozen=True)
@@ -86,10 +98,10 @@ class Group(Parallel):
         dist.all_reduce(total)
         return total
 
-    def agree(self, flag: bool) -> bool:
-        flags = torch.tensor(int(flag))  # on the host, which need not wait for what its GPU still has to do
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        return bool(flags)
+    def largest(self, number: int) -> int:
+        numbers = torch.tensor(number)  # on the host, which need not wait for what its GPU still has to do
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        return int(numbers)
 
     def broadcast(self, value: T) -> T:
         text = json.dumps(value).encode() if self.is_main else b""
@@ -101,16 +113,14 @@ class Group(Parallel):
         return received
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
+    def joined(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
             if isinstance(error, dist.DistError) or LOST.search(str(error)):
-                raise LostProcessError(
-                    f"Process {self.rank} of {self.world} lost another one, which ended or did not answer in time "
-                    f"([parallel] timeout): {_first_line(error)}"
-                ) from error
+                raise LostProcessError(self, error) from error
             raise
+        self.close()
 
     def close(self) -> None:
         dist.destroy_process_group()
@@ -132,8 +142,3 @@ def group(device: torch.device, sizes: tuple[int, int, int]) -> Group:
         mesh=mesh,
         holders=holders,
     )
-
-
-def _first_line(error: RuntimeError) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -76,7 +76,11 @@ class Parallel:
 
     def agree(self, flag: bool) -> bool:
         """True on all processes as soon as it is true on one of them."""
-        return flag
+        return bool(self.largest(int(flag)))
+
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers, on all."""
+        return number
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
@@ -87,8 +91,9 @@ class Parallel:
         return value
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """While this lasts, another process's end is told as a UserError."""
+    def joined(self) -> Iterator[None]:
+        """While this lasts, another process's end is told as a UserError. Then the others are left; not after an
+        error, for leaving may wait for a process that is gone."""
         yield
 
     def close(self) -> None:
