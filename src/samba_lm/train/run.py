@@ -21,7 +21,7 @@ from samba_lm.train import checkpoints
 from samba_lm.train.checkpoints import Saver, TrainerState
 from samba_lm.train.data import Data, open_data
 from samba_lm.train.interrupt import stop_on_signals
-from samba_lm.train.loop import NonFiniteError, Progress, fit, make_optimizer, prepare_model
+from samba_lm.train.loop import NonFiniteError, Progress, fit, make_optimizer, pieces, prepare_model
 from samba_lm.train.lora import adapt, export_adapters
 from samba_lm.train.metrics import JsonlMetrics
 from samba_lm.train.observer import Observer, Observers
@@ -91,10 +91,8 @@ def train(
     if fresh and resume is not None:
         raise UserError("Starting over and going on from a checkpoint exclude each other: give --fresh or --resume.")
     parallel = connect(recipe.train.device, recipe.parallel)
-    try:
+    with parallel.joined():
         return _train(recipe, parallel, model, observer or Observer(), fresh, resume, stop)
-    finally:
-        parallel.close()
 
 
 def _train(
@@ -109,6 +107,7 @@ def _train(
     settings = recipe.train
     steps = settings.total_steps
     out = Path(settings.out)
+    pieces(settings, parallel)
     if not parallel.is_main:
         observer = Observer()
     with together(parallel):
@@ -167,7 +166,7 @@ def _train(
             saved(saver.poll())  # asked by every process after every step
             return bool(request) or stop()
 
-        with stop_on_signals() as request:
+        with stop_on_signals(tell=parallel.is_main) as request:
             try:
                 progress = fit(
                     model,
@@ -194,7 +193,8 @@ def _train(
         adapter = export_adapters(model, recipe, data.tokenizer) if parallel.is_main else None
     if adapter is not None:
         observer.message(f"The adapters alone, in peft's format, are in {adapter}.")
-    return _result(progress, latest, parallel, interrupted=request.signal if progress.step < steps else None)
+    signal = parallel.largest(request.signal or 0)  # whichever process caught one
+    return _result(progress, latest, parallel, interrupted=signal if signal and progress.step < steps else None)
 
 
 @contextlib.contextmanager
