@@ -72,8 +72,8 @@ class Prepare:
 class Show:
     """Count the tokens and documents of prepared data, and decode an excerpt."""
 
-    folder: Positional[Path]
-    """A folder made by `samba-lm data prepare`."""
+    folder: Positional[str]
+    """A folder made by `samba-lm data prepare`, or the URL of one (s3://, gs://, hf://, https://)."""
     document: int = 0
     """The document the excerpt is from."""
     tokens: int = 100
@@ -86,8 +86,8 @@ class Show:
 class Verify:
     """Read prepared data whole and compare it with its checksums."""
 
-    folder: Positional[Path]
-    """A folder made by `samba-lm data prepare`."""
+    folder: Positional[str]
+    """A folder made by `samba-lm data prepare`, or the URL of one (s3://, gs://, hf://, https://)."""
     json: JsonFile = None
     """Write the counts to this file too."""
 
@@ -169,7 +169,7 @@ def _verify(argv: list[str]) -> None:
         write_json(options.json, {"datasets": record, "whole": True})
 
 
-def _open(folder: Path) -> list[TokenDataset]:
+def _open(folder: str) -> list[TokenDataset]:
     return [dataset for dataset in open_splits(folder) if dataset is not None]
 
 

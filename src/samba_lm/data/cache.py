@@ -64,7 +64,7 @@ class Cache:
             if path.stat().st_size != size:
                 return False
             os.utime(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         except PermissionError:  # another user's file: it is whole, and its age theirs
             return True

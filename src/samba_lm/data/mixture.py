@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BLOCK = 2**16
+_NO_END = 2**62
 SOURCE_TABLE = 2**16
 """Up to so many rows a source's order is kept as a table: there may be many sources, all in use."""
 
@@ -80,10 +81,10 @@ class Mixture:
         self.batch_size, self.length, self._seed = first.batch_size, first.length, seed
         for name, part in zip(self.names, self.parts, strict=True):
             self._check(name, part)
-        limits = np.array([math.inf if part.epochs is None else _rows(part) for part in self.parts])
+        limits = np.array([_rows(part) for part in self.parts], dtype=np.int64)
         weights = np.array([part.weight for part in self.parts])
         self._block = functools.lru_cache(maxsize=4)(self._arranged)
-        self._phases = [_Phase(0, 0, self._counts(weights), np.zeros_like(limits, dtype=np.int64))]
+        self._phases = [_Phase(0, 0, self._counts(weights), np.zeros_like(limits))]
         self._plan(limits, weights)
 
     def _check(self, name: str, part: Part) -> None:
@@ -169,11 +170,11 @@ class Mixture:
         }
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def _plan(self, limits: NDArray[np.float64], weights: NDArray[np.float64]) -> None:
-        """Add a phase wherever a source has its last row; ``limits``: rows that may be read of each, inf: no end."""
-        while np.isfinite(limits[weights > 0]).any():
+    def _plan(self, limits: NDArray[np.int64], weights: NDArray[np.float64]) -> None:
+        """Add a phase wherever a source has its last row; ``limits``: how many rows may be read of each."""
+        while (limits[weights > 0] < _NO_END).any():
             now = self._phases[-1]
-            left = np.where(weights > 0, limits - now.read, math.inf)
+            left = np.where((weights > 0) & (limits < _NO_END), limits - now.read, _NO_END)
             # In the block where the first source ends, that source's last row.
             block = int(np.min((left - 1) // np.maximum(now.counts, 1)))
             source, before = self._block(now.number, block)
@@ -210,9 +211,8 @@ class Mixture:
 
 
 def _rows(part: Part) -> int:
-    """How many rows may be read of a source that has an end."""
-    assert part.epochs is not None
-    return max(1, round(part.epochs * part.loader.rows))
+    """How many rows may be read of a source."""
+    return _NO_END if part.epochs is None else max(1, round(part.epochs * part.loader.rows))
 
 
 def source_seed(seed: int, name: str) -> int:

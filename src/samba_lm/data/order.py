@@ -82,6 +82,7 @@ class ShuffledInGroups:
         self._begins = np.cumsum([0, *tokens])
         # One more token than is read: the last one's target.
         self._windows = (np.array(tokens, dtype=np.int64) - 1) // length
+        self._long_enough = np.flatnonzero(self._windows)
         self.rows = int(self._windows.sum())
         if self.rows < 1:
             raise UserError(
@@ -123,13 +124,13 @@ class ShuffledInGroups:
 
     def _last_of_groups(self) -> NDArray[np.int64]:
         """Which shard, in an epoch's order, is the last one of each group."""
-        last = np.arange(self._group - 1, self._windows.size + self._group - 1, self._group)
-        return np.minimum(last, self._windows.size - 1)
+        count = self._long_enough.size
+        return np.minimum(np.arange(self._group - 1, count + self._group - 1, self._group), count - 1)
 
     def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The shards in the order they are read in, and how many rows have been read after each."""
-        everything = np.arange(self._windows.size)
-        order = self._shuffle(self._windows.size, (epoch, 2**32 - 1), everything)
+        count = self._long_enough.size
+        order = self._long_enough[self._shuffle(count, (epoch, 2**32 - 1), np.arange(count))]
         return order, np.cumsum(self._windows[order])
 
 
