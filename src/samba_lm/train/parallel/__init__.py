@@ -1,6 +1,6 @@
 """A run's processes: who they are, what each computes, and how they agree."""
 
-from samba_lm.train.parallel.connect import connect, pick_device
+from samba_lm.train.parallel.connect import connect, pick_device, started_rank
 from samba_lm.train.parallel.parallel import Parallel
 
-__all__ = ["Parallel", "connect", "pick_device"]
+__all__ = ["Parallel", "connect", "pick_device", "started_rank"]
