@@ -12,6 +12,7 @@ import io
 import os
 import shutil
 import sys
+import time
 import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -87,10 +88,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             import traceback
 
             traceback.print_exc()
+        _let_others_speak(error)
         print(f"samba-lm: error: {one_line(message)}", file=sys.stderr)
         if isinstance(error, OSError) and error.filename is None:
             _drop_stdout()  # it may be what could not be written
         return 2
+
+
+def _let_others_speak(error: BaseException) -> None:
+    """Of the processes that torchrun started all may have the same to say: the first says it, and torchrun then ends
+    the others, which wait for that here."""
+    patience = error.patience if isinstance(error, UserError) else 0.0
+    rank = int(os.environ.get("RANK", "0"))
+    time.sleep(patience if rank == 0 else max(patience, 0.5))
 
 
 def _prepare_streams() -> None:

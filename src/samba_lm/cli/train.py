@@ -71,10 +71,11 @@ def main(argv: list[str]) -> None:
         # The name of our own field is no part of what the user wrote.
         raise UserError(str(error).removeprefix("recipe.")) from None
     # Only now: --help and a wrong recipe should not wait for torch.
+    from samba_lm.train.parallel import started_rank
     from samba_lm.train.progress import duration, progress_observer
     from samba_lm.train.run import train
 
-    console = PipeConsole()
+    console = PipeConsole(quiet=started_rank() > 0)
     result = train(
         command.recipe,
         observer=progress_observer(console, command.recipe.train.log_every),
@@ -91,15 +92,24 @@ def main(argv: list[str]) -> None:
         highlight=False,
         markup=False,
     )
-    if command.json is not None:
+    if command.json is not None and started_rank() == 0:
         write_json(command.json, {**asdict(result), "recipe": command.recipe.to_dict()})
     if result.interrupted is not None:
         # Not --fresh: it would start over.
-        again = shlex.join([*PROG.split(), *(word for word in argv if word != "--fresh")])
+        again = shlex.join([*_starter(), *(word for word in argv if word != "--fresh")])
         console.print(f"Stopped early. To go on: {again}", soft_wrap=True, highlight=False, markup=False)
         raise SystemExit(128 + result.interrupted)
     if console.reader_gone:
         raise BrokenPipeError
+
+
+def _starter() -> list[str]:
+    """The words before the recipe's name that start such processes as these."""
+    here, world = (os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    if world == "1":
+        return PROG.split()
+    machines = [] if here == world else ["--nnodes", str(int(world) // int(here))]
+    return ["torchrun", *machines, "--nproc-per-node", here, "-m", "samba_lm", "train"]
 
 
 def find_recipe(name: str) -> Path:
