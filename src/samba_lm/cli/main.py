@@ -12,8 +12,8 @@ import io
 import os
 import shutil
 import sys
-import time
 import textwrap
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
