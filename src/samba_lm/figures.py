@@ -77,8 +77,16 @@ def draw_curves(
     plot(axes, found, x, y, marks=marks)
     handles, _ = axes.get_legend_handles_labels()
     if legend and handles:
-        axes.legend(frameon=False, fontsize=8.5, ncols=1 if len(handles) <= 6 else 2)
+        legend_above(figure)
     return figure
+
+
+def legend_above(figure: Figure) -> None:
+    """Name what is drawn in a line or several above it, where no curve and no interval can lie under the names."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    entry = 0.5 + 0.075 * max(map(len, labels))  # inches that the longest takes, about
+    columns = max(1, min(len(labels), int(figure.get_figwidth() / entry)))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, fontsize=8.5)
 
 
 def plot(axes: Any, found: Sequence[Curve], x: Axis, y: Axis, *, marks: Sequence[tuple[float, str]] = ()) -> None:

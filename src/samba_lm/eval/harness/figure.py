@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from samba_lm.figures import GRID, MARKERS, PALETTE, write_png
+from samba_lm.figures import GRID, MARKERS, PALETTE, as_text, legend_above, write_png
 
 if TYPE_CHECKING:
     from samba_lm.eval.harness.run import Score
@@ -17,14 +17,14 @@ def write_figure(path: Path, found: Mapping[str, Sequence[Score]]) -> None:
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(score.task for scores in found.values() for score in scores if _shown(score)))
-    figure = Figure(figsize=(7.4, 1.2 + 0.34 * max(1, len(tasks)) * max(1, len(found)) ** 0.5), dpi=150)
+    figure = Figure(figsize=(7.4, 1.4 + 0.34 * max(1, len(tasks)) * max(1, len(found)) ** 0.5), dpi=150)
     figure.set_layout_engine("constrained")
     axes = figure.subplots()
     for i, (name, scores) in enumerate(found.items()):
         colour, marker = PALETTE[i % len(PALETTE)][0], MARKERS[i % len(MARKERS)]
         offset = (i - (len(found) - 1) / 2) * 0.6 / max(1, len(found))
         shown = [score for score in scores if _shown(score)]
-        axes.plot([], [], color=colour, marker=marker, linestyle="", markersize=4.5, label=name)
+        axes.plot([], [], color=colour, marker=marker, linestyle="", markersize=4.5, label=as_text(name))
         for score in shown:
             metric, at = score.metrics[0], tasks.index(score.task) + offset
             axes.plot(100 * metric.value, at, color=colour, marker=marker, markersize=4.5)
@@ -37,7 +37,7 @@ def write_figure(path: Path, found: Mapping[str, Sequence[Score]]) -> None:
     axes.grid(axis="x", color=GRID, alpha=0.3, linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     if found:
-        axes.legend(frameon=False, fontsize=8.5)
+        legend_above(figure)
     write_png(path, figure)
 
 
