@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from samba_lm.errors import UserError
-from samba_lm.train.metrics import JsonlMetrics, TensorBoardMetrics, mfu, peak_flops, read_metrics
+from samba_lm.train.metrics import JsonlMetrics, mfu, peak_flops, read_metrics
 from samba_lm.train.observer import Plan, StepRecord
+from samba_lm.train.trackers import TensorBoardMetrics
 
 
 def plan(first_step: int = 0, steps: int = 10) -> Plan:

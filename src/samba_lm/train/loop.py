@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from samba_lm.nn.cast import cast_once
 from samba_lm.ops.linear.float8 import require_float8
 from samba_lm.ops.linear_cross_entropy import linear_cross_entropy
 from samba_lm.span import Cursor
-from samba_lm.train.metrics import device_peak, mfu
+from samba_lm.train.guard import Guard, GuardState, Limits, spike
+from samba_lm.train.measure import Measure, sizes
 from samba_lm.train.observer import Observer, Plan, StepRecord
 from samba_lm.train.optim import build_optimizer, optimizer_tensors, set_learning_rate
 from samba_lm.train.parallel import Parallel, connect
@@ -41,9 +42,10 @@ class Progress:
     seconds: float = 0.0
     """Time spent in steps, validation and checkpoints not counted."""
     loss: float = math.nan
-    """Loss of the last step."""
+    """Loss of the last step that was not refused."""
     val_loss: float | None = None
     best_val_loss: float | None = None
+    guard: GuardState = field(default_factory=GuardState)
 
 
 class NonFiniteError(UserError):
@@ -95,17 +97,19 @@ def fit(
     observer: Observer | None = None,
     save: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    back: Callable[[], Progress | None] = lambda: None,
 ) -> Progress:
     """Train ``model`` in place for the settings' steps and return where the run then stands.
 
     Without ``optimizer`` the model is prepared and given a new one; with it, both are used as they are and ``start``
     says how far they came. ``val``: the batches of a validation, iterated anew each time, by the names of its sets, the
     first of which counts. ``save`` is called for each checkpoint due. ``stop`` is asked after every step; when it says
-    so the loop saves and returns early.
+    so the loop saves and returns early. ``back``, where the guard may ask for it, puts model and optimizer back to the
+    last checkpoint and says where that stood, None if there is none; then the step is left out instead.
 
-    Nothing but the model, the optimizer and ``start.step`` decides what follows: step n always reads batch n.
-    Raises NonFiniteError before an update from a loss or gradient that is not finite, and before a save of weights or
-    optimizer state that are not.
+    Nothing but the model, the optimizer and ``start`` decides what follows: step n always reads batch n, and where the
+    guard passed over batches, as many further. Raises NonFiniteError before an update from a loss or gradient that is
+    not finite, unless the guard refuses it, and before a save of weights or optimizer state that are not.
     """
     parallel = parallel or connect(settings.device)
     pieces(settings, parallel)
@@ -117,8 +121,8 @@ def fit(
         prepare_model(model, settings, parallel)
         optimizer = make_optimizer(model, settings)
     steps = settings.total_steps
-    peak = device_peak(parallel.device)
-    flops = model.config.flops_per_token(loader.length)
+    measure = Measure(model, parallel, length=loader.length, every=settings.log_every, last=steps)
+    guard = Guard(settings) if settings.spike is not None else None
     model.train()
     observer.started(
         Plan(
@@ -128,6 +132,8 @@ def fit(
             first_step=progress.step,
             steps=steps,
             tokens_per_step=loader.batch_size * loader.length,
+            world=parallel.world,
+            mesh=sizes(parallel.mesh),
         )
     )
     try:
@@ -145,17 +151,37 @@ def fit(
                     decay=settings.decay_shape,
                 )
                 set_learning_rate(optimizer, lr)
-                batch = batches.batch(progress.step)
-                loss, grad_norm = train_step(model, optimizer, batch, settings, parallel, step=progress.step + 1)
+                asked = time.perf_counter()
+                batch = batches.batch(progress.step + progress.guard.passed)
+                waited = time.perf_counter() - asked
+                step = progress.step + 1
+                limits = guard.limits(progress.guard) if guard is not None else None
+                loss, grad_norm = train_step(model, optimizer, batch, settings, parallel, step=step, limits=limits)
                 elapsed = time.perf_counter() - began
+                progress = replace(progress, seconds=progress.seconds + elapsed)
+
+                refused = limits is not None and not limits.hold(loss, grad_norm)
+                if guard is not None and limits is not None and refused:
+                    what = spike(step, loss, grad_norm, limits)
+                    there = back() if guard.goes_back else None
+                    if there is not None:
+                        passed = step - there.step
+                        observer.returned(there.step)
+                        observer.message(f"{what}: back to step {there.step}, passing over {passed} batches.")
+                        after = guard.go_back(progress.guard, there.guard, passed)
+                        progress = replace(there, seconds=progress.seconds, guard=after)
+                        continue
+                    observer.message(f"{what}: its update is left out.")
+                    progress = replace(progress, guard=guard.skip(progress.guard))
+                elif guard is not None:
+                    progress = replace(progress, guard=guard.accept(progress.guard, loss, grad_norm))
 
                 tokens = loader.batch_size * loader.length
                 progress = replace(
                     progress,
-                    step=progress.step + 1,
+                    step=step,
                     tokens=progress.tokens + tokens,
-                    seconds=progress.seconds + elapsed,
-                    loss=loss,
+                    loss=progress.loss if refused else loss,
                 )
                 last = progress.step == steps
                 val_loss, val_losses = None, {}
@@ -168,7 +194,8 @@ def fit(
                             raise NonFiniteError(_spoiled(progress.step, what))
                     best = val_loss if progress.best_val_loss is None else min(val_loss, progress.best_val_loss)
                     progress = replace(progress, val_loss=val_loss, best_val_loss=best)
-                rate = tokens / elapsed
+                rate, each = tokens / elapsed, tokens / elapsed / parallel.world
+                taken, reserved = measure.memory(step)
                 observer.step(
                     StepRecord(
                         step=progress.step,
@@ -177,14 +204,24 @@ def fit(
                         lr=lr,
                         grad_norm=grad_norm,
                         tokens_per_s=rate,
-                        mfu=mfu(rate / parallel.world, flops, peak),
+                        mfu=measure.mfu(each),
                         val_loss=val_loss,
                         val_losses={name: each for name, each in val_losses.items() if name},
+                        tokens_per_s_per_gpu=each,
+                        data_wait_s=waited,
+                        memory_peak=taken,
+                        memory_reserved=reserved,
+                        grad_norms=measure.grad_norms(progress.step, grad_norm),
+                        refused=refused,
+                        skipped=None if guard is None else progress.guard.skipped,
+                        rollbacks=None if guard is None else progress.guard.rollbacks,
                     )
                 )
                 stopping = parallel.agree(stop())
                 if last or stopping or _due(progress.step, settings.save_every):
                     check_finite(model, optimizer, progress.step, parallel)
+                    if guard is not None:
+                        progress = replace(progress, guard=guard.saved(progress.guard))
                     if save is not None:
                         save(progress)
                 if stopping:
@@ -203,12 +240,14 @@ def train_step(
     parallel: Parallel,
     *,
     step: int,
+    limits: Limits | None = None,
 ) -> tuple[float, float]:
     """One update from one batch; returns the mean loss (nats a token) and the gradient's norm before clipping.
 
     The loss is the sum of token losses over the number of valid tokens in the whole batch on all processes, so neither
     accumulation, padding nor the number of processes changes it. The device is waited for once, when the update is
-    queued; an update from a loss or gradient that is not finite changes nothing and raises NonFiniteError.
+    queued; an update from a loss or gradient that is not finite changes nothing and raises NonFiniteError. With
+    ``limits`` nothing is raised, and an update from what they do not hold changes nothing either.
     """
     batch = on_device(columns(batch, parallel), parallel.device)
     valid = parallel.sum(valid_tokens(batch.targets)).clamp(min=1)
@@ -228,9 +267,11 @@ def train_step(
     parallel.finish_gradients(model)
     norm = parallel.norm([p.grad for p in model.parameters() if p.grad is not None])
     finite = mean.isfinite() & norm.isfinite()
+    if limits is not None:
+        finite &= (mean.double() <= limits.loss) & (norm.double() <= limits.grad_norm)
     _update(optimizer, finite, norm / settings.clip if settings.clip else None, parallel)
     loss, grad_norm = torch.stack((mean.double(), norm.double())).tolist()
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+    if limits is None and not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise NonFiniteError(_non_finite(model, step, loss, grad_norm, parallel))
     return loss, grad_norm
 

@@ -1,22 +1,20 @@
-"""What a run measures and where it is written: model FLOPs utilisation, metrics.jsonl, TensorBoard."""
+"""Model FLOPs utilisation, and metrics.jsonl."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, Any
 
 import torch
 
 from samba_lm.errors import UserError
 from samba_lm.files import write_text
 from samba_lm.train.observer import Observer, Plan, StepRecord
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 PEAK_BF16 = (
     # (pattern of the device's name, dense bf16 FLOP/s with fp32 accumulation, from the makers' data sheets)
@@ -53,7 +51,9 @@ def mfu(tokens_per_s: float, forward_flops_per_token: float, peak: float | None)
 
 
 class JsonlMetrics(Observer):
-    """One JSON object a line and a logged step: the fields of StepRecord, val_loss only where there was a validation.
+    """One JSON object a line and a logged step: the fields of StepRecord that are known and finite.
+
+    Logged are the first step, the last, every ``every``-th, and those with a validation or a refused update.
 
     A run that continues first drops the lines after the step it continues from, and a last line cut short, so that
     the file holds each step once. Lines reach the disk before the checkpoint that follows them.
@@ -66,20 +66,21 @@ class JsonlMetrics(Observer):
         self.last = 0
 
     def started(self, plan: Plan) -> None:
-        write_text(
-            self.path, "".join(json.dumps(r) + "\n" for r in read_metrics(self.path) if r["step"] <= plan.first_step)
-        )
-        self.file = self.path.open("a", encoding="utf-8")
         self.last = plan.steps
+        self._open(plan.first_step)
 
     def step(self, record: StepRecord) -> None:
-        if self.file is None or not (
-            record.step % self.every == 0 or record.step in (1, self.last) or record.val_loss is not None
-        ):
+        due = record.step % self.every == 0 or record.step in (1, self.last)
+        if self.file is None or not (due or record.refused or record.val_loss is not None):
             return
-        fields = {key: value for key, value in asdict(record).items() if value is not None and value != {}}
+        fields = {key: value for key, value in asdict(record).items() if _known(value)}
         self.file.write(json.dumps(fields) + "\n")
         self.file.flush()
+
+    def returned(self, step: int) -> None:
+        if self.file is not None:
+            self.file.close()
+        self._open(step)
 
     def saving(self) -> None:
         if self.file is not None:
@@ -88,6 +89,19 @@ class JsonlMetrics(Observer):
     def stopped(self) -> None:
         if self.file is not None:
             self.file.close()
+
+    def _open(self, step: int) -> None:
+        """Go on after ``step``."""
+        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        self.file = self.path.open("a", encoding="utf-8")
+
+
+def _known(value: Any) -> bool:
+    """Whether a field says something: JSON has no numbers that are not finite."""
+    if value is None or value is False or value == {}:
+        return False
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -109,39 +123,3 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
             if number < len(lines):
                 raise UserError(f"{path}, line {number} is not a metrics record: move the file away.") from None
     return records
-
-
-class TensorBoardMetrics(Observer):
-    """The same figures as TensorBoard scalars. Raises UserError where the extra is not installed."""
-
-    def __init__(self, folder: Path, every: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "train.tensorboard = true needs TensorBoard: pip install 'samba-lm[tensorboard]', or set it to false."
-            ) from None
-        self.folder = folder
-        self.every = every
-        self.make_writer = SummaryWriter
-        self.writer: SummaryWriter | None = None
-
-    def started(self, plan: Plan) -> None:
-        self.writer = self.make_writer(str(self.folder), purge_step=plan.first_step + 1)
-
-    def step(self, record: StepRecord) -> None:
-        if self.writer is None:
-            return
-        if record.val_loss is not None:
-            self.writer.add_scalar("loss/val", record.val_loss, record.step)
-        if record.step % self.every == 0:
-            self.writer.add_scalar("loss/train", record.loss, record.step)
-            self.writer.add_scalar("lr", record.lr, record.step)
-            self.writer.add_scalar("grad_norm", record.grad_norm, record.step)
-            self.writer.add_scalar("tokens_per_s", record.tokens_per_s, record.step)
-            if record.mfu is not None:
-                self.writer.add_scalar("mfu", record.mfu, record.step)
-
-    def stopped(self) -> None:
-        if self.writer is not None:
-            self.writer.close()

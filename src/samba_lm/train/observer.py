@@ -21,8 +21,8 @@ class Plan:
     tokens_per_step: int
     world: int = 1
     """Processes that train together."""
-    mesh: str = ""
-    """How they share the work, such as "2 replicas x 4 shards"; empty where one does all."""
+    mesh: Mapping[str, int] = field(default_factory=dict)
+    """How they share the work: sizes of "replicate", "shard" and "context"; empty where one does all."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class StepRecord:
     mfu: float | None
     """Model FLOPs utilisation, 0 to 1; None where the device's peak is not known."""
     val_loss: float | None = None
-    """Mean loss on validation tokens, nats, when this step was followed by a validation; of several sets the first's."""
+    """Mean loss on validation tokens, nats, when a validation followed this step; of several sets the first one's."""
     val_losses: Mapping[str, float] = field(default_factory=dict)
     """That of each set by its name, where sets have names."""
     tokens_per_s_per_gpu: float | None = None
