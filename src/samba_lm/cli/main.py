@@ -100,7 +100,7 @@ def _let_others_speak(error: BaseException) -> None:
     the others, which wait for that here."""
     patience = error.patience if isinstance(error, UserError) else 0.0
     rank = int(os.environ.get("RANK", "0"))
-    time.sleep(patience if rank == 0 else max(patience, 0.5))
+    time.sleep(patience if rank == 0 else max(patience, 3.0))
 
 
 def _prepare_streams() -> None:
