@@ -12,7 +12,9 @@ from samba_lm.train.parallel import Parallel
 class ElsewhereError(UserError):
     """Another process of the run stopped; that one tells why."""
 
-    patience = 1.5
+    patience = 5.0  # by then torchrun has ended this process, and one message is enough
+
+    patience = 8.0
 
 
 @contextmanager

@@ -40,7 +40,7 @@ class LostProcessError(UserError):
             first = dist.distributed_c10d._get_default_store().add("samba_lm/lost", 1) == 1
         except RuntimeError:  # the store went with the lost process
             first = True
-        self.patience = 0.0 if first else 5.0
+        self.patience = 0.0 if first else 8.0
 
 
 @dataclass(frozen=True)
