@@ -134,11 +134,15 @@ def _train(
         prepare_model(model, settings, parallel)
         optimizer = make_optimizer(model, settings)
         progress = Progress()
-        if found is not None:
+
+        def restore(found: Resume) -> Progress:
             checkpoints.restore_model(found.folder, model, parallel)
             checkpoints.restore_optimizer(found.folder, model, optimizer, parallel)
             checkpoints.restore_rng(found.folder, found.state, settings.seed, parallel.rank, parallel.device)
-            progress = _progress(found.state)
+            return _progress(found.state)
+
+        if found is not None:
+            progress = restore(found)
 
         watchers = Observers([*_metrics(out, recipe), observer]) if parallel.is_main else Observers([])
         saver = Saver(
@@ -166,6 +170,14 @@ def _train(
             saved(saver.poll())  # asked by every process after every step
             return bool(request) or stop()
 
+        def back() -> Progress | None:
+            saved(saver.wait())
+            there = find_resume(out, None, steps, parallel)
+            if there is None:
+                return None
+            put_newer_aside(there, parallel, observer)
+            return restore(there)
+
         with stop_on_signals(tell=parallel.is_main) as request:
             try:
                 progress = fit(
@@ -179,6 +191,7 @@ def _train(
                     observer=watchers,
                     save=save,
                     stop=stopping,
+                    back=back,
                 )
                 saved(saver.wait())
             except NonFiniteError as error:
@@ -291,7 +304,15 @@ def _result(progress: Progress, folder: Path, parallel: Parallel, interrupted: i
 
 
 def _progress(state: TrainerState) -> Progress:
-    return Progress(state.step, state.tokens, state.seconds, state.loss, state.val_loss, state.best_val_loss)
+    return Progress(
+        step=state.step,
+        tokens=state.tokens,
+        seconds=state.seconds,
+        loss=state.loss,
+        val_loss=state.val_loss,
+        best_val_loss=state.best_val_loss,
+        guard=state.guard,
+    )
 
 
 def _state(progress: Progress, recipe: Recipe, model: SambaLM, data: Data, parallel: Parallel) -> TrainerState:
@@ -302,6 +323,7 @@ def _state(progress: Progress, recipe: Recipe, model: SambaLM, data: Data, paral
         loss=progress.loss,
         val_loss=progress.val_loss,
         best_val_loss=progress.best_val_loss,
+        guard=progress.guard,
         recipe=recipe.to_dict(),
         config=model.config.fingerprint(),
         tokenizer=data.tokenizer.fingerprint(),

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat, NonNega
 
 from samba_lm.errors import UserError
 from samba_lm.tensor_files import DamagedError
+from samba_lm.train.guard import GuardState
 from samba_lm.train.recipe import Recipe
 from samba_lm.validation import explain
 
@@ -51,6 +52,8 @@ class TrainerState(BaseModel):
     val_loss: float | None
     """Last validation loss."""
     best_val_loss: float | None
+    guard: GuardState = GuardState()
+    """What the guard against spikes remembers, and the batches it passed over."""
     recipe: Annotated[dict[str, dict[str, Any]], AfterValidator(_has_sections)]
     config: str
     """Fingerprint of the model's config."""
