@@ -105,6 +105,8 @@ class Saver:
             raise ElsewhereError(f"{write.folder} could not be written by another process of this run.")
         if unfinished:
             return None
+        if write.thread is not None:
+            write.thread.join()  # done but for its last line; a process that ends meanwhile would abort
         self._open = None
         return write.folder
 

@@ -31,10 +31,12 @@ class LostProcessError(UserError):
     """Another process of the run ended, or does not answer; whoever notices first tells."""
 
     def __init__(self, parallel: Parallel, error: RuntimeError) -> None:
-        text = str(error).strip() or type(error).__name__
+        # The first sentence, without where in its source the library was and whom it spoke with.
+        words = re.sub(r"\[[^\]]*\](:\d+)?", "", str(error).strip() or type(error).__name__)
+        reason = " ".join(re.split(r"\. |\n", words, maxsplit=1)[0].replace(" :", ":").split())
         super().__init__(
             f"Process {parallel.rank} of {parallel.world} lost another one, which ended or did not answer within "
-            f"parallel.timeout ({text.splitlines()[0]}). The same command goes on from the last checkpoint."
+            f"parallel.timeout ({reason[:120]}). The same command goes on from the last checkpoint."
         )
         try:
             first = dist.distributed_c10d._get_default_store().add("samba_lm/lost", 1) == 1
