@@ -150,7 +150,7 @@ def load(
         config = config.with_overrides(max_context=max_context)
     model = build(config, read_weights(folder, config), read_lora(folder))
     lora.fold(model)
-    tokenizer = _read_tokenizer(folder, config, tokenizer_hash)
+    tokenizer = read_tokenizer(folder, config, tokenizer_hash)
     return place(model, device, dtype).eval(), tokenizer
 
 
@@ -308,7 +308,8 @@ def build(
     return model
 
 
-def _read_tokenizer(folder: Path, config: ModelConfig, expected: str | None) -> Tokenizer | None:
+def read_tokenizer(folder: Path, config: ModelConfig, expected: str | None) -> Tokenizer | None:
+    """A checkpoint folder's tokenizer, checked to be the one with the ``expected`` fingerprint; None: it has none."""
     if not (folder / TOKENIZER).is_file():
         if expected is not None:
             raise UserError(f"{folder} has lost its {TOKENIZER}: copy it back from where the model was trained.")

@@ -35,6 +35,7 @@ COMMANDS = (
     Command("data show", "count the tokens of shards and decode an excerpt", "samba_lm.cli.data"),
     Command("data verify", "check shards for damage", "samba_lm.cli.data"),
     Command("train", "train a model from a recipe, or resume", "samba_lm.cli.train"),
+    Command("export", "one model's folder from a run, also while it goes on", "samba_lm.cli.export"),
     Command("study", "train and measure many recipes unattended, and make tables", "samba_lm.cli.study"),
     Command("generate", "continue a prompt of any length", "samba_lm.cli.generate"),
     Command("context save", "read a text of any length into a file to go on from", "samba_lm.cli.context"),

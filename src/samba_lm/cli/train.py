@@ -51,6 +51,9 @@ class TrainCommand:
     recipe: Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands] = field(default_factory=Recipe)
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Start over: a run found in train.out is moved aside first."""
+    resume: Annotated[str, tyro.conf.arg(metavar="auto|PATH")] = "auto"
+    """Where to go on. auto: the newest whole checkpoint in train.out, or the beginning where there is none; or a step's
+    folder, of this run or of another one (then give a new train.out)."""
     json: JsonFile = None
     """Write the result to this file."""
 
@@ -61,7 +64,7 @@ def main(argv: list[str]) -> None:
     Exits with 128 + the signal when Ctrl-C, SIGTERM or SIGHUP ended the run early (saved, and continuable), and raises
     BrokenPipeError, after saving too, when the reader of the output went away.
     """
-    name, options = _recipe_name(argv)
+    name, options = recipe_name(argv)
     default = TrainCommand(Recipe.from_toml(find_recipe(name)) if name else Recipe())
     try:
         command = parse(
@@ -75,11 +78,14 @@ def main(argv: list[str]) -> None:
     from samba_lm.train.progress import duration, progress_observer
     from samba_lm.train.run import train
 
+    # torchrun begins anew with the same words after a failure; what they began once is gone on from then.
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     console = PipeConsole(quiet=started_rank() > 0)
     result = train(
         command.recipe,
         observer=progress_observer(console, command.recipe.train.log_every),
-        fresh=command.fresh,
+        fresh=command.fresh and not restarted,
+        resume=None if restarted else _resume(command.resume),
         stop=lambda: console.reader_gone,
     )
     losses = f"loss {result.final_loss:.4f}" + (
@@ -95,12 +101,28 @@ def main(argv: list[str]) -> None:
     if command.json is not None and started_rank() == 0:
         write_json(command.json, {**asdict(result), "recipe": command.recipe.to_dict()})
     if result.interrupted is not None:
-        # Not --fresh: it would start over.
-        again = shlex.join([*_starter(), *(word for word in argv if word != "--fresh")])
+        again = shlex.join([*_starter(), *_without_beginning(argv)])
         console.print(f"Stopped early. To go on: {again}", soft_wrap=True, highlight=False, markup=False)
         raise SystemExit(128 + result.interrupted)
     if console.reader_gone:
         raise BrokenPipeError
+
+
+def _resume(word: str) -> Path | None:
+    if word in ("never", "none", ""):
+        raise UserError(
+            f"--resume {word or repr(word)}: to start over there is --fresh; otherwise give auto or a folder."
+        )
+    return None if word == "auto" else Path(word)
+
+
+def _without_beginning(argv: list[str]) -> list[str]:
+    """The words without --fresh and --resume, which would begin at the same place again."""
+    words = [word for word in argv if word != "--fresh" and not word.startswith("--resume=")]
+    if "--resume" in words:
+        at = words.index("--resume")
+        del words[at : at + 2]
+    return words
 
 
 def _starter() -> list[str]:
@@ -137,10 +159,10 @@ def find_recipe(name: str) -> Path:
     return RECIPES[name]
 
 
-def _recipe_name(argv: list[str]) -> tuple[str | None, list[str]]:
+def recipe_name(argv: list[str], prog: str = PROG) -> tuple[str | None, list[str]]:
     """The recipe's path or name and the options after it; none only where help is asked for."""
     if argv and not argv[0].startswith("-"):
         return argv[0], argv[1:]
     if "-h" in argv or "--help" in argv:
         return None, ["--help"]
-    raise UserError(f"Which recipe? Give a TOML file, or one of {', '.join(RECIPES)}, first: {PROG} RECIPE [OPTIONS].")
+    raise UserError(f"Which recipe? Give a TOML file, or one of {', '.join(RECIPES)}, first: {prog} RECIPE [OPTIONS].")
