@@ -116,15 +116,18 @@ def check_copy(file: ShardFile, copy: Path, where: str) -> None:
     """Raise UserError unless ``copy`` holds what the data set's description says of ``file``."""
     size = copy.stat().st_size
     if size != file.size:
-        raise UserError(
-            f"{where} ({file.of}) has {size} bytes, not the {file.size} of meta.json: copy it there again, whole."
-        )
+        raise UserError(wrong_size(file, size, where))
     actual = file_sha256(copy)
     if actual != file.sha256:
         raise UserError(
             f"{where} ({file.of}) was changed: its sha256 is {actual[:12]}..., not {file.sha256[:12]}...; copy it "
             "there again."
         )
+
+
+def wrong_size(file: ShardFile, size: int, where: str) -> str:
+    """What is wrong with a file of so many bytes."""
+    return f"{where} ({file.of}) has {size} bytes, not the {file.size} of meta.json: copy it there again, whole."
 
 
 def default_folder() -> Path:

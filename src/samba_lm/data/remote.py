@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from samba_lm.data.cache import Cache, check_copy
+from samba_lm.data.cache import Cache, check_copy, wrong_size
 from samba_lm.data.folder import DataFolder, LocalFolder, ShardFile
 from samba_lm.errors import UserError
 from samba_lm.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer, load_tokenizer
 from samba_lm.urls import PlaceError, Url, failures, is_url
 
 T = TypeVar("T")
+
+META_NAME = "meta.json"
 
 _WAITS = (1.0, 5.0, 20.0)
 """Seconds before each further try of what failed."""
@@ -67,6 +69,28 @@ class RemoteFolder:
                     raise UserError(f"{self.path / name} is missing: copy the data there again.")
             return load_tokenizer(folder)
 
+    def check(self, files: Iterable[ShardFile]) -> None:
+        """Raise UserError where the place's list of files lacks one of these, or has it in another size.
+
+        Better now than after days, when its turn comes. Where a place gives no list (many web servers), all is well.
+        """
+        try:
+            with failures():
+                found = {
+                    str(each["name"]).rstrip("/").rpartition("/")[2]: each.get("size")
+                    for each in self._files.ls(self._root, detail=True)
+                }
+        except (PlaceError, FileNotFoundError, NotADirectoryError, NotImplementedError):
+            return
+        if META_NAME not in found:
+            return
+        for file in files:
+            if file.name not in found:
+                raise self._missing(file)
+            size = found[file.name]
+            if size not in (None, file.size):
+                raise UserError(wrong_size(file, int(size), str(self.path / file.name)))
+
     def local(self, file: ShardFile) -> Path:
         return self.cache.file(file, lambda path: self._fetch(file, path))
 
@@ -103,11 +127,14 @@ class RemoteFolder:
         try:
             self._again(functools.partial(self._files.get_file, f"{self._root}/{file.name}", str(path)), file.name)
         except (FileNotFoundError, IsADirectoryError):
-            raise UserError(
-                f"{where} is missing ({file.of}): copy it there again from where the data were made, or make them "
-                "again with `samba-lm data prepare`."
-            ) from None
+            raise self._missing(file) from None
         check_copy(file, path, where)
+
+    def _missing(self, file: ShardFile) -> UserError:
+        return UserError(
+            f"{self.path / file.name} is missing ({file.of}): copy it there again from where the data were made, or "
+            "make them again with `samba-lm data prepare`."
+        )
 
     def _again(self, task: Callable[[], T], name: str) -> T:
         """``task``, tried again when the place does not answer; raises UserError when it still does not."""

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 
 from samba_lm.data.cache import Cache
 from samba_lm.data.folder import AGAIN, DataFolder, LocalFolder, ShardFile, file_sha256
-from samba_lm.data.remote import data_folder
+from samba_lm.data.remote import META_NAME, RemoteFolder, data_folder
 from samba_lm.errors import UserError
 from samba_lm.files import recover_folder
 from samba_lm.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 FORMAT = "samba-lm tokens"
 VERSION = 1
-META_FILE = "meta.json"
+META_FILE = META_NAME
 DEFAULT_SHARD_TOKENS = 2**26
 _OUR_FILES = re.compile(
     "|".join([*map(re.escape, (META_FILE, TOKENIZER_FILE, CONFIG_FILE)), r"(tokens|offsets)-\d{5,}\.npy"])
@@ -212,8 +212,8 @@ class TokenDataset:
             cache: where shards from a URL are kept; None: the usual one.
 
         Raises:
-            UserError: a file is missing, foreign, cut short, or of another size or version. (At a URL a shard is looked
-                at when it is read.)
+            UserError: a file is missing, foreign, cut short, or of another size or version. (At a URL a shard's content
+                is looked at when it is read.)
         """
         files = data_folder(folder, cache)
         if isinstance(files, LocalFolder):
@@ -227,6 +227,8 @@ class TokenDataset:
             for number in range(len(meta.shards)):
                 dataset._offsets(number)
                 dataset._tokens(number)
+        elif isinstance(files, RemoteFolder):
+            files.check(dataset.shard_files(range(len(meta.shards))))
         return dataset
 
     @property

@@ -34,7 +34,7 @@ from samba_lm.train.trackers import TensorBoardMetrics, WandbMetrics
 
 FIXED = (
     *("train.batch_size", "train.length", "train.seed"),
-    *("data.documents", "data.passkey", "data.phonebook"),
+    *("data.documents", "data.passkey", "data.phonebook", "data.mixture", "data.shuffle_shards"),
     *("model.slow_channels", "train.optimizer", "lora"),
 )
 """Fields, or sections, that decide which tokens step n reads (a run continued with others would skip or repeat data),
@@ -44,6 +44,7 @@ FREE = (
     *("train.out", "train.tensorboard", "train.wandb", "train.log_every", "train.save_every", "train.keep"),
     "train.keep_every",
     *("data.train", "data.val", "data.tokenizer", "data.chat.files", "data.chat.val"),
+    *("data.cache", "data.cache_gb"),
 )
 """Fields that may change without a word: the numbers do not depend on them, or are checked otherwise (data)."""
 
@@ -202,6 +203,9 @@ def _train(
                 saver.abandon()
                 raise
     assert latest is not None, "the loop saves after its last step"
+    if data.tokens_read is not None:
+        read = data.tokens_read(progress.step + progress.guard.passed)
+        observer.message(f"Tokens read: {', '.join(f'{name} {tokens:,}' for name, tokens in read.items())}.")
     with together(parallel):
         adapter = export_adapters(model, recipe, data.tokenizer) if parallel.is_main else None
     if adapter is not None:
@@ -260,21 +264,28 @@ def _saved_model(found: Resume, recipe: Recipe, data: Data, model: SambaLM | Non
             f"has {data.tokenizer.fingerprint()[:12]}; {remedy}."
         )
     for field, (now, before) in changes.items():
-        if field.startswith(FIXED):
+        if field.startswith(FIXED) and not _is_free(field):
             raise UserError(f"{folder} was trained with {field} = {before}, not {now}; {remedy}.")
     if state.data != data.fingerprint:
+        read = state.recipe["data"]
+        before = f"data.mixture ({', '.join(read['mixture'])})" if read.get("mixture") else repr(read.get("train"))
         raise UserError(
-            f"{folder} was trained on data {state.data[:12]} ({state.recipe['data'].get('train')!r}), but "
+            f"{folder} was trained on data {state.data[:12]} ({before}), but "
             f"{_data_name(recipe)} is {data.fingerprint[:12]}; {remedy}, or fine-tune with model.init_from."
         )
     return model or checkpoint.build(saved)
+
+
+def _is_free(field: str) -> bool:
+    """Whether it may change without a word."""
+    return field in FREE or (field.startswith("data.mixture.") and field.endswith(".path"))
 
 
 def _tell_resume(found: Resume, recipe: Recipe, parallel: Parallel, observer: Observer) -> None:
     state = found.state
     observer.message(f"Continuing from {found.folder}, step {state.step} of {recipe.train.total_steps}.")
     for field, (now, before) in recipe.differences(state.recipe).items():
-        if field not in FREE:
+        if not _is_free(field):
             observer.message(f"Changed since the checkpoint: {field} = {now}, was {before}.")
     if state.world != parallel.world:
         observer.message(
@@ -364,7 +375,7 @@ def _difference(saved: ModelConfig, wanted: ModelConfig) -> str:
 def _data_name(recipe: Recipe) -> str:
     section = recipe.data
     if section.reads_shards:
-        return f"data.train = {section.train!r}"
+        return f"data.mixture ({', '.join(section.mixture)})" if section.mixture else f"data.train = {section.train!r}"
     if section.chat is not None:
         return f"data.chat.files = {list(section.chat.files)}"
     return "data.passkey" if section.passkey is not None else "data.phonebook"

@@ -133,7 +133,7 @@ class DataSection(Section):
 
     @property
     def sources(self) -> dict[str, str]:
-        """Where shards are read from, if any are, by what a recipe calls it: data.train, or each of the mixture's data sets."""
+        """Where shards are read from, if any are: data.train, or the paths of data.mixture.NAME."""
         if not self.mixture:
             return {"data.train": self.train}
         return {f"data.mixture.{name}": source.path for name, source in self.mixture.items()}

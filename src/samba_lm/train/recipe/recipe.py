@@ -70,8 +70,20 @@ class Recipe(Section):
                 if key in MADE and value is not None and isinstance(then[key], dict):
                     held = {**MADE[key], **then[key]}
                     pairs = {f"{section}.{key}.{name}": (each, held[name]) for name, each in value.items()}
+                if key == "mixture" and value != then[key]:
+                    pairs = _mixture_differences(value, then[key])
                 found |= {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
         return found
+
+
+def _mixture_differences(mine: dict[str, Any], before: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    if mine.keys() != before.keys():
+        return {"data.mixture": (sorted(mine), sorted(before))}
+    return {
+        f"data.mixture.{source}.{name}": (value, before[source].get(name))
+        for source, fields in mine.items()
+        for name, value in fields.items()
+    }
 
 
 DEFAULTS = Recipe().to_dict()
@@ -102,7 +114,7 @@ def read_toml(path: Path, kind: str = "recipe") -> dict[str, Any]:
         raise UserError(f"{path} is not valid TOML: {error}") from None
 
 
-EITHER = {"train": ({"steps", "tokens"},), "data": ({"passkey", "phonebook", "chat"},)}
+EITHER = {"train": ({"steps", "tokens"},), "data": ({"passkey", "phonebook", "chat"}, {"train", "mixture"})}
 """Keys of which a recipe has one: where it gives it, the base's other one is dropped."""
 
 
