@@ -122,6 +122,10 @@ class Template(abc.ABC):
         cut()
         return segments
 
+    def encode_text(self, text: str) -> npt.NDArray[np.int64]:
+        """Token ids of what :meth:`text` gave, int64 [tokens]."""
+        return self._tokenizer.encode(text)
+
     def encode_segments(self, segments: Iterable[Segment]) -> npt.NDArray[np.int64]:
         """Token ids of segments, int64 [tokens]."""
         found = [
@@ -329,8 +333,15 @@ def folder_template(folder: Path, tokenizer: Tokenizer) -> FolderTemplate | None
 
 
 def find_template(folder: Path, tokenizer: Tokenizer) -> Template:
-    """The chat template that lies beside a tokenizer, or the plain one. Raises UserError for one that is damaged."""
-    return folder_template(folder, tokenizer) or PlainTemplate(tokenizer)
+    """The chat template that lies beside a tokenizer, or the one that goes with it. Raises UserError for one that is
+    damaged."""
+    return folder_template(folder, tokenizer) or template_of(tokenizer)
+
+
+def template_of(tokenizer: Tokenizer) -> Template:
+    """The chat template that goes with a tokenizer, or the plain one. Raises UserError for one that is damaged."""
+    source = tokenizer.chat_template
+    return PlainTemplate(tokenizer) if source is None else FolderTemplate(source, tokenizer)
 
 
 def _refuse(message: str) -> None:

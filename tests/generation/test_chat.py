@@ -11,11 +11,11 @@ from samba_lm.errors import UserError
 from samba_lm.generation import chat
 from samba_lm.generation.chat import ChatSession
 from samba_lm.generation.params import SamplingParams
-from samba_lm.templates import PlainWords
+from samba_lm.templates import PlainTemplate, PlainWords
 from samba_lm.tokenizer import Tokenizer
 
 # Stop strings that begin often and are complete seldom, out of the letters the model is kept to.
-TEMPLATE = PlainWords(user="Q{text}A:", end="|", stop=("\nab", "ba\n\n"))
+WORDS = PlainWords(user="Q{text}A:", end="|", stop=("\nab", "ba\n\n"))
 
 
 def assert_state_is_the_text(session: ChatSession, model, tokenizer: Tokenizer) -> None:
@@ -47,11 +47,11 @@ def test_after_every_ending_the_state_is_that_of_reading_the_conversation(talker
     endings = set()
     for seed in range(12):
         params = SamplingParams(seed=seed, max_tokens=25, repetition_penalty=1.2)
-        session = ChatSession(talker, either, system="be kind", template=TEMPLATE, params=params)
+        session = ChatSession(talker, either, system="be kind", template=PlainTemplate(either, WORDS), params=params)
         for message in ("sea?", "salt", "tea"):
             answer = "".join(session.ask(message))
             assert session.text.endswith(f"Q{message}A:{answer}")
-            assert not any(stop in answer for stop in TEMPLATE.stop)
+            assert not any(stop in answer for stop in WORDS.stop)
             assert_state_is_the_text(session, talker, either)
             endings.add(len(either.encode(answer)) >= 20)
         assert session.text.startswith("be kind\n\nQsea?A:")
@@ -61,7 +61,7 @@ def test_after_every_ending_the_state_is_that_of_reading_the_conversation(talker
 def test_leaving_an_answer_keeps_exactly_what_was_shown(talker, either) -> None:
     for stay in range(1, 12):
         params = SamplingParams(seed=stay, max_tokens=None, stop_at_eos=False)
-        session = ChatSession(talker, either, template=TEMPLATE, params=params)
+        session = ChatSession(talker, either, template=PlainTemplate(either, WORDS), params=params)
         answer = session.ask("sea")
         shown = "".join(piece for piece, _ in zip(answer, range(stay), strict=False))
         answer.close()
@@ -138,7 +138,7 @@ def talk(session: ChatSession, *messages: str) -> list[str]:
 
 def test_a_turn_is_taken_back_as_if_it_had_never_been(talker, either) -> None:
     params = SamplingParams(seed=3, max_tokens=20, repetition_penalty=1.3)
-    session = ChatSession(talker, either, system="be kind", template=TEMPLATE, params=params)
+    session = ChatSession(talker, either, system="be kind", template=PlainTemplate(either, WORDS), params=params)
     texts, answers = [""], []
     for message in ("sea?", "salt", "tea"):
         answers += talk(session, message)
@@ -169,7 +169,9 @@ def test_the_states_for_taking_back_do_not_pile_up(model, tokenizer, monkeypatch
 
 def test_a_fork_goes_its_own_way(talker, either) -> None:
     params = SamplingParams(max_tokens=15, presence_penalty=0.5)
-    session, twin = (ChatSession(talker, either, template=TEMPLATE, params=params) for _ in range(2))
+    session, twin = (
+        ChatSession(talker, either, template=PlainTemplate(either, WORDS), params=params) for _ in range(2)
+    )
     talk(session, "sea?"), talk(twin, "sea?")
     fork = session.fork()
     talk(fork, "another", "way")
@@ -186,7 +188,9 @@ def test_a_fork_goes_its_own_way(talker, either) -> None:
 
 def test_the_token_ids_are_those_in_the_state(talker, either) -> None:
     for seed in range(8):
-        session = ChatSession(talker, either, template=TEMPLATE, params=SamplingParams(seed=seed, max_tokens=25))
+        session = ChatSession(
+            talker, either, template=PlainTemplate(either, WORDS), params=SamplingParams(seed=seed, max_tokens=25)
+        )
         talk(session, "sea?", "salt", "tea")
         assert session.token_ids.tolist() == talker.tokens(session.reader.lengths[0])
         session.undo()

@@ -23,6 +23,8 @@ HINT = "Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands."
 WRITTEN = "What you say is written as 'User:', and it goes on after 'Assistant:'."
 BASE = f"A base model: it was trained to continue texts, not to follow what you ask. {WRITTEN}"
 
+TAUGHT = "What you say is written out by the model's own chat template."
+
 
 @dataclass(frozen=True)
 class Chat:
@@ -50,14 +52,17 @@ def main(argv: list[str]) -> None:
     """Run ``samba-lm chat`` with these arguments."""
     command = parse(Chat, argv, prog="samba-lm chat")
     from samba_lm.generation.chat import ChatSession  # only now: --help should not wait for torch
+    from samba_lm.templates import PlainTemplate, template_of
 
     stdin = open_stdin()
     model, tokenizer = command.runtime.load(command.checkpoint)
     context = load_context(command.context, model, tokenizer)
+    template = template_of(tokenizer)
     session = ChatSession(
         model,
         tokenizer,
         command.system,
+        template,
         params=command.sampling,
         chunk=command.chunk,
         context=None if context is None else context.reader(),
@@ -68,7 +73,10 @@ def main(argv: list[str]) -> None:
     room = Room(model, tokenizer, view, prompt, {FIRST: Conversation(session, context)})
     note = base_note(command.checkpoint)
     if prompt.interactive:
-        view.note(BASE if note is None else f"{note} {WRITTEN}")
+        if isinstance(template, PlainTemplate):
+            view.note(BASE if note is None else f"{note} {WRITTEN}")
+        else:
+            view.note(TAUGHT)
         view.note(HINT)
     elif note is not None:
         print(f"samba-lm: {note}", file=sys.stderr)

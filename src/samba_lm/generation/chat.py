@@ -18,7 +18,7 @@ from samba_lm.generation.prompt import TokenIds
 from samba_lm.generation.sampling import History, penalised
 from samba_lm.generation.stream import Answer, Sampler, Timing, advance, check_request
 from samba_lm.model import SambaLM, evaluating
-from samba_lm.templates import PLAIN_WORDS, PlainWords
+from samba_lm.templates import PROBE, Part, PlainTemplate, Said, Template
 from samba_lm.tokenizer import Tokenizer
 
 UNDO_TURNS = 8
@@ -45,7 +45,8 @@ class ChatSession:
 
     Args:
         system: what stands before the first message; None: nothing.
-        params: how answers are drawn; the template's stop strings are added to its own.
+        template: how messages are written out; None: plainly, as for base models.
+        params: how answers are drawn; what ends an answer by the template is added to its own.
         context: what was read before the conversation, such as ``Snapshot.reader()``; it is copied, never changed.
 
     Attributes:
@@ -62,7 +63,7 @@ class ChatSession:
         model: SambaLM,
         tokenizer: Tokenizer,
         system: str | None = None,
-        template: PlainWords = PLAIN_WORDS,
+        template: Template | None = None,
         params: SamplingParams | None = None,
         chunk: int = DEFAULT_CHUNK,
         context: Reader | None = None,
@@ -71,7 +72,7 @@ class ChatSession:
         self._model = model
         self._tokenizer = tokenizer
         self._system = system
-        self._template = template
+        self._template = template or PlainTemplate(tokenizer)
         self._given = params or SamplingParams()
         self._params = self._with_stops(self._given)
         self._chunk = chunk
@@ -177,7 +178,7 @@ class ChatSession:
         whole = False
         try:
             with evaluating(self._model):
-                self._read(text, on_progress)
+                self._read(self._template.encode_text(text), on_progress)
             self._parts.append(text)
             self._system_due = False
             whole = True
@@ -193,7 +194,8 @@ class ChatSession:
         return reader
 
     def _with_stops(self, params: SamplingParams) -> SamplingParams:
-        return params.replace(stop=(*params.stop, *self._template.stop))
+        template = self._template
+        return params.replace(stop=(*params.stop, *template.stop), stop_ids=(*params.stop_ids, *template.stop_ids))
 
     def leave(self) -> None:
         """End the answer that is being made, if one is; what was yielded stays."""
@@ -224,10 +226,10 @@ class ChatSession:
         try:
             with evaluating(self._model):
                 began, length = time.perf_counter(), self.reader.lengths[0]
-                question = self._opening() + self._template.user.replace("{text}", message)
-                self._read(question, on_progress)
+                question = self._question(message)
+                self._read(self._template.encode_parts(question), on_progress)
                 self.timing.prompt_tokens = self.reader.lengths[0] - length
-                self._parts.append(question)
+                self._parts.append("".join(part.text for part in question))
                 self._system_due = False
                 yield from self._answer(began)
             kept = True
@@ -292,7 +294,7 @@ class ChatSession:
         if safe is not None:
             self.reader = safe
             if since:
-                self._read(since)
+                self._read(self._tokenizer.encode(since))
         elif unread is not None:
             self._advance(unread)
 
@@ -303,8 +305,8 @@ class ChatSession:
             self.timing.decode_seconds += seconds
         self.timing.new_tokens, self.timing.finish = answer.tokens, answer.finish
 
-    def _read(self, text: str, on_progress: OnProgress | None = None) -> None:
-        ids, length = self._tokenizer.encode(text), self.reader.lengths[0]
+    def _read(self, ids: TokenIds, on_progress: OnProgress | None = None) -> None:
+        length = self.reader.lengths[0]
         del self._ids[self._count() :]  # what was taken back
         prefill(self._model, [[ids]], self.reader, self._chunk, on_progress)
         self._ids.extend(ids.tolist())
@@ -316,8 +318,13 @@ class ChatSession:
         self._ids.append(token_id[0])
         self.tokens_fed += 1
 
-    def _opening(self) -> str:
-        """What stands before the next message."""
-        begun = bool(self._parts) or self._context is not None
-        system = self._template.system.replace("{text}", self._system or "") if self._system_due else ""
-        return (self._template.end if begun else "") + system
+    def _question(self, message: str) -> list[Part]:
+        """What is read before an answer to ``message``: after an answer, what the template writes there."""
+        said = [Said("system", self._system)] if self._system_due and self._system is not None else []
+        said.append(Said("user", message))
+        # Base models go on from any text as from an answer; a template that a model was taught by begins anew.
+        goes_on = self._context is not None and isinstance(self._template, PlainTemplate)
+        if not (self._parts or goes_on):
+            return self._template.parts(said)
+        parts = self._template.parts([*PROBE, *said])
+        return parts[1 + next(i for i, part in enumerate(parts) if part.message == 1) :]
