@@ -102,8 +102,7 @@ class Guard:
 
 def spike(step: int, loss: float, grad_norm: float, limits: Limits) -> str:
     """What stands out, for people."""
-    if math.isfinite(loss) and loss > limits.loss:
-        return f"Step {step}: a spike, loss {loss:.4f} above {limits.loss:.4f}"
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return f"Step {step}: a spike, gradient norm {grad_norm:.3g} above {limits.grad_norm:.3g}"
-    return f"Step {step}: loss {loss:.4g}, gradient norm {grad_norm:.4g}"
+    return (
+        f"Step {step} stands out, with loss {loss:.4f} (limit {limits.loss:.4f}) and gradient norm {grad_norm:.3g} "
+        f"(limit {limits.grad_norm:.3g})"
+    )
