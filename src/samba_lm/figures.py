@@ -184,6 +184,12 @@ def powers_of_2(low: float, high: float) -> list[float]:
 def nice(values: Sequence[float]) -> list[float]:
     """Round numbers within the span of ``values``, eight at most; its ends where there are none."""
     low, high = min(values), max(values)
+    if 1.0001 * low < high < 4 * low:  # a logarithm that is almost even
+        fine, margin = 10.0 ** math.floor(math.log10(high - low) - 1), 0.02 * (high - low)
+        for step in (k * fine for k in (1, 2, 5, 10, 20, 50)):
+            even = range(math.ceil((low - margin) / step), math.floor((high + margin) / step) + 1)
+            if len(even) <= 8:
+                return [float(f"{i * step:.6g}") for i in even]
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ladders: list[Sequence[float]] = [
         [i * step / 100 for i in range(100 // step, 1000 // step)] for step in (1, 2, 5, 10, 20, 50)

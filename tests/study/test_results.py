@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
+from typing import Any
 
+import numpy as np
 import pytest
 
-from samba_lm.study.results import Cell, difference, rank_correlation
+from samba_lm.eval.intervals import mean_interval
+from samba_lm.eval.perplexity import LengthResult
+from samba_lm.study.results import Cell, _cell, difference, rank_correlation
 from samba_lm.study.tables import grid, number, signed, slug
+from samba_lm.study.worker import compact
 
 
 def cell(*means: float, losses: tuple[float, ...] | None = None) -> Cell:
     loss = sum(means) / len(means) if means else math.nan
-    return Cell(1024, 0, len(means), 1000, losses or ((loss,) if means else ()), means, "")
+    return Cell(1024, 0, len(means), 1000, losses or ((loss,) if means else ()), means, (1,) * len(means), (), "")
 
 
 def test_two_models_are_compared_window_by_window() -> None:
@@ -27,6 +33,44 @@ def test_two_models_are_compared_window_by_window() -> None:
     assert lone.mean == pytest.approx(0.1)
     assert math.isnan(lone.low)
     assert math.isnan(difference(cell(losses=(3.1,)), cell(losses=(3.0,))).low)
+
+
+def measured(means: list[float], length: int = 1024) -> dict[str, Any]:
+    """A row of a record, of windows with these means."""
+    error = float(np.std(means, ddof=1)) / math.sqrt(len(means))
+    result = LengthResult(length, (1, length), len(means), 9, float(np.mean(means)), error, 1.0, None, "", tuple(means))
+    return compact(asdict(result))
+
+
+def test_of_many_windows_groups_are_kept_and_give_intervals() -> None:
+    random = np.random.RandomState(0)
+    text = random.standard_normal(1300).tolist()
+    near = [value + 0.1 + 0.01 * noise for value, noise in zip(text, random.standard_normal(1300), strict=True)]
+    rows = [measured(text), measured(near)]
+    assert [(len(row["means"]), row["group"]) for row in rows] == [(434, 3)] * 2
+    one, other = (_cell(1024, [row]) for row in rows)
+    assert one.sizes == (3,) * 433 + (1,)
+    low, high = one.interval
+    exact = mean_interval(text)
+    assert (math.log(low), math.log(high)) == (pytest.approx(exact.low, abs=0.01), pytest.approx(exact.high, abs=0.01))
+    found = difference(other, one)
+    assert found.mean == pytest.approx(0.1, abs=0.002)
+    assert found.reach == pytest.approx(1.96 * 0.01 / math.sqrt(1300), rel=0.1)
+
+
+def test_records_of_earlier_versions_give_the_intervals_that_they_can() -> None:
+    values = np.random.RandomState(0).standard_normal(600).tolist()
+    old = {**measured(values), "means": []}
+    del old["group"]
+    cell = _cell(1024, [old])
+    exact = mean_interval(values)
+    assert [math.log(end) for end in cell.interval] == pytest.approx([exact.low, exact.high])
+    assert math.isnan(difference(cell, _cell(1024, [measured(values)])).low), "of the two together nothing is known"
+    assert math.isnan(_cell(1024, [{**old, "standard_error": None}]).interval[0])
+
+
+def test_means_that_are_not_finite_are_not_kept() -> None:
+    assert measured([1.0, math.nan])["means"] == []
 
 
 def test_seeds_are_averaged_in_losses() -> None:

@@ -62,11 +62,17 @@ def grouped_interval(values: Sequence[float], groups: Sequence[Hashable]) -> Mea
     members: dict[Hashable, list[float]] = {}
     for value, group in zip(values, groups, strict=True):
         members.setdefault(group, []).append(value)
-    count, number = len(values), len(members)
-    mean = math.fsum(values) / count if count else math.nan
+    sizes = [len(some) for some in members.values()]
+    return means_interval([math.fsum(some) / len(some) for some in members.values()], sizes)
+
+
+def means_interval(means: Sequence[float], sizes: Sequence[int]) -> Mean:
+    """:func:`grouped_interval` of groups of which only the ``means`` and the ``sizes`` are known."""
+    number, count = len(means), sum(sizes)
+    mean = math.fsum(mean * size for mean, size in zip(means, sizes, strict=True)) / count if count else math.nan
     if number < 2:
         return Mean(mean, math.nan, math.nan, count)
-    squares = math.fsum((math.fsum(some) - mean * len(some)) ** 2 for some in members.values())
+    squares = math.fsum(((value - mean) * size) ** 2 for value, size in zip(means, sizes, strict=True))
     reach = student(number - 1) * math.sqrt(squares * number / (number - 1)) / count
     return Mean(mean, mean - reach, mean + reach, count)
 

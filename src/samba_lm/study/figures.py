@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from samba_lm.figures import Axis, Curve, nice, plot, short
@@ -34,6 +35,7 @@ def perplexity_figure(results: Results, models: Sequence[Found], evaluation: Eva
             curves.append(Curve(each.title, lengths, values, style=style))
     lowest = min((min(curve.y) for curve in curves), default=math.nan)
     highest = max((y for curve in curves for y in curve.y if y <= FAR * lowest), default=math.nan)
+    curves = [replace(one, name=f"{one.name} (goes on above)") if max(one.y) > highest else one for one in curves]
     if not curves:
         return None
     y = Axis("perplexity", "log10", ticks=nice([lowest, highest]), limits=(lowest / 1.03, highest * 1.03))

@@ -34,6 +34,8 @@ class Row(BaseModel):
     tokens: int
     loss: float | None
     means: list[float]
+    group: Annotated[int, Field(ge=1)] = 1
+    """Windows that each of the means is of; the last one's are those that are left."""
     note: str
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from samba_lm.eval.intervals import Mean, mean_interval
+from samba_lm.eval.intervals import Mean, means_interval, student
 from samba_lm.study.record import Record, read_records
 from samba_lm.study.runner import StudyFile, read_study_file
 from samba_lm.study.study import Evaluation, PaperTable, Run, Study
@@ -27,7 +27,12 @@ class Cell:
     losses: tuple[float, ...]
     """Of each seed, nats a token."""
     means: tuple[float, ...]
-    """Of each window, over the seeds; empty where they are too many to be kept."""
+    """Of each group of windows, over the seeds; empty where a record does not hold them (of more than 512 windows,
+    those of earlier versions)."""
+    sizes: tuple[int, ...]
+    """Windows of each group."""
+    errors: tuple[float, ...]
+    """The standard error of each seed's loss, from the spread of the windows; empty where it is not known."""
     note: str
 
     @property
@@ -41,9 +46,18 @@ class Cell:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95% interval of the perplexity, from the spread of the windows."""
-        found = mean_interval(self.means)
-        return (exp(found.low), exp(found.high)) if len(self.means) > 1 else (math.nan, math.nan)
+        """The 95% interval of the perplexity, from the spread of the windows.
+
+        Where only the seeds' standard errors are known, their mean stands for that of the seeds' mean loss: it is never
+        smaller.
+        """
+        if len(self.means) > 1:
+            found = means_interval(self.means, self.sizes)
+            return exp(found.low), exp(found.high)
+        if self.windows < 2 or not self.errors:
+            return math.nan, math.nan
+        reach = student(self.windows - 1) * sum(self.errors) / len(self.errors)
+        return exp(self.loss - reach), exp(self.loss + reach)
 
     @property
     def seeds(self) -> tuple[float, float] | None:
@@ -148,10 +162,10 @@ def difference(ours: Cell, reference: Cell) -> Mean:
     It is far narrower than that of either loss, because the text is the same. What another seed would change is not in
     it.
     """
-    if len(ours.means) != len(reference.means) or not ours.means:
+    if ours.sizes != reference.sizes or not ours.means:
         apart = ours.loss - reference.loss
         return Mean(apart, math.nan, math.nan, min(ours.windows, reference.windows))
-    return mean_interval([a - b for a, b in zip(ours.means, reference.means, strict=True)])
+    return means_interval([a - b for a, b in zip(ours.means, reference.means, strict=True)], ours.sizes)
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
@@ -172,8 +186,20 @@ def _cell(length: int, rows: Sequence[dict[str, Any]]) -> Cell:
     measured = [row for row in rows if row["windows"] and row["loss"] is not None]
     first = (measured or rows)[0]
     means: tuple[float, ...] = ()
-    if measured and all(row["means"] and len(row["means"]) == len(first["means"]) for row in measured):
+    sizes = _sizes(first)
+    if measured and sizes and all(_sizes(row) == sizes for row in measured):
         means = tuple(sum(each) / len(measured) for each in zip(*(row["means"] for row in measured), strict=True))
+    errors = tuple(row["standard_error"] for row in measured if row.get("standard_error") is not None)
     low = 0 if first["positions"][0] == 1 else first["positions"][0]
     losses = tuple(row["loss"] for row in measured)
-    return Cell(length, low, first["windows"], first["tokens"], losses, means, first["note"])
+    errors = errors if len(errors) == len(measured) else ()
+    return Cell(
+        length, low, first["windows"], first["tokens"], losses, means, sizes if means else (), errors, first["note"]
+    )
+
+
+def _sizes(row: dict[str, Any]) -> tuple[int, ...]:
+    """How many windows each of a row's means is of; nothing where there are none, or not those of all windows."""
+    group, windows = row.get("group", 1), row["windows"]
+    sizes = tuple(min(group, windows - i) for i in range(0, windows, group))
+    return sizes if len(sizes) == len(row["means"]) else ()

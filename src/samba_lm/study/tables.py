@@ -25,6 +25,8 @@ from samba_lm.train.progress import count
 
 BEGIN, END = "<!-- tables: written by `samba-lm study table` -->", "<!-- end of tables -->"
 EMPTY = "–"  # noqa: RUF001 - a dash
+EVEN = 1.5
+"""An interval whose ends are further apart than this factor is not shown by half of its width: it is not symmetric."""
 
 
 def write_tables(folder: Path, out: Path) -> list[Path]:
@@ -85,6 +87,11 @@ def markdown(results: Results) -> str:
                         "interval over the same windows of text (another seed is not in it):",
                         grid(*_differences(results, results.reference, models, evaluation)),
                     ]
+                    if _unpaired(results.reference, models, evaluation):
+                        parts.append(
+                            "Without an interval: those trainings were measured by a version that kept no means of "
+                            "more than 512 windows; measured anew, they have one."
+                        )
         paper = results.paper(group)
         if paper is not None:
             parts += ["### Beside the paper", f"The paper's figures: {paper.source}.", grid(*_paper(results, paper))]
@@ -125,7 +132,8 @@ def slug(text: str) -> str:
 def _legend(results: Results) -> str:
     lines = [
         "Perplexities are means over the seeds, in brackets the lowest and the highest where there are several; "
-        "± is half of the 95% interval over the windows of text, which is the same text for all models. "
+        "± is half of the 95% interval over the windows of text, which is the same text for all models; where its ends "
+        "lie too far apart for that, they stand in square brackets. "
         "tokens/s: median over the steps of training, on one device."
     ]
     devices = sorted({record.device for each in results.found for record in each.finals if record.device})
@@ -189,7 +197,12 @@ def _perplexities(models: Sequence[Found], evaluation: Evaluation) -> tuple[list
 
 def _cell(cell: Cell, best: bool) -> str:
     low, high = cell.interval
-    reach = "" if math.isnan(low) or math.isinf(high) else f" ± {number((high - low) / 2)}"
+    if math.isnan(low) or math.isinf(high):
+        reach = ""
+    elif high < EVEN * low:
+        reach = f" ± {number((high - low) / 2)}"
+    else:
+        reach = f" [{number(low)}, {number(high)}]"
     seeds = "" if cell.seeds is None else f" ({number(cell.seeds[0])} to {number(cell.seeds[1])})"
     return (f"**{number(cell.perplexity)}**" if best else number(cell.perplexity)) + reach + seeds
 
@@ -223,6 +236,20 @@ def _differences(
             row.append(mean if math.isnan(found.low) else f"{mean} ({low} to {high})")
         rows.append(row)
     return ["model", *(_span(evaluation, [ours], length) for length in ours)], rows
+
+
+def _unpaired(reference: Found, models: Sequence[Found], evaluation: Evaluation) -> bool:
+    """Whether a difference stands without its interval, though there are windows enough."""
+    ours = reference.cells(evaluation)
+    pairs = [
+        (cells[length], ours[length])
+        for each in models
+        if each.run.name != reference.run.name
+        for cells in (each.cells(evaluation),)
+        for length in ours
+        if _measured(cells, length) and _measured(ours, length)
+    ]
+    return any(min(a.windows, b.windows) > 1 and math.isnan(difference(a, b).low) for a, b in pairs)
 
 
 def signed(value: float) -> str:
@@ -339,7 +366,8 @@ def _run_json(results: Results, each: Found) -> dict[str, object]:
     for evaluation in results.study.evaluations:
         perplexities[evaluation.name] = [
             {
-                **{key: value for key, value in asdict(cell).items() if key != "means"},
+                **{key: value for key, value in asdict(cell).items() if key not in ("means", "sizes", "errors", "low")},
+                "from": cell.low,
                 "loss": cell.loss,
                 "perplexity": cell.perplexity,
                 "low": cell.interval[0],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import math
 import os
 import shutil
 import signal
@@ -55,7 +56,8 @@ TELL_EVERY = 0.3
 WORSE = 0.25
 """Nats a token that the loss must have risen over a training for it to have diverged, where it stayed finite."""
 MOST_MEANS = 512
-"""Windows whose own losses a record keeps, for comparing two models window by window."""
+"""Losses of windows that a record keeps, for comparing two models window by window. Of more windows, those that follow
+one another stand together as a group, each group with its mean."""
 
 
 class Stopped(BaseException):
@@ -210,10 +212,18 @@ class Work:
 
 
 def compact(result: dict[str, Any]) -> dict[str, Any]:
-    """A length's result without what only fills the file: where windows begin, and their means where they are many."""
-    means = [round(mean, 6) for mean in result.pop("means")]
+    """A length's result without what only fills the file: where windows begin, and each one's mean where they are many.
+
+    Then ``means`` are those of groups of ``group`` windows (the last of as many as are left).
+    """
+    means = result.pop("means")
     del result["starts"]
-    return result | {"means": means if len(means) <= MOST_MEANS else []}
+    if not all(map(math.isfinite, means)):
+        return result | {"means": []}
+    group = max(1, math.ceil(len(means) / MOST_MEANS))
+    grouped = [means[i : i + group] for i in range(0, len(means), group)]
+    told = {"means": [round(math.fsum(some) / len(some), 6) for some in grouped]}
+    return result | told | ({"group": group} if group > 1 else {})
 
 
 def open_data(folder: str) -> TokenDataset:
