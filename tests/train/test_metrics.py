@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from samba_lm.errors import UserError
 from samba_lm.train.metrics import JsonlMetrics, mfu, peak_flops, read_metrics
 from samba_lm.train.observer import Plan, StepRecord
-from samba_lm.train.trackers import TensorBoardMetrics
+from samba_lm.train.trackers import TensorBoardMetrics, WandbMetrics
 
 
 def plan(first_step: int = 0, steps: int = 10) -> Plan:
@@ -80,6 +82,31 @@ def test_no_file_is_an_empty_run(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "none.jsonl") == []
 
 
+def test_going_back_drops_what_comes_anew(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = JsonlMetrics(path, every=1)
+    metrics.started(plan())
+    for step in (1, 2, 3):
+        metrics.step(record(step))
+    metrics.returned(1)
+    metrics.step(replace(record(2), loss=1.25))
+    metrics.stopped()
+    assert [(r["step"], r["loss"]) for r in read_metrics(path)] == [(1, 5.0), (2, 1.25)]
+
+
+def test_what_is_unknown_or_not_finite_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = JsonlMetrics(path, every=10)
+    metrics.started(plan(steps=100))
+    refused = replace(record(7), loss=math.nan, refused=True, skipped=0, grad_norms={"mlp": 0.5}, memory_peak=7)
+    metrics.step(refused)
+    metrics.stopped()
+    line = json.loads(path.read_text(), parse_constant=pytest.fail)
+    known = {"step", "tokens", "lr", "grad_norm", "tokens_per_s", "refused", "skipped", "grad_norms", "memory_peak"}
+    assert set(line) == known, "a refused step is always logged"
+    assert line["grad_norms"] == {"mlp": 0.5}
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tensorboard_files_hold_the_scalars(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
@@ -99,6 +126,43 @@ def test_tensorboard_files_hold_the_scalars(tmp_path: Path) -> None:
     assert {"loss/train", "loss/val", "lr", "grad_norm", "tokens_per_s", "mfu"} <= set(events.Tags()["scalars"])
     assert [(e.step, e.value) for e in events.Scalars("mfu")] == [(2, 0.25), (4, 0.5)], "step 4 only once"
     assert [(e.step, e.value) for e in events.Scalars("loss/val")] == [(3, 9.0)]
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # its own
+@pytest.mark.usefixtures("offline")
+def test_wandb_gets_the_figures_and_a_continued_run_is_the_same_one(tmp_path: Path) -> None:
+    """The real package, which writes what it would send to a file."""
+    ids = []
+    for first in (0, 3):
+        metrics = WandbMetrics(tmp_path / "wandb", 2, "samba", {"train": {"lr": 0.5}})
+        metrics.started(plan(first_step=first))
+        assert metrics.run is not None
+        ids.append(metrics.run.id)
+        for step in range(first + 1, first + 4):
+            metrics.step(record(step, val_loss=9.0 if step == 3 else None, mfu=0.25))
+        metrics.stopped()
+    assert ids[0] == ids[1] == (tmp_path / "wandb" / "run-id").read_text().strip()
+    written = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(written) == 2
+    assert all(ids[0] in path.name for path in written)
+    first_file = written[0].read_bytes()
+    for word in (b"loss/val", b"loss/train", b"tokens_per_s", b"mfu"):
+        assert word in first_file
+
+
+def test_wandb_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"train.wandb = 'p' needs .*pip install 'samba-lm\[wandb\]'"):
+        WandbMetrics(tmp_path, 1, "p", {})
 
 
 def test_tensorboard_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,51 @@ def test_live_view_fits_the_terminal(width: int) -> None:
     assert "\nstep" in text
     assert "\n█" in text
     assert "samba-tiny" in file.getvalue()
+
+
+MANY = replace(PLAN, device="cuda:0", world=8, mesh={"replicate": 2, "shard": 4, "context": 1})
+
+
+def busy(step: int, loss: float) -> StepRecord:
+    """One of eight processes, which waits 16 of a step's 81 ms."""
+    return StepRecord(
+        step=step,
+        tokens=1000 * step,
+        loss=loss,
+        lr=1e-3,
+        grad_norm=0.5,
+        tokens_per_s=12_345.0,
+        mfu=0.412,
+        val_loss=5.0,
+        val_losses={"books": 5.0, "code": 4.0},
+        data_wait_s=0.016,
+        memory_peak=34_200_000_000,
+        skipped=2,
+        rollbacks=1,
+    )
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_live_view_of_several_processes(width: int) -> None:
+    screen, _ = console(width, terminal=True)
+    seen = LiveProgress(screen)
+    seen.started(MANY)
+    for step, loss in ((1, 6.0), (2, 5.0), (3, math.nan), (4, 3.0)):
+        seen.step(busy(step, loss))
+    seen.returned(2)
+    seen.step(busy(3, 5.5))
+    still, drawn = console(width, terminal=False)
+    still.print(seen.render())
+    seen.stopped()
+    text = drawn.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "on cuda:0, 8 processes (2 replicas x 4 shards)" in " ".join(text.split())
+    for word in (
+        *("step 3/100", "loss 5.5000", "val books 5.0000", "val code 4.0000", "12.3K tok/s", "1.54K tok/s each"),
+        *("mem 34.2GB", "data wait 20%", "skipped 2", "went back 1x", "ETA 8s"),
+    ):
+        assert word in text, "no figure is torn apart"
+    assert "█▁▅" in text, "what was gone back from is no longer drawn"
 
 
 def test_live_view_before_the_first_step() -> None:

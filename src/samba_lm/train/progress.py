@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +32,7 @@ class PlainProgress(Observer):
         self.console = console
         self.every = every
         self.plan: Plan | None = None
-        self.speed: float | None = None
+        self.pace = Pace()
 
     def started(self, plan: Plan) -> None:
         self.plan = plan
@@ -39,14 +40,11 @@ class PlainProgress(Observer):
 
     def step(self, record: StepRecord) -> None:
         assert self.plan is not None
-        self.speed = smooth(self.speed, record.tokens_per_s)
+        self.pace.step(record, self.plan.tokens_per_step)
         due = record.step % self.every == 0 or record.step == self.plan.steps
         if due or record.val_loss is not None:
-            left = (self.plan.steps - record.step) * self.plan.tokens_per_step / self.speed
-            self._print(
-                f"step {record.step}/{self.plan.steps}  "
-                + "  ".join(figures(record, record.val_loss, self.speed, left))
-            )
+            words = figures(record, validation(record), self.pace, self.plan)
+            self._print(f"step {record.step}/{self.plan.steps}  " + "  ".join(words))
 
     def saved(self, step: int, folder: Path) -> None:
         self._print(f"saved {folder}")
@@ -66,9 +64,9 @@ class LiveProgress(Observer):
         self.console = console
         self.plan: Plan | None = None
         self.record: StepRecord | None = None
-        self.val_loss: float | None = None
-        self.speed: float | None = None
-        self.curve: deque[float] = deque(maxlen=4096)
+        self.validation: list[str] = []
+        self.pace = Pace()
+        self.curve: deque[tuple[int, float]] = deque(maxlen=4096)
         self.checkpoint: str | None = None
         self.live = Live(console=console, auto_refresh=False, get_renderable=self.render)
 
@@ -78,14 +76,19 @@ class LiveProgress(Observer):
         self.live.start()
 
     def step(self, record: StepRecord) -> None:
+        assert self.plan is not None
         self.record = record
-        self.speed = smooth(self.speed, record.tokens_per_s)
-        self.curve.append(record.loss)
+        self.pace.step(record, self.plan.tokens_per_step)
+        self.curve.append((record.step, record.loss))
         if record.val_loss is not None:
-            self.val_loss = record.val_loss
+            self.validation = validation(record)
 
     def saved(self, step: int, folder: Path) -> None:
         self.checkpoint = str(folder)
+
+    def returned(self, step: int) -> None:
+        while self.curve and self.curve[-1][0] > step:
+            self.curve.pop()
 
     def message(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)
@@ -101,34 +104,77 @@ class LiveProgress(Observer):
         bar = Table.grid(expand=True)  # a bar alone does not end its line
         bar.add_row(ProgressBar(total=self.plan.steps, completed=step))
         rows: list[RenderableType] = [Text(headline(self.plan), style="bold"), bar]
-        if self.record is not None and self.speed is not None:
-            left = (self.plan.steps - step) * self.plan.tokens_per_step / self.speed
+        if self.record is not None:
             words = [
                 f"step {step}/{self.plan.steps}",
-                *figures(self.record, self.val_loss, self.speed, left),
+                *figures(self.record, self.validation, self.pace, self.plan),
             ]
             rows += [Text(line) for line in pack(words, self.console.width)]
             if self.console.encoding.lower().startswith("utf"):
-                rows.append(Text(sparkline(list(self.curve), min(60, self.console.width - 1)), style="cyan"))
+                rows.append(
+                    Text(
+                        sparkline(
+                            [loss for _, loss in self.curve if math.isfinite(loss)], min(60, self.console.width - 1)
+                        ),
+                        style="cyan",
+                    )
+                )
         if self.checkpoint is not None:
             rows.append(Text(f"saved {self.checkpoint}", style="dim", overflow="fold"))
         return Group(*rows)
 
 
+class Pace:
+    """How fast a run goes, smoothed."""
+
+    def __init__(self) -> None:
+        self.speed: float | None = None
+        """Tokens a second, of all processes."""
+        self.waiting: float | None = None
+        """Share of a step's time that the main process waits for data, 0 to 1; None: not measured."""
+
+    def step(self, record: StepRecord, tokens: int) -> None:
+        """A step of ``tokens`` more."""
+        self.speed = smooth(self.speed, record.tokens_per_s)
+        if record.data_wait_s is not None:
+            self.waiting = smooth(self.waiting, record.data_wait_s * record.tokens_per_s / tokens)
+
+
 def headline(plan: Plan) -> str:
-    """``Training samba-tiny (1.2M parameters) on cpu``."""
-    return f"Training {plan.name} ({count(plan.parameters)} parameters) on {plan.device}"
+    """``Training samba-tiny (1.2M parameters) on cpu, 4 processes (2 replicas x 2 shards)``."""
+    text = f"Training {plan.name} ({count(plan.parameters)} parameters) on {plan.device}"
+    if plan.world == 1:
+        return text
+    words = {"replicate": "replicas", "shard": "shards", "context": "parts of a row"}
+    shares = " x ".join(f"{size} {words.get(name, name)}" for name, size in plan.mesh.items() if size > 1)
+    return f"{text}, {plan.world} processes" + (f" ({shares})" if shares else "")
 
 
-def figures(record: StepRecord, val_loss: float | None, speed: float, left: float) -> list[str]:
+def validation(record: StepRecord) -> list[str]:
+    """The validation losses as short words."""
+    if record.val_losses:
+        return [f"val {name} {loss:.4f}" for name, loss in record.val_losses.items()]
+    return [] if record.val_loss is None else [f"val {record.val_loss:.4f}"]
+
+
+def figures(record: StepRecord, validated: list[str], pace: Pace, plan: Plan) -> list[str]:
     """The figures of a step as short words."""
-    words = [f"loss {record.loss:.4f}"]
-    if val_loss is not None:
-        words.append(f"val {val_loss:.4f}")
-    words += [f"lr {record.lr:.2e}", f"norm {record.grad_norm:.2f}", f"{count(speed)} tok/s"]
+    assert pace.speed is not None
+    words = [f"loss {record.loss:.4f}", *validated]
+    words += [f"lr {record.lr:.2e}", f"norm {record.grad_norm:.2f}", f"{count(pace.speed)} tok/s"]
+    if plan.world > 1:
+        words.append(f"{count(pace.speed / plan.world)} tok/s each")
     if record.mfu is not None:
         words.append(f"MFU {record.mfu:.1%}")
-    words.append(f"ETA {duration(left)}")
+    if record.memory_peak is not None:
+        words.append(f"mem {count(record.memory_peak, 'KMGT')}B")
+    if pace.waiting is not None and pace.waiting >= 0.005:
+        words.append(f"data wait {pace.waiting:.0%}")
+    if record.skipped:
+        words.append(f"skipped {record.skipped}")
+    if record.rollbacks:
+        words.append(f"went back {record.rollbacks}x")
+    words.append(f"ETA {duration((plan.steps - record.step) * plan.tokens_per_step / pace.speed)}")
     return words
 
 
