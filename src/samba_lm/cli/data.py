@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
 def _prepare(argv: list[str]) -> None:
     options = parse(Prepare, argv, prog="samba-lm data prepare")
     began = time.perf_counter()
-    with _progress() as tell:
+    with shown_progress() as tell:
         prepared = prepare(
             options.inputs,
             options.out,
@@ -161,7 +161,7 @@ def _verify(argv: list[str]) -> None:
     options = parse(Verify, argv, prog="samba-lm data verify")
     datasets = _open(options.folder)
     for dataset in datasets:
-        with _progress() as tell:
+        with shown_progress() as tell:
             dataset.verify(lambda done, total: tell("verifying", done, total))
         print(f"{dataset.folder}: whole. {_counts(dataset.meta)}")
     if options.json:
@@ -191,7 +191,7 @@ def _visible(text: str) -> str:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def shown_progress() -> Iterator[Callable[[str, int, int], None]]:
     """Yield a function to be told of the stage and the amount done; draws a bar on stderr, if that is a terminal."""
     columns = (
         TextColumn("{task.description}"),

@@ -28,6 +28,8 @@ OptionalCheckpoint = Annotated[str, tyro.conf.arg(metavar="[CKPT]")]
 """An argument that may be left out, for the model that comes with the package."""
 ContextFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 """The option ``--context``, for :func:`load_context`."""
+AdapterFolder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
+"""The option ``--adapter``, for :func:`load`."""
 
 SMALL = 20_000_000
 """Parameters of a model whose steps one thread makes as fast as several."""
@@ -57,10 +59,12 @@ class Runtime:
     """Turn the weights into this type; by default they stay as the checkpoint has them."""
     quantize: Quantize | None = None
     """Keep the large weights in 8 or 4 bits a number: less memory and faster answers, at a small cost in quality."""
+    adapter: AdapterFolder = None
+    """Add this adapter to the weights: the folder that a run with [lora] leaves, or that peft saved."""
 
     def load(self, name: str) -> tuple[SambaLM, Tokenizer]:
         """As :func:`load_with_tokenizer`."""
-        return load_with_tokenizer(name, self.device, self.dtype, self.quantize)
+        return load_with_tokenizer(name, self.device, self.dtype, self.quantize, self.adapter)
 
 
 RuntimeOptions = Annotated[Runtime, tyro.conf.arg(name="")]
@@ -68,13 +72,13 @@ RuntimeOptions = Annotated[Runtime, tyro.conf.arg(name="")]
 
 
 def load(
-    name: str, device: str, dtype: Dtype | None, quantize: Quantize | None = None
+    name: str, device: str, dtype: Dtype | None, quantize: Quantize | None = None, adapter: Path | None = None
 ) -> tuple[SambaLM, Tokenizer | None]:
     """Load a checkpoint (or a fresh model of the zoo) onto "auto", "cpu", "cuda" or "cuda:N".
 
     A fresh model is announced on stderr, and on a terminal that this takes its time. ``dtype``: of the parameters; None
-    keeps the checkpoint's. ``quantize``: what is then made of the large ones. Raises UserError when there is no such
-    device or no whole checkpoint.
+    keeps the checkpoint's. ``adapter`` is added to them, and ``quantize``: what is then made of the large ones. Raises
+    UserError when there is no such device or no whole checkpoint.
     """
     with _told(f"loading {name}"):
         import torch  # only now: --help should not wait for it
@@ -84,7 +88,12 @@ def load(
 
         untrained = checkpoint.find(name) is None  # then it is a name of the zoo, or an error
         wanted = None if dtype is None else getattr(torch, dtype)
-        loaded = checkpoint.load(name, device=pick_device(device), dtype=wanted)
+        loaded = checkpoint.load(name, device=pick_device(device), dtype=wanted if adapter is None else None)
+        if adapter is not None:
+            from samba_lm.convert.peft import merge_adapter
+
+            merge_adapter(loaded[0], adapter, loaded[1])
+            checkpoint.place(loaded[0], pick_device(device), wanted)
         if quantize is not None:
             from samba_lm import quantization
 
@@ -111,10 +120,10 @@ def _told(text: str) -> Iterator[None]:
 
 
 def load_with_tokenizer(
-    name: str, device: str, dtype: Dtype | None, quantize: Quantize | None = None
+    name: str, device: str, dtype: Dtype | None, quantize: Quantize | None = None, adapter: Path | None = None
 ) -> tuple[SambaLM, Tokenizer]:
     """:func:`load` for what reads and writes text: a checkpoint without a tokenizer is a UserError."""
-    model, tokenizer = load(name, device, dtype, quantize)
+    model, tokenizer = load(name, device, dtype, quantize, adapter)
     if tokenizer is None:
         raise UserError(
             f"{name} has no tokenizer, so it can neither read nor write text: put its tokenizer.json there."

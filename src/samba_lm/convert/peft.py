@@ -95,9 +95,9 @@ def save_adapter(
 
 
 @torch.no_grad()
-def merge_adapter(model: SambaLM, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
-    """Add an adapter to a model's weights, in place. ``tokenizer``: the model's, which takes over the chat template
-    that lies with the adapter.
+def merge_adapter(model: SambaLM, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> int:
+    """Add an adapter to a model's weights, in place; returns how many matrices changed. ``tokenizer``: the model's,
+    which takes over the chat template that lies with the adapter.
 
     Raises UserError for a folder that holds no whole adapter, or one of another model or tokenizer.
     """
@@ -117,7 +117,8 @@ def merge_adapter(model: SambaLM, folder: str | os.PathLike[str], tokenizer: Tok
             raise UserError(f"{folder} was trained with another tokenizer than this model has: give its base.")
         tokenizer.chat_template = beside.chat_template or tokenizer.chat_template
     for weight, change in changes:
-        weight.add_(change.to(weight.device))
+        weight.copy_(weight + change.to(weight.device))
+    return len(changes)
 
 
 def _changes(
