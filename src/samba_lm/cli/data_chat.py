@@ -30,8 +30,8 @@ _MAX_PROCESSES = 16
 class DataChat:
     """Show how conversations are learnt: the first one written out, the answers marked, and counts of all.
 
-    Reads JSON lines, each {"messages": [{"role": ..., "content": ...}, ...]} or {"prompt": ..., "completion": ...}, also
-    as .gz, .xz or .bz2. With --out they are prepared: a recipe's data.chat.files takes that folder, or the files
+    Reads JSON lines, each {"messages": [{"role": ..., "content": ...}, ...]} or {"prompt": ..., "completion": ...},
+    also as .gz, .xz or .bz2. With --out they are prepared: a recipe's data.chat.files takes that folder, or the files
     themselves where they are small.
     """
 
@@ -53,7 +53,7 @@ class DataChat:
 
 def main(argv: list[str]) -> None:
     """Run ``data chat``."""
-    options = parse(DataChat, argv, prog="samba-lm data chat")
+    options = parse(DataChat, argv[1:], prog="samba-lm data chat")
     if options.out is None and (options.val_fraction or options.overwrite):
         raise UserError("--val-fraction and --overwrite are of what is prepared: give --out FOLDER.")
     from samba_lm import checkpoint
