@@ -30,7 +30,13 @@ def connect(device: str = "auto", section: ParallelSection | None = None) -> Par
     if not dist.is_initialized():
         # gloo besides NCCL: what the hosts agree on need not wait for their GPUs.
         backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=section.timeout))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=section.timeout))
+        except (ValueError, dist.DistError) as error:  # a variable is missing, or nobody came
+            raise UserError(
+                f"Process {started_rank()} of {world} did not meet the others within parallel.timeout = "
+                f"{section.timeout:g} s: {error} Start all with torchrun."
+            ) from error
     from samba_lm.train.parallel.group import group  # sharding is a second of imports
 
     return group(picked, sizes)

@@ -134,7 +134,7 @@ def group(device: torch.device, sizes: tuple[int, int, int]) -> Group:
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard", "context"))
     holders = init_device_mesh(device.type, (replicate, shards * context), mesh_dim_names=("replicate", "fsdp"))
     rank = dist.get_rank()
-    return Group(
+    us = Group(
         device=device,
         rank=rank,
         world=dist.get_world_size(),
@@ -144,3 +144,5 @@ def group(device: torch.device, sizes: tuple[int, int, int]) -> Group:
         mesh=mesh,
         holders=holders,
     )
+    us.barrier()  # none leaves before all are connected
+    return us
