@@ -36,6 +36,7 @@ COMMANDS = (
     Command("data chat", "look at conversations as they are learnt, or prepare them", "samba_lm.cli.data_chat"),
     Command("data verify", "check shards for damage", "samba_lm.cli.data"),
     Command("train", "train a model from a recipe, or resume", "samba_lm.cli.train"),
+    Command("estimate", "memory and time of a training run, before it begins", "samba_lm.cli.estimate"),
     Command("export", "one model's folder from a run, also while it goes on", "samba_lm.cli.export"),
     Command("study", "train and measure many recipes unattended, and make tables", "samba_lm.cli.study"),
     Command("lora merge", "add an adapter, ours or peft's, to its model", "samba_lm.cli.lora"),
