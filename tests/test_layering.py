@@ -39,7 +39,7 @@ EXTRAS = {
     "torch.utils.tensorboard": ("train/trackers.py",),
     "wandb": ("train/trackers.py",),
     "transformers": ("convert/*", "bench/*"),
-    "datasets": (),
+    "datasets": ("data/hub.py",),
     "fla": ("bench/peers.py",),
     "flash_attn": ("bench/peers.py",),
     "liger_kernel": ("bench/peers.py",),

@@ -25,6 +25,7 @@ from tyro.conf import Positional, UseAppendAction
 
 from samba_lm.cli.output import JsonFile, write_json
 from samba_lm.cli.parse import parse
+from samba_lm.data.hub import is_hub
 from samba_lm.data.prepare import prepare
 from samba_lm.data.shards import DEFAULT_SHARD_TOKENS, Meta, TokenDataset, open_splits
 from samba_lm.errors import UserError
@@ -42,8 +43,9 @@ class Prepare:
     the same bytes. On any error, or Ctrl-C, nothing is left behind.
     """
 
-    inputs: Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE|FOLDER ...")]]
-    """What to read."""
+    inputs: Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE|FOLDER|hf:NAME ...")]]
+    """What to read; hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT: rows of a data set of the Hugging Face hub, or of a
+    folder that the package `datasets` reads, as a stream (extra: datasets)."""
     out: Path
     """The folder to make."""
     tokenizer: str = "byte"
@@ -53,7 +55,9 @@ class Prepare:
     val_fraction: float = 0.0
     """Share of the documents to set aside: OUT/train and OUT/val are made instead of OUT."""
     field: str = "text"
-    """The text's field in JSON lines, or column in Parquet."""
+    """The text's field in JSON lines, or column in Parquet and in data sets of the hub."""
+    take: int | None = None
+    """Of each data set of the hub so many rows, the first ones; none: all."""
     suffix: UseAppendAction[tuple[str, ...]] = ()
     """Take files with this ending too from folders, as plain text, such as .py; may be given several times."""
     errors: Literal["strict", "replace"] = "strict"
@@ -110,6 +114,7 @@ def _prepare(argv: list[str]) -> None:
             errors=options.errors,
             field=options.field,
             suffixes=options.suffix,
+            take=options.take,
             val_fraction=options.val_fraction,
             shard_tokens=options.shard_tokens,
             overwrite=options.overwrite,
@@ -119,7 +124,8 @@ def _prepare(argv: list[str]) -> None:
     for name, meta in prepared.splits.items():
         print(f"{prepared.folder / name}: {_counts(meta)}")
     skipped = f"; skipped {prepared.empty_documents:,} empty document(s)" if prepared.empty_documents else ""
-    print(f"Read {prepared.files:,} file(s) in {seconds:.1f} s{skipped}.")
+    what = "input(s)" if any(is_hub(given) for given in options.inputs) else "file(s)"
+    print(f"Read {prepared.files:,} {what} in {seconds:.1f} s{skipped}.")
     for note in prepared.notes:
         print(f"Note: {note}")
     if options.json:
@@ -206,7 +212,7 @@ def shown_progress() -> Iterator[Callable[[str, int, int], None]]:
 
         def tell(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
+                tasks[stage] = progress.add_task(stage, total=total or None)
             progress.update(tasks[stage], completed=done)
 
         yield tell

@@ -37,4 +37,5 @@ class Ahead:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        # Where all ends by an error, such as a second Ctrl-C, a batch may still be waiting for a shard from far away.
+        self._thread.shutdown(wait=error is None, cancel_futures=True)

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from samba_lm.data.encode import encode_in_order
+from samba_lm.data.hub import is_hub, parse_stream
 from samba_lm.data.shards import DEFAULT_SHARD_TOKENS, Meta, ShardWriter, TokenDataset, foreign_file, is_dataset
-from samba_lm.data.sources import OnError, Piece, ReadOptions, SourceFile, find_files, read_file
+from samba_lm.data.sources import OnError, Piece, ReadOptions, Source, SourceFile, find_files
 from samba_lm.errors import UserError
 from samba_lm.files import atomic_folder, recover_folder
 from samba_lm.tokenizer import BpeSpec, ByteTokenizer, Tokenizer, train_bpe
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with what is being done, and the bytes of the input files done and in all."""
+"""Called with what is being done, and the bytes of the input done and in all (0: not known)."""
 
 BPE_SAMPLE_BYTES = 2**26
 _COPY_TOKENS = 2**20
@@ -36,7 +37,7 @@ class Prepared:
         folder: the output.
         splits: the data sets in it: ``{"": ...}`` for the folder itself, or ``"train"`` and ``"val"``.
         tokenizer: the one used.
-        files: how many files were read.
+        files: how many files and streams were read.
         empty_documents: how many documents had only white space and were skipped.
         notes: sentences on what was not done to the letter, for people.
     """
@@ -58,6 +59,7 @@ def prepare(
     errors: OnError = "strict",
     field: str = "text",
     suffixes: Sequence[str] = (),
+    take: int | None = None,
     val_fraction: float = 0.0,
     shard_tokens: int = DEFAULT_SHARD_TOKENS,
     overwrite: bool = False,
@@ -66,7 +68,8 @@ def prepare(
     """Turn text files into a data set at ``out``, or nothing on any error or interrupt.
 
     Args:
-        inputs: files and folders; see :func:`samba_lm.data.sources.find_files`.
+        inputs: files and folders (see :func:`samba_lm.data.sources.find_files`), and data sets to stream, which come
+            after the files (``hf:NAME[:CONFIG][:SPLIT]``, see :mod:`samba_lm.data.hub`).
         out: the folder to make.
         tokenizer: the one to use, or a BPE to train on a sample of the inputs (at most about 64 MiB of them).
         processes: how many encode at once. They are spawned, so a script that asks for more than one must guard its
@@ -74,6 +77,7 @@ def prepare(
         errors: on bytes that are not UTF-8: "strict" stops, "replace" puts U+FFFD there.
         field: the text's key in JSON lines, or its column in Parquet.
         suffixes: of more files to take from folders, as plain text (".py").
+        take: how many rows of each stream, the first ones; None: all.
         val_fraction: of the documents, chosen by a hash of their text, go to ``out/val`` and the others to
             ``out/train``. Where that leaves one empty, the end of the data is taken instead, and a note says so.
         shard_tokens: a shard ends with the document that reaches this many tokens.
@@ -91,25 +95,34 @@ def prepare(
         raise UserError(f"val_fraction is {val_fraction}: it must be at least 0 and less than 1.")
     if processes < 1:
         raise UserError(f"processes is {processes}: it must be at least 1.")
-    files = find_files(inputs, suffixes)
-    _check_out(out, files, overwrite)
+    sources = _sources(inputs, suffixes, take)
+    _check_out(out, sources, overwrite)
     options = ReadOptions(field=field, errors=errors)
     if isinstance(tokenizer, ByteTokenizer):
         processes = 1  # bytes need no encoding: sending them around costs more
     notes: list[str] = []
     if isinstance(tokenizer, BpeSpec):
-        tokenizer, notes = _train(tokenizer, files, options, progress)
+        tokenizer, notes = _train(tokenizer, sources, options, progress)
     with atomic_folder(out) as folder:
-        empty, splits = _write(files, options, folder, tokenizer, processes, val_fraction, shard_tokens, progress)
+        empty, splits = _write(sources, options, folder, tokenizer, processes, val_fraction, shard_tokens, progress)
         if any(meta is None for meta in splits.values()):
             note, splits = _split_end(folder, splits, val_fraction, shard_tokens)
             notes.append(note)
         elif val_fraction:
             notes += _told_if_uneven(splits, val_fraction)
-    return Prepared(out, {k: meta for k, meta in splits.items() if meta}, tokenizer, len(files), empty, tuple(notes))
+    return Prepared(out, {k: meta for k, meta in splits.items() if meta}, tokenizer, len(sources), empty, tuple(notes))
 
 
-def _check_out(out: Path, files: Iterable[SourceFile], overwrite: bool) -> None:
+def _sources(inputs: Sequence[str | os.PathLike[str]], suffixes: Sequence[str], take: int | None) -> list[Source]:
+    """The files to read, then the streams."""
+    streams = [parse_stream(given, take) for given in inputs if is_hub(given)]
+    if take is not None and not streams:
+        raise UserError("How much to take is said of streams (hf:NAME), and there is none: leave --take out.")
+    paths = [given for given in inputs if not is_hub(given)]
+    return [*(find_files(paths, suffixes) if paths or not streams else ()), *dict.fromkeys(streams)]
+
+
+def _check_out(out: Path, sources: Iterable[Source], overwrite: bool) -> None:
     if not out.exists():
         return
     if not out.is_dir():
@@ -122,8 +135,8 @@ def _check_out(out: Path, files: Iterable[SourceFile], overwrite: bool) -> None:
         raise UserError(f"{out} is not prepared data, so --overwrite will not remove it: choose another folder.")
     if Path.cwd().resolve().is_relative_to(out.resolve()):
         raise UserError(f"{out} holds the current folder, which --overwrite would remove: go elsewhere first.")
-    for file in files:
-        if file.path.resolve().is_relative_to(out.resolve()):
+    for file in sources:
+        if isinstance(file, SourceFile) and file.path.resolve().is_relative_to(out.resolve()):
             raise UserError(
                 f"{out} holds the input {file.path}, which --overwrite would remove: choose another folder."
             )
@@ -133,13 +146,15 @@ def _check_out(out: Path, files: Iterable[SourceFile], overwrite: bool) -> None:
 
 
 def _train(
-    spec: BpeSpec, files: Sequence[SourceFile], options: ReadOptions, progress: OnProgress | None
+    spec: BpeSpec, sources: Sequence[Source], options: ReadOptions, progress: OnProgress | None
 ) -> tuple[Tokenizer, list[str]]:
-    total = sum(file.size for file in files)
+    total = sum(_sampled_size(source) for source in sources)
     fraction = min(1.0, BPE_SAMPLE_BYTES / max(total, 1))
-    tokenizer = train_bpe(_sample(files, options, fraction, progress), spec.vocab_size)
+    tokenizer = train_bpe(_sample(sources, options, fraction, progress), spec.vocab_size)
     notes = []
-    if fraction < 1:
+    if any(source.size is None for source in sources):
+        notes.append(f"The BPE was trained on the beginnings of the input, {BPE_SAMPLE_BYTES / 1e6:,.0f} MB at most.")
+    elif fraction < 1:
         notes.append(f"The BPE was trained on the first {fraction:.1%} of the input's bytes, taken file by file.")
     if tokenizer.vocab_size < spec.vocab_size:
         notes.append(
@@ -149,18 +164,18 @@ def _train(
 
 
 def _sample(
-    files: Sequence[SourceFile], options: ReadOptions, fraction: float, progress: OnProgress | None
+    sources: Sequence[Source], options: ReadOptions, fraction: float, progress: OnProgress | None
 ) -> Iterator[str]:
-    """Yield the beginnings of files, spread evenly, until they make up ``fraction`` of all bytes."""
-    total = sum(file.size for file in files)
+    """Yield the beginnings of sources, spread evenly, until they make up ``fraction`` of all bytes."""
+    total = sum(_sampled_size(source) for source in sources)
     seen = taken = 0
-    for file in files:
-        seen += file.size
+    for source in sources:
+        seen += _sampled_size(source)
         base = taken
         # Many small files: some are passed over whole, so that the sample stays within its share.
         if taken >= fraction * seen:
             continue
-        for piece in read_file(file, options):
+        for piece in source.read(options):
             yield piece.text
             taken = base + piece.position
             if taken >= fraction * seen:
@@ -169,8 +184,13 @@ def _sample(
             progress("training the BPE", seen, total)
 
 
+def _sampled_size(source: Source) -> int:
+    """Bytes; a stream counts as if it had as many as a sample."""
+    return BPE_SAMPLE_BYTES if source.size is None else source.size
+
+
 def _write(
-    files: Sequence[SourceFile],
+    sources: Sequence[Source],
     options: ReadOptions,
     folder: Path,
     tokenizer: Tokenizer,
@@ -180,7 +200,8 @@ def _write(
     progress: OnProgress | None,
 ) -> tuple[int, dict[str, Meta | None]]:
     """Write every document to its split; return the number of empty ones, and each split (None: got no document)."""
-    total = sum(file.size for file in files)
+    sizes = [source.size for source in sources]
+    total = 0 if None in sizes else sum(size for size in sizes if size is not None)
     empty = 0
     with ExitStack() as stack:
         writers = {}
@@ -188,7 +209,7 @@ def _write(
             (folder / name).mkdir(exist_ok=True)
             writers[name] = stack.enter_context(ShardWriter(folder / name, tokenizer, shard_tokens))
         writer = None  # of the current document
-        texts = ((piece.text, (piece, done)) for piece, done in _read(files, options))
+        texts = ((piece.text, (piece, done)) for piece, done in _read(sources, options))
         encoded = stack.enter_context(closing(encode_in_order(texts, tokenizer, processes)))
         for (piece, done), ids in encoded:
             if writer is None and piece.end and not piece.text.strip():
@@ -202,7 +223,7 @@ def _write(
             if progress:
                 progress("encoding", done, total)
         if not any(writer.documents for writer in writers.values()):
-            raise UserError(f"No text in the input: {files[0].path} and the others hold only white space.")
+            raise UserError(f"No text in the input: {sources[0]} and the others hold only white space.")
         return empty, {name: writer.close() if writer.documents else None for name, writer in writers.items()}
 
 
@@ -226,13 +247,15 @@ def _told_if_uneven(splits: dict[str, Meta | None], val_fraction: float) -> list
     ]
 
 
-def _read(files: Sequence[SourceFile], options: ReadOptions) -> Iterator[tuple[Piece, int]]:
-    """Yield each piece and how many bytes of all files have been read by then."""
+def _read(sources: Sequence[Source], options: ReadOptions) -> Iterator[tuple[Piece, int]]:
+    """Yield each piece and how many bytes of all sources have been read by then."""
     base = 0
-    for file in files:
-        for piece in read_file(file, options):
-            yield piece, base + piece.position
-        base += file.size
+    for source in sources:
+        done = 0
+        for piece in source.read(options):
+            done = piece.position
+            yield piece, base + done
+        base += done if source.size is None else source.size
 
 
 def _split_end(

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, Protocol
 
 from samba_lm.errors import UserError, did_you_mean
 
@@ -59,12 +59,34 @@ class Piece:
     position: int
 
 
+class Source(Protocol):
+    """Where documents come from."""
+
+    @property
+    def size(self) -> int | None:
+        """In bytes; None: not known."""
+        ...
+
+    def __str__(self) -> str: ...
+
+    def read(self, options: ReadOptions) -> Iterator[Piece]:
+        """Yield the documents, piece by piece. Raises UserError for what cannot be read."""
+        ...
+
+
 @dataclass(frozen=True)
 class SourceFile:
     """A file to read: ``size`` bytes on the disk."""
 
     path: Path
     size: int
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read(self, options: ReadOptions) -> Iterator[Piece]:
+        """See :func:`read_file`."""
+        return read_file(self, options)
 
 
 @dataclass(frozen=True)
@@ -203,7 +225,7 @@ def _read_jsonl(file: SourceFile, raw: IO[bytes], stream: Stream, options: ReadO
             decoded = decoded.removeprefix("\ufeff")
         if decoded.strip():
             text = _text_of(decoded, f"{file.path} line {number}", options)
-            yield from _pieces(text, raw.tell())
+            yield from pieces(text, raw.tell())
 
 
 def _text_of(line: str, where: str, options: ReadOptions) -> str:
@@ -262,7 +284,7 @@ def _read_parquet(file: SourceFile, options: ReadOptions) -> Iterator[Piece]:
                         text = (value or b"").decode("utf-8", options.errors)
                     except UnicodeDecodeError as error:
                         raise _not_utf8(file, error, 0, f" of row {row}") from error
-                    yield from _pieces(text, file.size * row // rows)
+                    yield from pieces(text, file.size * row // rows)
     except pa.ArrowInvalid as error:
         raise UserError(f"{file.path} is not a whole Parquet file ({error}): copy it again.") from error
     except OSError as error:
@@ -275,7 +297,8 @@ def _is_text(kind: object) -> bool:
     return kind in (pa.string(), pa.large_string(), pa.string_view(), pa.null())
 
 
-def _pieces(text: str, position: int) -> Iterator[Piece]:
+def pieces(text: str, position: int) -> Iterator[Piece]:
+    """A document that is at hand as a whole, in pieces."""
     *whole, last = cut(text)
     for piece in whole:
         yield Piece(piece, end=False, position=position)
