@@ -94,7 +94,7 @@ def test_ticks_are_round() -> None:
     assert nice([3.1, 8.9]) == [3, 4, 5, 6, 7, 8, 9]
     assert nice([84.0, 128.0]) == [90, 100, 110, 120], "as dense above a power of ten as below"
     assert nice([8.0, 300.0]) == [10, 20, 30, 50, 100, 200, 300]
-    assert nice([14.0, 14.6]) == pytest.approx([14, 14.2, 14.4, 14.6])
+    assert nice([14.0, 14.6]) == pytest.approx([14, 14.1, 14.2, 14.3, 14.4, 14.5, 14.6])
     assert len(nice([1e-3, 1e6])) == 10
     assert 5.0 in nice([5.0, 5.0])
 

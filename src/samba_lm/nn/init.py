@@ -15,6 +15,17 @@ def inverse_softplus(x: torch.Tensor) -> torch.Tensor:
     return x + torch.log(-torch.expm1(-x))
 
 
+STEPS = (1e-3, 1e-1)
+"""Where Mamba's steps Delta begin. (The reference's floor of 1e-4 is below all of them.)"""
+
+
+def step_bias(p: torch.Tensor, steps: tuple[float, float], generator: torch.Generator) -> torch.Tensor:
+    """Biases, of the shape and dtype of ``p``, from which softplus makes steps drawn log-uniform from the range
+    ``steps``."""
+    low, high = map(math.log, steps)
+    return inverse_softplus(torch.empty_like(p).uniform_(low, high, generator=generator).exp())
+
+
 class Init:
     """Rule ``samba``: tied embedding N(0, 0.02), linears at U(+-1/sqrt(fan_in)), each layer's last projection divided
     by the square root of the number of residual layers."""
@@ -53,11 +64,9 @@ class Init:
             self.uniform(p, weight.shape[1] ** -0.5)
 
     def dt_bias(self, p: torch.Tensor) -> None:
-        """Inverse softplus of a log-uniform draw in [1e-3, 1e-1], floor 1e-4."""
-        low, high = math.log(1e-3), math.log(1e-1)
-        dt = torch.empty_like(p).uniform_(low, high, generator=self.generator).exp().clamp(min=1e-4)
+        """Steps of :data:`STEPS`, log-uniform."""
         with torch.no_grad():
-            p.copy_(inverse_softplus(dt))
+            p.copy_(step_bias(p, STEPS, self.generator))
 
     def a_log(self, p: torch.Tensor) -> None:
         """S4D-real: log(1..N) in every channel."""

@@ -254,14 +254,13 @@ def train_step(
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     total = torch.zeros((), dtype=wide, device=parallel.device)
     optimizer.zero_grad(set_to_none=True)
-    with cast_once():
+    with cast_once(), stretched(model, batch.stretch):
         # The number of pieces is what is kept: of shorter rows a batch has more, and as many tokens.
         number = pieces(settings, parallel)
         for i, micro in enumerate(micro_batches(batch, -(-batch.input_ids.shape[0] // number))):
             parallel.begin_backward(model, last=i == number - 1)
-            with stretched(model, batch.stretch):
-                loss_sum, _ = batch_loss(model, micro, parallel.device, parallel.context)
-                torch.autograd.backward(loss_sum / valid)
+            loss_sum, _ = batch_loss(model, micro, parallel.device, parallel.context)
+            torch.autograd.backward(loss_sum / valid)
             total += loss_sum.detach()
     mean = parallel.sum(total) / valid
     parallel.finish_gradients(model)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from samba_lm.mixers.mamba import Selection
 from samba_lm.model import SambaLM
-from samba_lm.nn.init import inverse_softplus
+from samba_lm.nn.init import step_bias
 
 STEPS = (1e-6, 1e-3)
-"""Where the step Delta of such a channel begins, log-uniform; Mamba's own range, for the others, is 1e-3 to 1e-1."""
+"""Where the step Delta of such a channel begins, log-uniform; for the others that is ``samba_lm.nn.init.STEPS``."""
 
 
 def slow_channels(model: SambaLM, share: float, seed: int) -> None:
@@ -22,10 +20,9 @@ def slow_channels(model: SambaLM, share: float, seed: int) -> None:
     slow channels from fast ones; the other way is easy. In place; the draws depend on ``seed`` and nothing else.
     """
     generator = torch.Generator().manual_seed(seed)
-    low, high = (math.log(step) for step in STEPS)
     for module in model.modules():
         if isinstance(module, Selection):
             size = round(share * module.dt_bias.numel())
-            steps = torch.empty(size, dtype=torch.float64).uniform_(low, high, generator=generator).exp()
+            biases = step_bias(torch.empty(size, dtype=torch.float64), STEPS, generator)
             with torch.no_grad():
-                module.dt_bias[module.dt_bias.numel() - size :] = inverse_softplus(steps).to(module.dt_bias)
+                module.dt_bias[module.dt_bias.numel() - size :] = biases.to(module.dt_bias)
