@@ -122,6 +122,7 @@ class Span:
             padding = segments < 0
             lengths = (~padding).sum(1)
             if scattered:
+                assert neighbours is None, "padding goes to the right end of whole rows: samba_lm.data.columns"
                 order = padding.to(torch.int8).argsort(dim=1, stable=True)
                 segments = segments.gather(1, order)
         previous = torch.cat((start.segment[:, None], segments[:, :-1]), dim=1)

@@ -72,7 +72,7 @@ def config(*layers: LayerSpec) -> ModelConfig:
 def rows(documents: str | None, count: int = 2) -> Batch:
     torch.manual_seed(7)
     ids, targets = torch.randint(0, VOCABULARY, (2, count, LENGTH))
-    targets[0, 16:24] = -100  # the third of four parts learns nothing from one row
+    targets[:, 16:24] = -100  # nothing for the third of four processes to learn
     segments = None
     if documents is not None:
         segments = torch.tensor(DOCUMENTS[documents]).repeat(count // 2, 1)
