@@ -145,7 +145,8 @@ def _train(
         if found is not None:
             progress = restore(found)
 
-        watchers = Observers([*_metrics(out, recipe), observer]) if parallel.is_main else Observers([])
+        with together(parallel):
+            watchers = Observers([*_metrics(out, recipe), observer] if parallel.is_main else [])
         saver = Saver(
             out,
             data.tokenizer,
