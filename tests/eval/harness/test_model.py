@@ -6,6 +6,8 @@ import json
 import random
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,18 @@ def test_chat_templates(tmp_path: Path) -> None:
     (folder / "chat_template.jinja").write_text("{% for %}")
     with pytest.raises(UserError, match="not valid Jinja"):
         HarnessLM(str(folder), device="cpu")
+
+
+def test_newer_versions_of_the_harness_find_the_class_by_an_entry_point() -> None:
+    from lm_eval.api.registry import get_model
+
+    from samba_lm.eval.harness.model import HarnessLM
+
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    for name, place in project["entry-points"]["lm_eval.models"].items():
+        found = EntryPoint(name, place, "lm_eval.models").load()
+        assert found is HarnessLM
+        assert found is get_model(name)
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:

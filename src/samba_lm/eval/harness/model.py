@@ -1,7 +1,8 @@
 """Our models as lm-evaluation-harness's model class ``samba_lm``: importing this module registers it.
 
-The package lm_eval is an extra (``pip install 'samba-lm[harness]'``), and it has no way for another package to announce
-a model: see ``__main__.py`` beside this file for its command with ours in it.
+The package lm_eval is an extra (``pip install 'samba-lm[harness]'``). Its versions after 0.4.13 find this class by an
+entry point of ours (pyproject.toml); those before have no way for another package to announce a model: see
+``__main__.py`` beside this file for its command with ours in it.
 """
 
 from __future__ import annotations
