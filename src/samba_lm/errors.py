@@ -13,9 +13,10 @@ class UserError(ValueError):
     The command line prints it as ``samba-lm: error: ...`` and exits with code 2, without a traceback.
     """
 
+    topic: str | None = None
+    """What it is about, where several processes say that in different words, of which the first are enough."""
     patience = 0.0
-    """Seconds to wait before it is printed: of several processes another may have the cause to tell, and end this one
-    meanwhile."""
+    """Seconds to wait before it is printed, where another process has the cause to tell."""
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:

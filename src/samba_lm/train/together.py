@@ -14,7 +14,7 @@ class ElsewhereError(UserError):
 
     patience = 5.0  # by then torchrun has ended this process, and one message is enough
 
-    patience = 8.0
+    patience = 1.0
 
 
 @contextmanager

@@ -28,7 +28,9 @@ LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed out|broken
 
 
 class LostProcessError(UserError):
-    """Another process of the run ended, or does not answer; whoever notices first tells."""
+    """Another process of the run ended, or does not answer."""
+
+    topic = "a lost process"
 
     def __init__(self, parallel: Parallel, error: RuntimeError) -> None:
         # The first sentence, without where in its source the library was and whom it spoke with.
@@ -38,11 +40,6 @@ class LostProcessError(UserError):
             f"Process {parallel.rank} of {parallel.world} lost another one, which ended or did not answer within "
             f"parallel.timeout ({reason[:120]}). The same command goes on from the last checkpoint."
         )
-        try:
-            first = dist.distributed_c10d._get_default_store().add("samba_lm/lost", 1) == 1
-        except RuntimeError:  # the store went with the lost process
-            first = True
-        self.patience = 0.0 if first else 8.0
 
 
 @dataclass(frozen=True)
