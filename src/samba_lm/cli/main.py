@@ -92,19 +92,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             import traceback
 
             traceback.print_exc()
-        _let_others_speak(error)
-        print(f"samba-lm: error: {one_line(message)}", file=sys.stderr)
+        if _is_to_tell(error, message):
+            print(f"samba-lm: error: {one_line(message)}", file=sys.stderr)
         if isinstance(error, OSError) and error.filename is None:
             _drop_stdout()  # it may be what could not be written
         return 2
 
 
-def _let_others_speak(error: BaseException) -> None:
-    """Of the processes that torchrun started all may have the same to say: the first says it, and torchrun then ends
-    the others, which wait for that here."""
-    patience = error.patience if isinstance(error, UserError) else 0.0
-    rank = int(os.environ.get("RANK", "0"))
-    time.sleep(patience if rank == 0 else max(patience, 3.0))
+def _is_to_tell(error: BaseException, message: str) -> bool:
+    """Whether no other of the processes that torchrun started, if it did, has told the same."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    from samba_lm.train.parallel import first_to_tell
+
+    topic = None
+    if isinstance(error, UserError):
+        topic = error.topic
+        time.sleep(error.patience)
+    return first_to_tell(topic or message)
 
 
 def _prepare_streams() -> None:
