@@ -128,7 +128,7 @@ class Work:
         record.steps, record.tokens, record.train_seconds = result.steps, result.tokens, result.seconds
         record.val_loss = result.val_loss
         metrics = read_metrics(self.folder / "metrics.jsonl")
-        losses = [(int(each["step"]), each["loss"]) for each in metrics]
+        losses = [(int(each["step"]), each["loss"]) for each in metrics if "loss" in each]
         record.train_loss = tail_mean([loss for _, loss in losses])
         record.curve = thin(losses)
         record.val_curve = [(int(each["step"]), each["val_loss"]) for each in metrics if "val_loss" in each]
