@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,8 @@ def connect(device: str = "auto", section: ParallelSection | None = None) -> Par
         # gloo besides NCCL: what the hosts agree on need not wait for their GPUs.
         backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
         try:
-            dist.init_process_group(backend, timeout=timedelta(seconds=section.timeout))
+            timeout = timedelta(seconds=section.timeout)
+            dist.init_process_group(backend, timeout=timeout, **_store_of_this_start(timeout))
         except (ValueError, dist.DistError) as error:  # a variable is missing, or nobody came
             raise UserError(
                 f"Process {started_rank()} of {world} did not meet the others within parallel.timeout = "
@@ -40,6 +42,20 @@ def connect(device: str = "auto", section: ParallelSection | None = None) -> Par
     from samba_lm.train.parallel.group import group  # sharding is a second of imports
 
     return group(picked, sizes)
+
+
+def _store_of_this_start(timeout: timedelta) -> dict[str, Any]:
+    """Where processes that torchrun started anew after a failure meet: apart from what those before left there.
+
+    torchrun keeps its store over its restarts (PyTorch's issue 135712), so that a process could find the address of one
+    that is dead. Of several machines, each counts its own restarts, so there it is TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 that
+    keeps them apart.
+    """
+    started, alone = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("LOCAL_WORLD_SIZE")
+    if started == "0" or alone != os.environ.get("WORLD_SIZE"):
+        return {}
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    return {"store": dist.PrefixStore(f"samba_lm/start-{started}", store), "rank": rank, "world_size": world}
 
 
 def layout(section: ParallelSection, world: int) -> tuple[int, int, int]:
