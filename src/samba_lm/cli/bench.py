@@ -33,7 +33,8 @@ class Bench:
     training steps (`train`), reading 131,072 tokens (`prefill`), generating (`decode`), the paper's two figures of
     speed (`paper`), a training run beside the CPU's (`curve`).
 
-    A running server is measured by `samba-lm bench serve URL`."""
+    Training on several GPUs of a machine against one is measured by `samba-lm bench scale`, a running server by
+    `samba-lm bench serve URL`."""
 
     what: Annotated[tuple[What, ...], tyro.conf.Positional] = ()
     """Which ones; all of the CPU's (scan, model, memory) without it."""
@@ -54,6 +55,11 @@ def main(argv: list[str]) -> None:
         from samba_lm.cli import bench_paper
 
         bench_paper.main(argv)
+        return
+    if argv and argv[0] == "scale":
+        from samba_lm.cli import bench_scale
+
+        bench_scale.main(argv[1:])
         return
     if argv and argv[0] == "serve":
         from samba_lm.cli import bench_serve
