@@ -207,6 +207,7 @@ def test_gradients_that_are_not_finite_are_skipped_so_often(noisy: tuple[Path, i
     assert [text for text in told if "left out" in text] == [
         text for step in (5, 6, 7) for text in told if text.startswith(f"Step {step} stands out") and "norm nan" in text
     ]
+    assert ["number 3 in a row" in text for text in told if "left out" in text] == [False, False, True]
     records = read_metrics(tmp_path / "3" / "metrics.jsonl")
     assert [record.get("skipped") for record in records] == [0, 0, 0, 0, 1, 2, 3, 3, 3, 3, 3, 3]
     assert "grad_norm" not in records[5], "JSON has no NaN"

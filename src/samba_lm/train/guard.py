@@ -90,6 +90,13 @@ class Guard:
         """After the run went back from ``state`` to a checkpoint's, which ``batches`` were read since."""
         return replace(there, in_a_row=state.in_a_row + 1, rollbacks=state.rollbacks + 1, passed=state.passed + batches)
 
+    def warning(self, state: GuardState) -> str:
+        """A further sentence after the last refusal in a row, else nothing."""
+        if state.in_a_row < self.most:
+            return ""
+        until = ", until the next checkpoint" if self.goes_back else ""
+        return f" This was number {state.in_a_row} in a row: what comes now is taken as it is{until}."
+
     def saved(self, state: GuardState) -> GuardState:
         """As a checkpoint is made."""
         return replace(state, in_a_row=0) if self.goes_back else state

@@ -166,13 +166,14 @@ def fit(
                     there = back() if guard.goes_back else None
                     if there is not None:
                         passed = step - there.step
-                        observer.returned(there.step)
-                        observer.message(f"{what}: back to step {there.step}, passing over {passed} batches.")
                         after = guard.go_back(progress.guard, there.guard, passed)
+                        what += f": back to step {there.step}, passing over {passed} batches."
+                        observer.returned(there.step)
+                        observer.message(what + guard.warning(after))
                         progress = replace(there, seconds=progress.seconds, guard=after)
                         continue
-                    observer.message(f"{what}: its update is left out.")
                     progress = replace(progress, guard=guard.skip(progress.guard))
+                    observer.message(f"{what}: its update is left out.{guard.warning(progress.guard)}")
                 elif guard is not None:
                     progress = replace(progress, guard=guard.accept(progress.guard, loss, grad_norm))
 
