@@ -48,8 +48,7 @@ def _store_of_this_start(timeout: timedelta) -> dict[str, Any]:
     """Where processes that torchrun started anew after a failure meet: apart from what those before left there.
 
     torchrun keeps its store over its restarts (PyTorch's issue 135712), so that a process could find the address of one
-    that is dead. Of several machines, each counts its own restarts, so there it is TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 that
-    keeps them apart.
+    that is dead. Of several machines each counts its own restarts: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps.
     """
     started, alone = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("LOCAL_WORLD_SIZE")
     if started == "0" or alone != os.environ.get("WORLD_SIZE"):
