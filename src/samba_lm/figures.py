@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,6 +34,8 @@ INK, FAINT = "#000000", "#6b6b6b"
 GRID = "#b0b0b0"
 WIDE, NARROW = (7.4, 4.2), (3.7, 3.3)
 """Sizes in inches: for a page or a README, and for a telephone."""
+WIDEST = 3.0
+"""So many times above the highest value, and below the lowest, a logarithmic axis shows intervals."""
 MANY_POINTS = 24
 """Curves with more of them get a band instead of bars, and no markers."""
 
@@ -100,7 +102,11 @@ def plot(axes: Any, found: Sequence[Curve], x: Axis, y: Axis, *, marks: Sequence
             fontsize=8, color=FAINT,
         )  # fmt: skip
     _set_axis(axes, "x", x, [value for curve in found for value in curve.x])
-    _set_axis(axes, "y", y, [value for curve in found for value in (*curve.y, *(curve.low or ()), *(curve.high or ()))])
+    if y.scale != "linear" and y.limits is None:
+        y = replace(y, limits=_reach(found))
+    ends = [value for curve in found for value in (*curve.y, *(curve.low or ()), *(curve.high or ()))]
+    low, high = y.limits or (-math.inf, math.inf)
+    _set_axis(axes, "y", y, [value for value in ends if low <= value <= high])
     axes.grid(color=GRID, alpha=0.3, linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8.5)
@@ -155,6 +161,19 @@ def _plot_one(axes: Any, curve: Curve, x: Axis, y: Axis) -> None:
         below = [max(0.0, value - end) for value, end in zip(ys, lows, strict=True)]
         above = [max(0.0, end - value) for value, end in zip(ys, highs, strict=True)]
         axes.errorbar(xs, ys, yerr=(below, above), fmt="none", color=colour, elinewidth=0.9, capsize=2)
+
+
+def _reach(found: Sequence[Curve]) -> tuple[float, float] | None:
+    """How far a logarithmic axis reaches where intervals are so wide that the curves would be pressed flat between
+    their ends; these then go on beyond the edge. None: they are not."""
+    values = [value for curve in found for value in curve.y if 0 < value < math.inf]
+    ends = [value for curve in found for value in (*(curve.low or ()), *(curve.high or ())) if 0 < value < math.inf]
+    if not values or not ends:
+        return None
+    low, high = min(values) / WIDEST, max(values) * WIDEST
+    if min(ends) > low and max(ends) < high:
+        return None
+    return max(low, min(*ends, *values) / 1.05), min(high, max(*ends, *values) * 1.05)
 
 
 def _set_axis(axes: Any, which: str, axis: Axis, values: Sequence[float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from xml.etree import ElementTree
 
@@ -71,12 +72,9 @@ def test_a_table_is_turned_round_where_it_would_be_wide() -> None:
 
 
 def test_figures_as_text() -> None:
-    assert (number(1234.567), number(None), number(float("nan")), number(12345678.0)) == (
-        "1,234.57",
-        "-",
-        "-",
-        "1.23e+07",
-    )
+    values = (12.345, 123.456, 1234.567, 12345678.0, None, math.nan)
+    assert [number(value) for value in values] == ["12.35", "123.5", "1,235", "1.23e+07", "-", "-"]
+    assert number(1_170_000.4, 0) == "1,170,000"
     assert (percent(0.256, 0), percent(None)) == ("26%", "-")
     assert interval(0.1, 0.25, 0, 100) == "10-25"
     assert interval(-1.0, 2.0, 1) == "-1.0 to 2.0"
@@ -85,6 +83,15 @@ def test_figures_as_text() -> None:
     assert when("yesterday") == "yesterday"
     assert command(["samba-lm", "a b"]) == "<code>samba-lm &#x27;a b&#x27;</code>"
     assert command("samba-lm") is None
+
+
+def test_wide_intervals_do_not_press_the_curves_flat() -> None:
+    x, y = Axis("x"), Axis("y", "log10")
+    wide = Curve("a", [1, 2], [100, 110], [2, 90], [5000, 120])
+    low, high = draw_curves([wide], x, y).axes[0].get_ylim()
+    assert (low, high) == (pytest.approx(100 / 3), pytest.approx(330)), "three times as far as the values"
+    low, high = draw_curves([Curve("a", [1, 2], [100, 110], [80, 90], [140, 120])], x, y).axes[0].get_ylim()
+    assert low < 80 < 140 < high < 200
 
 
 def test_ticks_are_round() -> None:

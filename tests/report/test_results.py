@@ -15,6 +15,7 @@ import samba_lm
 from samba_lm.cli.main import main
 from samba_lm.config import Attention, Mamba, ModelConfig
 from samba_lm.report.models import key, name_models, shortest
+from samba_lm.report.part import number
 from samba_lm.tokenizer import ByteTokenizer
 
 NASTY = "<img src=x onerror=alert(1)>"
@@ -96,8 +97,9 @@ def test_the_page_of_real_results(out: Path, capsys: pytest.CaptureFixture[str])
     # The figures are those of the files.
     rows = json.loads((out / "ppl" / "a.json").read_text())["models"][0]["results"]
     for row in rows:
-        assert f"{row['perplexity']:.2f}" in _section("perplexity")
-        assert f"{row['low']:.2f}-{row['high']:.2f}" in _section("perplexity")
+        value, low, high = (number(row[name]) for name in ("perplexity", "low", "high"))
+        assert value in _section("perplexity")
+        assert f"{low}-{high}" in _section("perplexity")
     assert "Control, asked with the state set to zero: never right." in _section("phonebook")
     assert _section("passkey").count('class="plot map"') == 2
     # Two protocols are two tables, each with its settings.
@@ -133,11 +135,11 @@ def test_a_model_measured_twice_stands_once_as_it_was_measured_last(out: Path) -
     _keep(out, "ppl/a.json")
     record = json.loads((out / "ppl" / "a.json").read_text())
     for row in record["models"][0]["results"]:
-        row["perplexity"] = 4321.5
+        row["perplexity"] = 4321.7
     (out / "a-later.json").write_text(json.dumps(record | {"time": "2999-01-01T00:00:00+00:00"}))
     (out / "b-earlier.json").write_text(json.dumps(record | {"time": "1999-01-01T00:00:00+00:00"}))
     _run("report", "out")
-    assert _section("perplexity").count("4,321.50") == len(record["models"][0]["results"])
+    assert _section("perplexity").count("4,322") == len(record["models"][0]["results"])
 
 
 def test_models_with_different_tokenizers_are_compared_by_bits(out: Path) -> None:

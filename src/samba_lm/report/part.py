@@ -143,10 +143,13 @@ def real(value: Any) -> float:
 
 
 def number(value: object, digits: int = 2) -> str:
-    """A figure with so many digits after the point; a dash where there is none."""
+    """A figure with so many digits after the point, fewer from 100 on; a dash where there is none."""
     if not isinstance(value, int | float) or value != value:
         return "-"
-    return f"{value:,.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
+    if abs(value) >= 1e6 and digits:
+        return f"{value:.3g}"
+    digits = min(digits, 0 if abs(value) >= 1000 else 1) if abs(value) >= 100 else digits
+    return f"{value:,.{digits}f}"
 
 
 def percent(share: object, digits: int = 1) -> str:

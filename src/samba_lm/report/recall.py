@@ -104,7 +104,7 @@ def _reasons(group: Group[Recall]) -> Sequence[tuple[str, str]]:
 
 def _heading(group: Group[Recall]) -> str:
     trials = group.settings.get("trials")
-    words = [f"{trials} texts in each cell"] if isinstance(trials, int) else []
+    words = [f"{trials} text{'s' * (trials != 1)} in each cell"] if isinstance(trials, int) else []
     if group.settings.get("filler_sha256"):
         words.append("a book as filler")
     return ", ".join(words)

@@ -144,7 +144,8 @@ def part(about: About, files: Sequence[StudyRun], runs: Sequence[Run], anchor: s
             inside.append(_group(group, done, about, f"{anchor}-{i}"))
     sweep = [run for run in runs if run.stage == "sweep"]
     if sweep:
-        inside.append(_sweep(sweep))
+        order = {name: i for i, name in enumerate(about.runs.values())}
+        inside.append(_sweep(sorted(sweep, key=lambda run: order.get(run.name, len(order)))))
     bad = [run for run in runs if run.status != "done"]
     if bad:
         told = [f"{run.name}, {run.stage}, rate {run.lr:g}, seed {run.seed}: {run.status}. {run.reason}" for run in bad]
@@ -198,7 +199,7 @@ def _losses(done: dict[str, list[Run]], styles: dict[str, int], anchor: str) -> 
 
 
 def _evaluation(evaluation: str, done: dict[str, list[Run]], styles: dict[str, int], anchor: str) -> Html:
-    """Mean perplexity over the seeds at each length; what it spans: the seeds, or of one seed the windows' interval."""
+    """The seeds' perplexity at each length; what it spans: the seeds, or of one seed the windows' interval."""
     means: dict[str, dict[int, tuple[float, float, float, int]]] = {}
     for name, runs in done.items():
         found: dict[int, list[Measured]] = {}
@@ -229,8 +230,8 @@ def _evaluation(evaluation: str, done: dict[str, list[Run]], styles: dict[str, i
         if length not in means[name]:
             return "-"
         mean, low, high, seeds = means[name][length]
-        ends = join([interval(low, high, 3), *([tag("br"), f"{seeds} seeds"] if seeds > 1 else [])])
-        return with_note(number(mean, 3), ends, best=mean == best[length])
+        ends = join([interval(low, high), *([tag("br"), f"{seeds} seeds"] if seeds > 1 else [])])
+        return with_note(number(mean), ends, best=mean == best[length])
 
     names = [named(name, styles[name]) for name in means]
     cells = [[cell(name, length) for length in lengths] for name in means]
@@ -239,10 +240,11 @@ def _evaluation(evaluation: str, done: dict[str, list[Run]], styles: dict[str, i
 
 
 def _together(some: Sequence[Measured]) -> tuple[float, float, float, int]:
+    """The perplexity of the seeds' mean loss, as in the study's own tables, its span, and how many seeds there are."""
     values = [each.perplexity for each in some]
     if len(some) == 1:
         return some[0].perplexity, some[0].low, some[0].high, 1
-    return sum(values) / len(values), min(values), max(values), len(values)
+    return math.exp(sum(map(math.log, values)) / len(values)), min(values), max(values), len(values)
 
 
 def _sweep(sweep: Sequence[Run]) -> Html:
