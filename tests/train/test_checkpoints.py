@@ -15,12 +15,14 @@ import torch
 from ranks import on_ranks
 from safetensors import safe_open
 
-from samba_lm import checkpoint
+from samba_lm import checkpoint, zoo
 from samba_lm.errors import UserError
 from samba_lm.files import TMP_MARK
-from samba_lm.train.checkpoints import list_checkpoints, read_state
+from samba_lm.train.checkpoints import Saver, TrainerState, list_checkpoints, read_state, rng_state
+from samba_lm.train.loop import make_optimizer, prepare_model
 from samba_lm.train.metrics import read_metrics
-from samba_lm.train.recipe import Recipe
+from samba_lm.train.parallel import connect
+from samba_lm.train.recipe import ParallelSection, Recipe, TrainSection
 from samba_lm.train.run import train
 
 MakeRecipe = Callable[..., Recipe]
@@ -159,6 +161,44 @@ def test_a_damaged_shard_is_told_and_passed_over(recipe: MakeRecipe, two: Path, 
     shard.unlink()
     with pytest.raises(UserError, match=r"lacks a part|has shape"):
         checkpoint.load(shard.parent)
+
+
+def save_and_go_on(out: str, device: str) -> list[bool]:
+    """Save a model in the background and change it at once, twice; whether what was saved is what it was."""
+    settings = TrainSection(device=device)
+    parallel = connect(device, ParallelSection(timeout=60.0))
+    model = checkpoint.create(zoo.get("samba-micro"), seed=1)
+    whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    prepare_model(model, settings, parallel)
+    optimizer = make_optimizer(model, settings)
+    saver = Saver(Path(out), None, parallel, keep=1, keep_every=1, timeout=60.0)
+    plain = {"tokens": 0, "seconds": 0.0, "loss": 0.0, "val_loss": None, "best_val_loss": None, "threads": 1}
+    rng = {str(parallel.rank): rng_state(parallel.device)}
+    with torch.no_grad():
+        for step in (1, 2):
+            state = TrainerState(
+                **plain, step=step, recipe=Recipe().to_dict(), config="", tokenizer="", data="", rng=rng
+            )
+            assert saver.save(model, optimizer, state) is None
+            for parameter in model.parameters():
+                parameter.add_(1.0)
+            while saver.poll() is None:
+                pass
+    right = []
+    for step in (1, 2) if parallel.is_main else ():
+        saved = weights(f"{out}/step-{step:08d}")
+        right.append(all(torch.equal(saved[name], tensor + (step - 1)) for name, tensor in whole.items()))
+    parallel.close()
+    return right
+
+
+def test_what_is_saved_is_what_was_there(tmp_path: Path) -> None:
+    assert on_ranks(2, save_and_go_on, str(tmp_path), "cpu") == [[True, True], []]
+
+
+@pytest.mark.gpu
+def test_what_is_saved_is_what_was_there_on_a_gpu(tmp_path: Path) -> None:
+    assert save_and_go_on(str(tmp_path), "cuda") == [True, True]
 
 
 def fail_on_one(recipe: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from samba_lm.train.checkpoints import (
 )
 from samba_lm.train.observer import Observer
 from samba_lm.train.parallel import Parallel
-from samba_lm.train.together import together
+from samba_lm.train.together import ElsewhereError, together
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,10 @@ def find_resume(out: Path, asked: Path | None, steps: int, parallel: Parallel) -
             names = [path.name for path in list_checkpoints(source)] if parallel.is_main else []
     names = parallel.broadcast(names)
     if asked is not None and (not names or only not in (None, *names)):
-        raise UserError(f"--resume {asked} is no checkpoint of a run: give a folder like {source / 'step-00000100'}.")
+        raise _told_once(
+            UserError(f"--resume {asked} is no checkpoint of a run: give a folder like {source / 'step-00000100'}."),
+            parallel,
+        )
     newer: list[tuple[Path, str]] = []
     for name in reversed(names):
         folder = source / name
@@ -60,13 +63,22 @@ def find_resume(out: Path, asked: Path | None, steps: int, parallel: Parallel) -
             verify(folder, parallel, optimizer=state.step < steps)
         except DamagedError as error:
             if only is not None:
-                raise
+                raise _told_once(error, parallel) from None
             newer.append((folder, f"A damaged checkpoint was passed over: {error}".rstrip(".")))
             continue
         return Resume(folder, state, tuple(newer) if source == out else ())
     if not names:
         return None
-    raise DamagedError(f"{newer[0][1]}. {source} has no other to go on from: start over with --fresh.")
+    raise _told_once(
+        DamagedError(f"{newer[0][1]}. {source} has no other to go on from: start over with --fresh."), parallel
+    )
+
+
+def _told_once(error: UserError, parallel: Parallel) -> UserError:
+    """What all processes raise, and the main one is to tell."""
+    if not parallel.is_main:
+        error.patience = ElsewhereError.patience
+    return error
 
 
 def put_newer_aside(found: Resume, parallel: Parallel, observer: Observer) -> None:
