@@ -171,3 +171,25 @@ def test_sharded_matrices_are_updated_as_whole_ones(world: int, replicate: int) 
     alone = updated(1, 1)
     for found in on_ranks(world, updated, world, replicate):
         assert found == alone
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_updates_are_torchs_and_refused_without_waiting() -> None:
+    theirs, ours = (nn.Parameter(torch.ones(320, 128, device="cuda")) for _ in range(2))
+    one = torch.optim.Muon([theirs], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    two = Muon([ours], lr=0.01, weight_decay=0.1)
+    theirs.grad = torch.randn(320, 128, device="cuda")
+    ours.grad = 4 * theirs.grad
+    one.step()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        vars(two)["found_inf"] = torch.zeros((), device="cuda")
+        vars(two)["grad_scale"] = torch.full((), 4.0, device="cuda")
+        two.step()
+        ours.grad.fill_(math.nan)
+        vars(two)["found_inf"] = torch.ones((), device="cuda")
+        two.step()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.01 * 0.2 * 0.02)
