@@ -12,6 +12,7 @@ from ranks import on_ranks
 from safetensors.torch import load_file
 
 from samba_lm import checkpoint
+from samba_lm.cli.train import COLLECTED
 from samba_lm.convert.peft import merge_adapter
 from samba_lm.convert.transformers import to_transformers
 from samba_lm.errors import UserError
@@ -143,6 +144,27 @@ def test_two_processes_train_what_one_does(place: Path, adapted: Path, tmp_path:
     train(recipe(place, tmp_path / "two", LORA, steps=8))
     a, b = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (adapted, tmp_path / "two"))
     assert a.keys() == b.keys()
+
+
+def test_the_recipes_that_come_along_train(place: Path, tmp_path: Path) -> None:
+    small: dict[str, Any] = {
+        "steps": 2,
+        "tokens": None,
+        "batch_size": 4,
+        "micro_batch": 2,
+        "length": 256,
+        "device": "cpu",
+    }
+    for name, rank in (("chat", 0), ("lora", 16), ("passkey", 0)):
+        found = Recipe.from_toml(COLLECTED[f"finetune/{name}"]).to_dict()
+        assert found["lora"]["rank"] == rank
+        found["model"]["init_from"] = str(place / "base")
+        found["train"] |= {**small, "out": str(tmp_path / name)}
+        if name == "passkey":  # as the paper says
+            assert Recipe.from_toml(COLLECTED["finetune/passkey"]).train.tokens_per_step == 2048 * 4096
+        else:
+            found["data"]["chat"] = {"files": [str(place / "chat.jsonl")]}
+        assert train(Recipe.from_dict(found)).steps == 2
 
 
 def test_what_is_cut_is_told(place: Path, tmp_path: Path) -> None:

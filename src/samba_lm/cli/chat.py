@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
     history = History(history_path() if command.history and stdin.isatty() else None)
     prompt = Prompt(stdin, history, lambda line: complete(line, room), view.colour)
     room = Room(model, tokenizer, view, prompt, {FIRST: Conversation(session, context)})
-    note = base_note(command.checkpoint)
+    note = base_note(command.checkpoint) if isinstance(template, PlainTemplate) else None
     if prompt.interactive:
         if isinstance(template, PlainTemplate):
             view.note(BASE if note is None else f"{note} {WRITTEN}")

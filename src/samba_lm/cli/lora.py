@@ -17,8 +17,8 @@ from samba_lm.cli.parse import parse
 class Merge:
     """Add an adapter to the weights it was trained on, and save the whole as a checkpoint of its own.
 
-    Takes what a run with [lora] leaves in its adapter folder, and what peft saved of a model that
-    `samba-lm convert to-transformers` wrote.
+    Takes what a run with [lora] leaves in its adapter folder, and what peft saved of a model that `samba-lm convert
+    to-transformers` wrote.
     """
 
     base: Positional[CheckpointName]
