@@ -12,13 +12,14 @@ import torch
 from peak import peak_of_a_step
 
 from samba_lm import zoo
+from samba_lm.cli.train import COLLECTED
 from samba_lm.config import ModelConfig
 from samba_lm.errors import UserError
 from samba_lm.model import SambaLM
 from samba_lm.nn.linear import Linear
 from samba_lm.train.estimate import GIB, GPUS, MEASURED, Layout, arrange, estimate, memory, speed
 from samba_lm.train.estimate.memory import matrices
-from samba_lm.train.recipe import ParallelSection, TrainSection
+from samba_lm.train.recipe import ParallelSection, Recipe, TrainSection
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "h100"
 
@@ -166,3 +167,21 @@ def test_speed_says_what_it_rests_on() -> None:
     assert full.each == pytest.approx(0.75 * 164_515)
     assert "an H200 has too" in full.basis
     assert "no kernels of ours" in speed(zoo.get("mega-s6-422m"), train, Layout(), GPUS["h100"]).basis
+
+
+@pytest.mark.parametrize("name", ["samba-421m", "samba-1.3b", "samba-1.7b", "samba-3.8b"])
+def test_the_table_of_the_docs_is_what_is_estimated(name: str) -> None:
+    table = (RESULTS.parents[1] / "scaling.md").read_text(encoding="utf-8")
+    (row,) = [line for line in table.splitlines() if line.startswith(f"| `paper/{name}` |")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    recipe = Recipe.from_toml(COLLECTED[f"paper/{name}"])
+    for layout, fits, time in ((Layout(1, 8), *cells[2:4]), (Layout(8, 8), *cells[4:6])):
+        found = estimate(recipe.model.config(0), recipe.train, layout, GPUS["h100"])
+        assert found.advised is not None
+        advised, choice = found.advised
+        assert advised == layout
+        taken = round(choice.memory.total / GIB)
+        assert fits == f"{choice.micro_batch}, {choice.activation_checkpointing}: {taken} GiB"
+        number, unit = time.split()
+        seconds = float(number) * {"min": 60, "h": 3600, "days": 86400}[unit]
+        assert found.seconds == pytest.approx(seconds, rel=0.02)
