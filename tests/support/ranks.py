@@ -56,7 +56,8 @@ def run_ranks(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            # The server must not begin to use a GPU: its forks could not.
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
         )
         atexit.register(_server.kill)
     assert _server.stdin is not None

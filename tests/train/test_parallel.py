@@ -288,6 +288,46 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(data: Path, tmp_p
         assert ended == {"steps": 4, "interrupted": signal.SIGINT, "folder": "step-00000004"}
 
 
+def steps_of(device: str, cases: list[dict[str, Any]]) -> list[Any]:
+    """Losses and gradient norms of each case's steps with samba-tiny."""
+    found = []
+    for case in cases:
+        parallel = connect(device, ParallelSection(**case.get("parallel", {})))
+        section = TrainSection(steps=STEPS, batch_size=8, length=256, lr=1e-3, **case["train"])
+        model = prepare_model(checkpoint.create("samba-tiny", seed=1), section, parallel)
+        optimizer = make_optimizer(model, section)
+        rows = [batch(i, parallel.data_rank, parallel.data_world, length=256) for i in range(STEPS)]
+        steps = [train_step(model, optimizer, rows[i], section, parallel, step=i) for i in range(STEPS)]
+        found.append([*steps, [evaluate(model, rows[:1], parallel), 0.0]])
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_gpus_train_as_one() -> None:
+    world = min(4, torch.cuda.device_count())
+    plain: list[dict[str, Any]] = [
+        {},
+        {"micro_batch": 1},
+        {"activation_checkpointing": "selective"},
+        {"activation_checkpointing": "full"},
+        {"compile": True},
+        {"optimizer": "muon"},
+        {"dtype": "bfloat16", "micro_batch": 8 // world},
+        {"dtype": "bfloat16", "micro_batch": 8 // world, "activation_checkpointing": "selective", "compile": True},
+    ]
+    cases = [{"train": train} for train in plain]
+    (want,) = on_ranks(1, steps_of, "cuda", cases, timeout=500)
+    got = on_ranks(world, steps_of, "cuda", cases, timeout=500)
+    got += on_ranks(
+        world, steps_of, "cuda", [case | {"parallel": {"replicate": world // 2}} for case in cases], timeout=500
+    )
+    for each in got:
+        for case, a, b in zip(plain, each, want, strict=True):
+            rel = 2e-3 if "bfloat16" in case.values() or "optimizer" in case else 2e-5
+            torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=rel, atol=0, msg=f"{case}: {a}, not {b}")
+
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "samba_lm", "train"]
 
 

@@ -80,7 +80,7 @@ class Group(Parallel):
         parts = [t.to_local() for t in tensors if isinstance(t, DTensor)]
         whole = [t for t in tensors if not isinstance(t, DTensor)]
         squares = wide + torch.nn.utils.get_total_norm(parts).double() ** 2 if parts else wide
-        dist.all_reduce(squares, group=self.holders["fsdp"].get_group())
+        dist.all_reduce(squares, group=self.holders.get_group("fsdp"))
         if whole:
             squares = squares + torch.nn.utils.get_total_norm(whole).double() ** 2
         return squares.sqrt().to(tensors[0].dtype if tensors else torch.float32)
