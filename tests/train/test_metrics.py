@@ -141,9 +141,10 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("offline")
 def test_wandb_gets_the_figures_and_a_continued_run_is_the_same_one(tmp_path: Path) -> None:
     """The real package, which writes what it would send to a file."""
-    ids = []
+    ids: list[str] = []
+    told: list[str] = []
     for first in (0, 3):
-        metrics = WandbMetrics(tmp_path / "wandb", 2, "samba", {"train": {"lr": 0.5}})
+        metrics = WandbMetrics(tmp_path / "wandb", 2, "samba", {"train": {"lr": 0.5}}, told.append)
         metrics.started(plan(first_step=first))
         assert metrics.run is not None
         ids.append(metrics.run.id)
@@ -151,6 +152,7 @@ def test_wandb_gets_the_figures_and_a_continued_run_is_the_same_one(tmp_path: Pa
             metrics.step(record(step, val_loss=9.0 if step == 3 else None, mfu=0.25))
         metrics.stopped()
     assert ids[0] == ids[1] == (tmp_path / "wandb" / "run-id").read_text().strip()
+    assert [ids[0] in text and "wandb sync" in text for text in told] == [True, True]
     written = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(written) == 2
     assert all(ids[0] in path.name for path in written)
@@ -162,7 +164,7 @@ def test_wandb_gets_the_figures_and_a_continued_run_is_the_same_one(tmp_path: Pa
 def test_wandb_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"train.wandb = 'p' needs .*pip install 'samba-lm\[wandb\]'"):
-        WandbMetrics(tmp_path, 1, "p", {})
+        WandbMetrics(tmp_path, 1, "p", {}, print)
 
 
 def test_tensorboard_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

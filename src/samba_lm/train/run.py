@@ -146,7 +146,7 @@ def _train(
             progress = restore(found)
 
         with together(parallel):
-            watchers = Observers([*_metrics(out, recipe), observer] if parallel.is_main else [])
+            watchers = Observers([*_metrics(out, recipe, observer), observer] if parallel.is_main else [])
         saver = Saver(
             out,
             data.tokenizer,
@@ -345,13 +345,13 @@ def _state(progress: Progress, recipe: Recipe, model: SambaLM, data: Data, paral
     )
 
 
-def _metrics(out: Path, recipe: Recipe) -> list[Observer]:
+def _metrics(out: Path, recipe: Recipe, observer: Observer) -> list[Observer]:
     every = recipe.train.log_every
     metrics: list[Observer] = [JsonlMetrics(out / "metrics.jsonl", every)]
     if recipe.train.tensorboard:
         metrics.append(TensorBoardMetrics(out / "tensorboard", every))
     if recipe.train.wandb is not None:
-        metrics.append(WandbMetrics(out / "wandb", every, recipe.train.wandb, recipe.to_dict()))
+        metrics.append(WandbMetrics(out / "wandb", every, recipe.train.wandb, recipe.to_dict(), observer.message))
     return metrics
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,17 +79,19 @@ class WandbMetrics(Observer):
     """A run of Weights & Biases, which a continued training continues. Raises UserError where the extra is missing.
 
     Files and the run's name lie in ``folder``. Curves are drawn over ``step``; of steps that a continued run made
-    again, both points are shown.
+    again, both points are shown. ``tell`` is told where the run is found.
     """
 
-    def __init__(self, folder: Path, every: int, project: str, config: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, every: int, project: str, config: dict[str, Any], tell: Callable[[str], None]
+    ) -> None:
         try:
             import wandb
         except ImportError:
             raise UserError(
                 f"train.wandb = {project!r} needs Weights & Biases: pip install 'samba-lm[wandb]', or leave it out."
             ) from None
-        self.folder, self.every, self.project, self.config = folder, every, project, config
+        self.folder, self.every, self.project, self.config, self.tell = folder, every, project, config, tell
         self.wandb = wandb
         self.run: wandb.Run | None = None
 
@@ -104,12 +107,17 @@ class WandbMetrics(Observer):
                 resume="allow",
                 dir=self.folder.parent,
                 config={**self.config, "parameters": plan.parameters, "world": plan.world},
+                # Its own lines would go through the live view, and the live view's into its log.
+                settings=self.wandb.Settings(silent=True, console="off"),
             )
         except self.wandb.Error as error:
             raise UserError(
                 f"Weights & Biases did not start ({str(error).splitlines()[0]}): run `wandb login`, set "
                 "WANDB_MODE=offline, or leave train.wandb out."
             ) from None
+        offline = f"offline; `wandb sync {Path(self.run.dir).parent}` sends it"
+        where = offline if self.run.offline else self.run.url
+        self.tell(f"Weights & Biases: run {self.run.id}, {where}")
         self.run.define_metric("step", hidden=True)
         self.run.define_metric("*", step_metric="step")
 
