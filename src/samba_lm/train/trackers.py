@@ -115,9 +115,9 @@ class WandbMetrics(Observer):
                 f"Weights & Biases did not start ({str(error).splitlines()[0]}): run `wandb login`, set "
                 "WANDB_MODE=offline, or leave train.wandb out."
             ) from None
-        offline = f"offline; `wandb sync {Path(self.run.dir).parent}` sends it"
-        where = offline if self.run.offline else self.run.url
-        self.tell(f"Weights & Biases: run {self.run.id}, {where}")
+        if not self.run.disabled:
+            offline = f"offline; `wandb sync {Path(self.run.dir).parent}` sends it"
+            self.tell(f"Weights & Biases: run {self.run.id}, {offline if self.run.offline else self.run.url}")
         self.run.define_metric("step", hidden=True)
         self.run.define_metric("*", step_metric="step")
 
