@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from samba_lm.errors import UserError
 from samba_lm.train.parallel.parallel import Parallel
@@ -53,8 +55,8 @@ def _store_of_this_start(timeout: timedelta) -> dict[str, Any]:
     started, alone = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("LOCAL_WORLD_SIZE")
     if started == "0" or alone != os.environ.get("WORLD_SIZE"):
         return {}
-    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-    return {"store": dist.PrefixStore(f"samba_lm/start-{started}", store), "rank": rank, "world_size": world}
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    return {"store": PrefixStore(f"samba_lm/start-{started}", store), "rank": rank, "world_size": world}
 
 
 def layout(section: ParallelSection, world: int) -> tuple[int, int, int]:
