@@ -220,6 +220,16 @@ def test_too_few_gpus_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
         connect("cuda:1")
 
 
+def test_variables_that_torchrun_did_not_set_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="WORLD_SIZE is 'two'"):
+        connect("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match=r"Process 0 of 2 did not meet the others .* Start all with torchrun\."):
+        connect("cpu")
+
+
 def rows_among(data: str, out: str, batch_size: int, micro_batch: int) -> str:
     with pytest.raises(UserError) as caught:
         train(recipe_of(data, out, batch_size=batch_size, micro_batch=micro_batch))

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -25,7 +27,7 @@ def connect(device: str = "auto", section: ParallelSection | None = None) -> Par
     Raises UserError where processes and section do not fit each other, or there is no such device.
     """
     section = section or ParallelSection()
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = _variable("WORLD_SIZE", 1)
     sizes = layout(section, world)
     if world == 1:
         return Parallel(device=pick_device(device))
@@ -79,7 +81,14 @@ def layout(section: ParallelSection, world: int) -> tuple[int, int, int]:
 
 def started_rank() -> int:
     """This process's number among those that torchrun started, before they are connected; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
+    return _variable("RANK", 0)
+
+
+def _variable(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"The variable {name} is {text!r}: torchrun sets it to a number; without torchrun unset it.")
+    return int(text)
 
 
 def pick_device(device: str) -> torch.device:
@@ -106,8 +115,8 @@ def _own_device(device: str) -> torch.device:
         return picked
     if picked.index is not None:
         raise UserError(f"Device {device!r} is one GPU, and there are several processes: use cuda, for one each.")
-    number, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", str(number + 1)))
+    number, found = _variable("LOCAL_RANK", 0), torch.cuda.device_count()
+    here = _variable("LOCAL_WORLD_SIZE", number + 1)
     if here > found:
         raise UserError(
             f"{here} processes on this machine, but {found} CUDA GPUs: start {found} (--nproc-per-node), or use "

@@ -6,7 +6,7 @@ import hashlib
 import os
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 
 def first_to_tell(topic: str) -> bool:
@@ -19,8 +19,7 @@ def first_to_tell(topic: str) -> bool:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     key = f"samba_lm/told/{attempt}/{hashlib.sha256(topic.encode()).hexdigest()}"
     try:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=5)))
         return bool(store.add(key, 1) == 1)
-    except (dist.DistError, RuntimeError, KeyError):
+    except (RuntimeError, ValueError):
         return True
