@@ -7,16 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ranks import on_ranks
 
 from samba_lm.checkpoint import create
-from samba_lm.config import Attention, Mamba, ModelConfig
+from samba_lm.config import Attention, Mamba, ModelConfig, SwiGLU
 from samba_lm.data.shards import ShardWriter, TokenDataset
 from samba_lm.loss import IGNORE_INDEX
 from samba_lm.tokenizer import ByteTokenizer
-from samba_lm.train.loop import batch_loss
+from samba_lm.train.loop import batch_loss, evaluate, prepare_model
+from samba_lm.train.parallel import connect
+from samba_lm.train.recipe import TrainSection
 from samba_lm.train.validation import ValidationWindows
 
 LENGTH = 16
+CONFIG = ModelConfig(
+    name="v", d_model=16, vocab_size=257, layers=(Mamba(state=4), SwiGLU(width=24), Attention(heads=2, window=8))
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +56,36 @@ def test_shares_of_uneven_data(dataset: TokenDataset, sequences: int, rows: int,
         ]
 
     assert sorted(row for share in shares for row in rows_that_count(share)) == sorted(rows_that_count(whole))
-    layers = (Mamba(state=4), Attention(heads=2, window=8))
-    model = create(ModelConfig(name="v", d_model=16, vocab_size=257, layers=layers)).double()
+    model = create(CONFIG).double()
     with torch.no_grad():
         losses = [[batch_loss_of(model, batch) for batch in share] for share in (whole, *shares)]
     together = [each for share in losses[1:] for each in share]
     (total, count), (parts, counted) = (map(sum, zip(*found, strict=True)) for found in (losses[0], together))
     assert counted == count
     assert parts / counted == pytest.approx(total / count, rel=1e-12)
+
+
+def shared_out(folder: str) -> list[float]:
+    """The mean losses of some validations, of a model that is sharded among the processes there are."""
+    parallel = connect("cpu")
+    model = create(CONFIG)
+    prepare_model(model, TrainSection(batch_size=6, length=LENGTH), parallel)
+    windows = [
+        ValidationWindows(
+            TokenDataset.open(folder), sequences, 2, LENGTH, True, rank=parallel.data_rank, world=parallel.data_world
+        )
+        for sequences in (1, 2, 7, 10)
+    ]
+    losses = [evaluate(model, batches, parallel) for batches in windows]
+    parallel.close()
+    return losses
+
+
+def test_a_model_in_shards_never_waits_in_vain(dataset: TokenDataset) -> None:
+    """3 processes, and fewer windows than that, or a number that they do not divide."""
+    wanted = shared_out(str(dataset.folder))
+    for got in on_ranks(3, shared_out, str(dataset.folder), timeout=60):
+        assert got == pytest.approx(wanted, rel=1e-6)
 
 
 def batch_loss_of(model: torch.nn.Module, batch: object) -> tuple[float, int]:

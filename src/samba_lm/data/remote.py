@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,9 @@ T = TypeVar("T")
 META_NAME = "meta.json"
 
 _WAITS = (1.0, 5.0, 20.0)
-"""Seconds before each further try of what failed."""
+"""Seconds before each further try of a shard that could not be read."""
+_FIRST_WAITS = (1.0,)
+"""The same for small files: they are read first, so a mistake in the address shows there."""
 
 
 def data_folder(folder: str | os.PathLike[str] | Url, cache: Cache | None = None) -> DataFolder:
@@ -55,7 +57,7 @@ class RemoteFolder:
 
     def small(self, name: str) -> bytes | None:
         try:
-            return self._again(lambda: bytes(self._files.cat_file(f"{self._root}/{name}")), name)
+            return self._again(lambda: bytes(self._files.cat_file(f"{self._root}/{name}")), name, _FIRST_WAITS)
         except (FileNotFoundError, IsADirectoryError):
             return None
 
@@ -125,7 +127,8 @@ class RemoteFolder:
     def _fetch(self, file: ShardFile, path: Path) -> None:
         where = str(self.path / file.name)
         try:
-            self._again(functools.partial(self._files.get_file, f"{self._root}/{file.name}", str(path)), file.name)
+            get = functools.partial(self._files.get_file, f"{self._root}/{file.name}", str(path))
+            self._again(get, file.name, _WAITS)
         except (FileNotFoundError, IsADirectoryError):
             raise self._missing(file) from None
         check_copy(file, path, where)
@@ -136,9 +139,9 @@ class RemoteFolder:
             "make them again with `samba-lm data prepare`."
         )
 
-    def _again(self, task: Callable[[], T], name: str) -> T:
+    def _again(self, task: Callable[[], T], name: str, waits: Sequence[float]) -> T:
         """``task``, tried again when the place does not answer; raises UserError when it still does not."""
-        for wait in (*_WAITS, None):
+        for wait in (*waits, None):
             try:
                 with failures():
                     return task()

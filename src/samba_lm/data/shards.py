@@ -464,8 +464,9 @@ def _recover(folder: Path) -> None:
 def _has_splits(files: DataFolder) -> bool:
     if isinstance(files, LocalFolder):
         return (files.path / "train" / META_FILE).is_file() and (files.path / "val").is_dir()
-    # At a URL a folder is seen by what is in it.
-    return all(files.small(f"{name}/{META_FILE}") is not None for name in ("train", "val"))
+    # At a URL a folder is seen by what is in it; the usual case is asked for first.
+    names = [f"{name}/{META_FILE}" for name in ("train", "val")]
+    return files.small(META_FILE) is None and all(files.small(name) is not None for name in names)
 
 
 def _read_meta(files: DataFolder) -> Meta:
