@@ -270,6 +270,8 @@ def _saved_model(found: Resume, recipe: Recipe, data: Data, model: SambaLM | Non
     if state.data != data.fingerprint:
         read = state.recipe["data"]
         before = f"data.mixture ({', '.join(read['mixture'])})" if read.get("mixture") else repr(read.get("train"))
+        if read.get("chat"):
+            before = ", ".join(map(repr, read["chat"]["files"]))
         raise UserError(
             f"{folder} was trained on data {state.data[:12]} ({before}), but "
             f"{_data_name(recipe)} is {data.fingerprint[:12]}; {remedy}, or fine-tune with model.init_from."
