@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import shutil
 from collections.abc import Callable
@@ -201,10 +202,20 @@ def test_what_is_saved_is_what_was_there_on_a_gpu(tmp_path: Path) -> None:
     assert save_and_go_on(str(tmp_path), "cuda") == [True, True]
 
 
+@pytest.mark.gpu
+def test_two_gpus_go_on_bit_for_bit(recipe: MakeRecipe, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    for out, parts in (("whole", [99]), ("run", [3, 99])):
+        for stop_after in parts:
+            on_ranks(2, go, into(recipe(device="cuda"), tmp_path / out), stop_after, timeout=300)
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    for path in (tmp_path / "whole" / LAST).glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "run" / LAST / path.name).read_bytes(), path.name
+
+
 def fail_on_one(recipe: dict[str, Any]) -> str:
     """Rank 1 may write no file past 64 KiB once training begins."""
-    import os
-
     if os.environ["RANK"] == "1":
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     with pytest.raises(UserError) as error:
@@ -221,9 +232,22 @@ def test_an_error_in_the_background_ends_the_run_on_all(recipe: MakeRecipe, tmp_
     assert not list((tmp_path / "run").glob(f"*{TMP_MARK}*"))
 
 
-def wrong_on_one(recipe: dict[str, Any], other: str) -> str:
-    import os
+def elsewhere_on_one(recipe: dict[str, Any], out: str) -> str:
+    """Rank 1 sees another folder, as on a machine that does not share the first one's."""
+    if os.environ["RANK"] == "1":
+        recipe["train"]["out"] = out
+    with pytest.raises(UserError) as error:
+        go(recipe)
+    return str(error.value)
 
+
+def test_a_folder_that_is_not_shared_is_told(recipe: MakeRecipe, tmp_path: Path) -> None:
+    told = on_ranks(2, elsewhere_on_one, into(recipe(), tmp_path / "here"), str(tmp_path / "there"))
+    assert "could not be written by another process" in told[0]
+    assert "all processes must share train.out's file system" in told[1]
+
+
+def wrong_on_one(recipe: dict[str, Any], other: str) -> str:
     if os.environ["RANK"] == "1":
         recipe["data"]["train"] = other
     with pytest.raises(UserError) as error:

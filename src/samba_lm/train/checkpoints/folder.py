@@ -57,7 +57,9 @@ def check_is_run(out: Path) -> None:
 
 def _is_ours(entry: Path) -> bool:
     name = entry.name.partition(TMP_MARK)[0].partition(ASIDE)[0]
-    return name in (".lock", "metrics.jsonl", "tensorboard", "wandb", "adapter") or STEP_FOLDER.fullmatch(name) is not None
+    return (
+        name in (".lock", "metrics.jsonl", "tensorboard", "wandb", "adapter") or STEP_FOLDER.fullmatch(name) is not None
+    )
 
 
 @contextmanager

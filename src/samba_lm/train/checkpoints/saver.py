@@ -245,6 +245,10 @@ def _not_written(folder: Path, error: OSError) -> UserError:
             f"The disk is full: could not write {folder}. The checkpoints before it are untouched; free some space and "
             "run the same command again."
         )
+    if error.errno == errno.ENOENT:  # the main process made it
+        return UserError(
+            f"Could not write {folder}, which is not there: all processes must share train.out's file system."
+        )
     return UserError(f"Could not write {folder}: {error.strerror}. The checkpoints before it are untouched.")
 
 
