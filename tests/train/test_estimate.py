@@ -35,6 +35,11 @@ def first_layers(name: str, number: int = 4) -> ModelConfig:
     return config.with_overrides(layers=tuple(spec.model_dump() for spec in config.layers[:number]))
 
 
+def without_optimizer(config: ModelConfig, train: TrainSection, layout: Layout | None = None) -> int:
+    taken = memory(config, train, layout or Layout(), 4)
+    return taken.total - taken.optimizer
+
+
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
@@ -52,17 +57,26 @@ def first_layers(name: str, number: int = 4) -> ModelConfig:
 def test_memory_is_what_the_tensors_of_a_step_take(name: str, mode: str) -> None:
     pytest.importorskip("triton")
     config, train = first_layers(name), settings(activation_checkpointing=mode)
-    expected = memory(config, train, Layout(), 4).total
-    assert expected == pytest.approx(peak_of_a_step(config, train, 4), rel=0.07)
+    assert without_optimizer(config, train) == pytest.approx(peak_of_a_step(config, train, 4), rel=0.1)
 
 
 def test_memory_in_float32_and_of_paths_beside_each_other() -> None:
     pytest.importorskip("triton")
     config, train = first_layers("samba-421m", 2), settings(dtype="float32")
-    assert memory(config, train, Layout(), 4).total == pytest.approx(peak_of_a_step(config, train, 4), rel=0.05)
+    assert without_optimizer(config, train) == pytest.approx(peak_of_a_step(config, train, 4), rel=0.05)
     for name in ("parallel-27m", "gated-27m"):
         config, train = zoo.get(name), settings()
-        assert memory(config, train, Layout(), 4).total == pytest.approx(peak_of_a_step(config, train, 4), rel=0.15)
+        assert without_optimizer(config, train) == pytest.approx(peak_of_a_step(config, train, 4), rel=0.15)
+
+
+@pytest.mark.parametrize(("name", "mode"), [("samba-1.3b", "selective"), ("llama2-438m", "none")])
+def test_memory_of_a_model_that_is_shared_out(name: str, mode: str) -> None:
+    """FSDP2 itself; on a GPU its communication runs beside the computation, and holds a few buffers more for it."""
+    pytest.importorskip("triton")
+    config, train = first_layers(name), settings(activation_checkpointing=mode, batch_size=64)
+    taken = without_optimizer(config, train, Layout(1, 8))
+    shared = peak_of_a_step(config, train, 4, gpus=8)
+    assert shared < taken < shared + 0.6 * GIB
 
 
 def measured(name: str) -> dict[str, Any]:

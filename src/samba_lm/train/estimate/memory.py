@@ -26,8 +26,8 @@ class Memory:
     casts: int
     """Weights in what the layers compute in, cast once a step; where they are sharded they are gathered instead."""
     gathered: int
-    """Where weights are sharded: layers gathered for their turn, their gradients before they are shared out, embedding
-    and head whole."""
+    """Where weights are sharded: layers gathered for their turn, their gradients before they are shared out, and
+    embedding and head whole."""
     activations: int
     """What a micro-batch keeps for its backward."""
     working: int
@@ -62,11 +62,12 @@ def memory(config: ModelConfig, train: TrainSection, layout: Layout, micro_batch
     moved = sum(large) // layout.holders if train.optimizer == "muon" else 0
 
     alone = layout.gpus == 1
-    gathered = 0
+    gathered, last = 0, 0
     if not alone:
-        # Of layers: two gathered, the flat buffer of one on its way, and the gradients of one with their fp32 copy and
-        # that of the one before. Embedding and head: whole in fp32, with their gradient and its copy.
-        gathered = (3 * size + size + 4 + 4) * max(large) + (4 + 4 + 4) * embeddings
+        # Of layers: two gathered, the flat buffer of one on its way, the gradients of one with their fp32 copy and that
+        # of the one before. Embedding and head stay gathered in fp32; their gradient and its copy come last.
+        gathered = (3 * size + size + 4 + 4) * max(large) + 4 * embeddings
+        last = 8 * embeddings
     tokens = micro_batch * train.length // layout.context
     stack, working = _moments(config, train, size)
     activations = tokens * stack + train.length // layout.context * rotation(config)
@@ -79,7 +80,7 @@ def memory(config: ModelConfig, train: TrainSection, layout: Layout, micro_batch
         casts=size * everything if alone and size < 4 else 0 if alone else size * head,
         gathered=gathered,
         activations=activations,
-        working=4 * head + max(tokens * working, logits + 3 * size * D * tokens),
+        working=4 * head + max(tokens * working, logits + 3 * size * D * tokens, last),
     )
 
 
