@@ -51,6 +51,9 @@ def test_a_model_that_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(["samba-tiny", "--tokens-per-s-per-gpu", "1000"], capsys)
     assert "Vocabulary: taken as 320" in out
     assert "As given." in out
+    _, out, _ = run(["finetune/lora"], capsys)
+    assert "samba-nano, 7.59M parameters" in out
+    assert "Adapters are trained" in out
 
 
 @pytest.mark.parametrize(
@@ -64,7 +67,7 @@ def test_a_model_that_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
         (["samba-tiny", "--efficiency", "1.5"], ["--efficiency 1.5", "at most 1"]),
         (["samba-tiny", "--gpu", "h300"], ["--gpu", "h100"]),
         (["samba-tiny", "--train.lrr", "1"], ["Did you mean", "--train.lr"]),
-        (["samba-tiny", "--model.init-from", "nowhere"], ["init_from = 'nowhere'", "config.json"]),
+        (["samba-tiny", "--model.init-from", "nowhere"], ["init_from = 'nowhere'", "no checkpoint"]),
     ],
 )
 def test_mistakes_are_one_line(argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -17,7 +16,6 @@ from samba_lm.cli.parse import parse
 from samba_lm.cli.train import find_recipe, recipe_name
 from samba_lm.config import ModelConfig
 from samba_lm.errors import UserError
-from samba_lm.files import read_json
 from samba_lm.train.estimate import GIB, GPUS, Choice, Estimate, Layout, arrange, estimate
 from samba_lm.train.estimate.layout import NODE
 from samba_lm.train.progress import count, duration
@@ -77,6 +75,11 @@ def main(argv: list[str]) -> None:
     _show(console, found, config, recipe)
     if remark:
         console.print(remark, highlight=False)
+    if recipe.lora.rank:
+        console.print(
+            "Adapters are trained and the weights are not: gradients and optimizer take far less than said.",
+            highlight=False,
+        )
     if found.advised is not None and name is not None:
         console.print("\nTo train so:", highlight=False)
         console.print(command(name, recipe, *found.advised), soft_wrap=True, highlight=False, markup=False)
@@ -102,13 +105,15 @@ def model_config(section: ModelSection) -> tuple[ModelConfig, str | None]:
         own = zoo.get(section.name).vocab_size
         remark = f"Vocabulary: taken as {own:,}; the data decides." if section.vocab_size == "auto" else None
         return section.config(own), remark
-    path = Path(section.init_from) / "config.json"
-    if not path.is_file():
-        raise UserError(f"model.init_from = {section.init_from!r} is no checkpoint here: there is no {path}.")
-    header = read_json(path)
-    if not isinstance(header, dict) or not isinstance(header.get("model"), dict):
-        raise UserError(f"{path} is no checkpoint's config: make the checkpoint again.")
-    return ModelConfig.from_dict(header["model"]), None
+    from samba_lm import checkpoint
+
+    folder = checkpoint.find(section.init_from)
+    if folder is None:
+        raise UserError(
+            f"model.init_from = {section.init_from!r} is no checkpoint's folder, nor a trained model that comes along; "
+            "give one that is here, or --model.init-from None --model.name with a model of its size."
+        )
+    return checkpoint.read_config(folder)[0], None
 
 
 def _show(console: Console, found: Estimate, config: ModelConfig, recipe: Recipe) -> None:
