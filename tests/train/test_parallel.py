@@ -107,7 +107,7 @@ def test_every_layout_trains_as_one_process() -> None:
         4: [
             {"parallel": {}},
             {"parallel": {}, "micro_batch": 1, "remake": "selective"},
-            {"parallel": {"replicate": 2, "shard": 2}},
+            {"parallel": {"replicate": 2, "shard": 1, "context": 2}, "micro_batch": 2},
             {"parallel": {"replicate": 2}, "micro_batch": 1},
             {"parallel": {"replicate": 2}, "optimizer": "muon"},
         ],
