@@ -29,8 +29,8 @@ COLLECTED = {
 
 DESCRIPTION = f"""Train as RECIPE says: a TOML file, or the name of one that comes with samba-lm ({", ".join(RECIPES)};
 paper/NAME is any row of the paper's tables, such as paper/samba-1.3b; finetune/chat and finetune/lora learn from
-conversations). Options replace single values of it. What it trains on instead of shards stands in it (data.chat,
-data.passkey or data.phonebook, such as passkey = {{}} under [data]); then they have options too.
+conversations). Options replace single values of it. What it trains on instead of data.train stands in it (data.mixture,
+data.chat, data.passkey or data.phonebook, such as passkey = {{}} under [data]); then they have options too.
 
 A run that was stopped, however that was, continues with the same command, bit for bit."""
 
