@@ -28,12 +28,12 @@ from samba_lm.serve.auth import Keys
 from samba_lm.serve.contexts import Contexts
 from samba_lm.serve.errors import ApiError
 from samba_lm.serve.places import FolderPlace, Place, UrlPlace
-from samba_lm.urls import PlaceError
 from samba_lm.serve.service import Service
 from samba_lm.serve.settings import Settings
 from samba_lm.serve.stores import LEFT_SECONDS, FileStore, MemoryStore
 from samba_lm.templates import PlainTemplate
 from samba_lm.tokenizer import ByteTokenizer
+from samba_lm.urls import PlaceError
 
 TOKENIZER = ByteTokenizer()
 MOTO = shutil.which("moto_server", path=os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"])))

@@ -222,7 +222,8 @@ class Planner:
         return self._jobs[key]
 
     def _vocab(self, recipe: Recipe) -> int:
-        return [self.data.open(path, name) for name, path in recipe.data.sources.items()][0].meta.vocab_size
+        name, path = next(iter(recipe.data.sources.items()))
+        return self.data.open(path, name).meta.vocab_size
 
     def _fingerprint(self, recipe: Recipe, config: ModelConfig) -> str:
         section = recipe.data
