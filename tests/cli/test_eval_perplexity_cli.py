@@ -196,6 +196,18 @@ def test_other_settings_texts_and_files_are_refused(folder: Path, capsys: pytest
         assert ("lengths = [16, 64]" if protocol == "stream" else "longest = 64, not 128") in _error(capsys)
 
 
+def test_interrupted_before_anything_is_measured(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("samba_lm.eval.perplexity.measure", stop)
+    assert _run("--lengths=16", "--json=a.json") == 130
+    assert capsys.readouterr().out == "Stopped early. The same command goes on.\n", "no empty table"
+    assert not [path.name for path in folder.iterdir() if path.name.endswith(".lock")]
+
+
 def test_an_interrupted_run_keeps_what_is_finished(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("long.txt").write_text(TEXT * 200)
     timer = threading.Timer(2.5, signal.raise_signal, [signal.SIGINT])

@@ -270,6 +270,8 @@ def _print(
     console: Console, settings: Settings, results: PerplexityResults, models: Sequence[Model], names: Sequence[str]
 ) -> None:
     found = {_title(facts, names): _results(results, facts) for facts in models}
+    if not any(found.values()):
+        return  # it was broken off before anything was measured
     if len(names) == 1:
         for title, rows in found.items():
             print_lengths(console, title, settings, rows)
