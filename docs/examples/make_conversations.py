@@ -1,7 +1,7 @@
 """Make up conversations to fine-tune a small model on: questions with short answers in whole sentences.
 
-    python docs/examples/make_conversations.py 200 > chat.jsonl
-    python docs/examples/make_conversations.py 40 --seed 1 > held-out.jsonl
+python docs/examples/make_conversations.py 200 > chat.jsonl
+python docs/examples/make_conversations.py 40 --seed 1 > held-out.jsonl
 """
 
 from __future__ import annotations
