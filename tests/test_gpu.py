@@ -15,9 +15,10 @@ from samba_lm import zoo
 from samba_lm.checkpoint import build, create
 from samba_lm.data.loader import Batch
 from samba_lm.tokenizer import ByteTokenizer
-from samba_lm.train.loop import make_optimizer, prepare_model, train_step
 from samba_lm.train.parallel import connect
+from samba_lm.train.prepare import make_optimizer, prepare_model
 from samba_lm.train.recipe import TrainSection
+from samba_lm.train.step import train_step
 
 pytestmark = pytest.mark.gpu
 

@@ -20,9 +20,9 @@ from samba_lm import checkpoint, zoo
 from samba_lm.errors import UserError
 from samba_lm.files import TMP_MARK
 from samba_lm.train.checkpoints import Saver, TrainerState, list_checkpoints, read_state, rng_state
-from samba_lm.train.loop import make_optimizer, prepare_model
 from samba_lm.train.metrics import read_metrics
 from samba_lm.train.parallel import connect
+from samba_lm.train.prepare import make_optimizer, prepare_model
 from samba_lm.train.recipe import ParallelSection, Recipe, TrainSection
 from samba_lm.train.run import train
 

@@ -32,9 +32,11 @@ from samba_lm.model import SambaLM
 from samba_lm.neighbours import Neighbours
 from samba_lm.ops.linear_cross_entropy import linear_cross_entropy
 from samba_lm.span import Cursor
-from samba_lm.train.loop import evaluate, fit, make_optimizer, train_step
+from samba_lm.train.loop import fit
 from samba_lm.train.parallel import connect
+from samba_lm.train.prepare import make_optimizer
 from samba_lm.train.recipe import ParallelSection, TrainSection
+from samba_lm.train.step import evaluate, train_step
 from samba_lm.train.transforms import checkpoint_activations, compile_layers, remake_cheap_activations
 
 LENGTH, VOCABULARY = 32, 50

@@ -18,9 +18,10 @@ from samba_lm.errors import UserError
 from samba_lm.model import SambaLM
 from samba_lm.ops.linear import float8
 from samba_lm.train import transforms
-from samba_lm.train.loop import batch_loss, make_optimizer, prepare_model, train_step
 from samba_lm.train.parallel import connect
+from samba_lm.train.prepare import make_optimizer, prepare_model
 from samba_lm.train.recipe import Recipe, TrainSection
+from samba_lm.train.step import batch_loss, train_step
 from samba_lm.train.transforms import use_float8
 
 CPU = connect("cpu")

@@ -18,8 +18,8 @@ from samba_lm.data.loader import Loader
 from samba_lm.data.shards import ShardWriter, TokenDataset
 from samba_lm.errors import UserError
 from samba_lm.tokenizer import ByteTokenizer
+from samba_lm.train.finite import NonFiniteError
 from samba_lm.train.guard import Guard, GuardState, Limits
-from samba_lm.train.loop import NonFiniteError
 from samba_lm.train.metrics import read_metrics
 from samba_lm.train.observer import Observer, StepRecord
 from samba_lm.train.recipe import Recipe, TrainSection

@@ -24,21 +24,14 @@ from samba_lm.model import SambaLM
 from samba_lm.nn import recompute
 from samba_lm.nn.cast import cast_once
 from samba_lm.ops.selective_scan import selective_scan
-from samba_lm.train.loop import (
-    NonFiniteError,
-    Progress,
-    batch_loss,
-    evaluate,
-    fit,
-    make_optimizer,
-    on_device,
-    prepare_model,
-    train_step,
-)
+from samba_lm.train.finite import NonFiniteError
+from samba_lm.train.loop import Progress, fit
 from samba_lm.train.observer import Observer, Plan, StepRecord
 from samba_lm.train.optim import optimizer_tensors
 from samba_lm.train.parallel import connect
+from samba_lm.train.prepare import make_optimizer, prepare_model
 from samba_lm.train.recipe import Recipe, TrainSection
+from samba_lm.train.step import batch_loss, evaluate, on_device, train_step
 from samba_lm.train.transforms import checkpoint_activations, compile_layers, remake_cheap_activations
 from samba_lm.train.validation import ValidationWindows
 

@@ -13,12 +13,14 @@ from samba_lm import checkpoint, zoo
 from samba_lm.config import Attention, Mamba, MegaS6, SwiGLU
 from samba_lm.data.loader import Batch
 from samba_lm.model import SambaLM
-from samba_lm.train.loop import NonFiniteError, make_optimizer, train_step
+from samba_lm.train.finite import NonFiniteError
 from samba_lm.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from samba_lm.train.optim.matrices import matrices
 from samba_lm.train.optim.muon import Muon, orthogonal
 from samba_lm.train.parallel import connect
+from samba_lm.train.prepare import make_optimizer
 from samba_lm.train.recipe import ParallelSection, TrainSection
+from samba_lm.train.step import train_step
 
 LAYERS = (Mamba(), SwiGLU(width=40), Attention(heads=4, kv_heads=2, window=16, short_conv=4), MegaS6(z_dim=8, chunk=16))
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "momentum": 0.95}

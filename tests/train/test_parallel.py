@@ -22,11 +22,13 @@ from samba_lm.data.loader import Batch
 from samba_lm.errors import UserError
 from samba_lm.mixers.mamba import Selection
 from samba_lm.model import SambaLM
-from samba_lm.train.loop import NonFiniteError, check_finite, evaluate, make_optimizer, prepare_model, train_step
+from samba_lm.train.finite import NonFiniteError, check_finite
 from samba_lm.train.parallel import Parallel, connect
 from samba_lm.train.parallel.connect import layout
+from samba_lm.train.prepare import make_optimizer, prepare_model
 from samba_lm.train.recipe import ParallelSection, Recipe, TrainSection
 from samba_lm.train.run import train
+from samba_lm.train.step import evaluate, train_step
 from samba_lm.train.transforms import checkpoint_activations, remake_cheap_activations
 
 CONFIG = ModelConfig(

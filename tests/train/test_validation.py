@@ -14,9 +14,10 @@ from samba_lm.config import Attention, Mamba, ModelConfig, SwiGLU
 from samba_lm.data.shards import ShardWriter, TokenDataset
 from samba_lm.loss import IGNORE_INDEX
 from samba_lm.tokenizer import ByteTokenizer
-from samba_lm.train.loop import batch_loss, evaluate, prepare_model
 from samba_lm.train.parallel import connect
+from samba_lm.train.prepare import prepare_model
 from samba_lm.train.recipe import TrainSection
+from samba_lm.train.step import batch_loss, evaluate
 from samba_lm.train.validation import ValidationWindows
 
 LENGTH = 16

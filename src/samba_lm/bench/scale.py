@@ -17,9 +17,10 @@ from samba_lm.bench.figure import Figure
 from samba_lm.bench.gpu import Laps, Memory, NotMeasured, attempt, release
 from samba_lm.bench.training import new_model
 from samba_lm.data.loader import Batch
-from samba_lm.train.loop import make_optimizer, prepare_model, train_step
 from samba_lm.train.parallel import Parallel, connect
+from samba_lm.train.prepare import make_optimizer, prepare_model
 from samba_lm.train.recipe import ParallelSection, TrainSection
+from samba_lm.train.step import train_step
 
 EFFICIENCY = 0.92
 """What a GPU among others should keep of its speed alone."""

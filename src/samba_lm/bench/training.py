@@ -21,9 +21,10 @@ from samba_lm.config import Attention, LayerSpec, ModelConfig, SelfExtend, SwiGL
 from samba_lm.data.loader import Batch
 from samba_lm.model import SambaLM
 from samba_lm.ops.linear.float8 import require_float8
-from samba_lm.train.loop import make_optimizer, prepare_model, train_step
 from samba_lm.train.parallel import Parallel
+from samba_lm.train.prepare import make_optimizer, prepare_model
 from samba_lm.train.recipe import TrainSection
+from samba_lm.train.step import train_step
 from samba_lm.train.transforms import use_float8
 
 PARITY_BATCH, PARITY_LENGTH = 3, 200

@@ -24,11 +24,13 @@ from samba_lm.eval.perplexity import LengthResult, perplexity
 from samba_lm.generation.api import stream
 from samba_lm.model import SambaLM
 from samba_lm.tokenizer import ByteTokenizer, Tokenizer
-from samba_lm.train.loop import fit, make_optimizer, prepare_model, train_step
+from samba_lm.train.loop import fit
 from samba_lm.train.observer import Observer, Observers, StepRecord
 from samba_lm.train.parallel import connect
+from samba_lm.train.prepare import make_optimizer, prepare_model
 from samba_lm.train.progress import progress_observer
 from samba_lm.train.recipe import TrainSection
+from samba_lm.train.step import train_step
 
 LENGTH = 256
 """Tokens of a training sequence; every twin with a window has half of it."""

@@ -39,7 +39,7 @@ from samba_lm.study.process import STOPPED
 from samba_lm.study.record import Measured, Record, read_record, record_path, tail_mean, thin
 from samba_lm.study.study import Evaluation
 from samba_lm.train.checkpoints import list_checkpoints
-from samba_lm.train.loop import NonFiniteError
+from samba_lm.train.finite import NonFiniteError
 from samba_lm.train.metrics import read_metrics
 from samba_lm.train.observer import Observer, Plan, StepRecord
 from samba_lm.train.parallel import pick_device

@@ -20,15 +20,18 @@ from samba_lm.model import SambaLM
 from samba_lm.train import checkpoints
 from samba_lm.train.checkpoints import Saver, TrainerState
 from samba_lm.train.data import Data, open_data
+from samba_lm.train.finite import NonFiniteError
 from samba_lm.train.interrupt import stop_on_signals
-from samba_lm.train.loop import NonFiniteError, Progress, fit, make_optimizer, pieces, prepare_model
+from samba_lm.train.loop import Progress, fit
 from samba_lm.train.lora import adapt, export_adapters
 from samba_lm.train.metrics import JsonlMetrics
 from samba_lm.train.observer import Observer, Observers
 from samba_lm.train.parallel import Parallel, connect
+from samba_lm.train.prepare import make_optimizer, prepare_model
 from samba_lm.train.recipe import Recipe
 from samba_lm.train.resume import Resume, find_resume, put_newer_aside
 from samba_lm.train.slow_channels import slow_channels
+from samba_lm.train.step import pieces
 from samba_lm.train.together import together
 from samba_lm.train.trackers import TensorBoardMetrics, WandbMetrics
 

@@ -14,8 +14,6 @@ class ElsewhereError(UserError):
 
     patience = 5.0  # by then torchrun has ended this process, and one message is enough
 
-    patience = 1.0
-
 
 @contextmanager
 def together(parallel: Parallel) -> Iterator[None]:
