@@ -15,8 +15,9 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install
-# Test processes, of one thread each; 0 runs the tests in pytest's own process.
-WORKERS ?= 2
+# Test processes, of one thread each, one more than cores because tests also wait (for servers, for each other's processes);
+# 0 runs the tests in pytest's own process.
+WORKERS ?= 3
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .PHONY: help demo test test-all lint types clean

@@ -132,8 +132,16 @@ class Counted(torch.autograd.graph.saved_tensors_hooks):
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("once", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "once"),
+    [
+        (torch.bfloat16, True),
+        pytest.param(torch.bfloat16, False, marks=pytest.mark.slow),
+        pytest.param(torch.float32, True, marks=pytest.mark.slow),
+        pytest.param(torch.float32, False, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_selective_checkpointing_keeps_no_steps(
     dtype: torch.dtype, once: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
