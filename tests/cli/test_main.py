@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import errno
 import os
 import signal
@@ -54,6 +55,18 @@ def test_help_lists_every_command(argv: list[str], capsys: pytest.CaptureFixture
     for command in shell.COMMANDS:
         assert f"  {command.name} " in out
         assert command.help.split()[0] in out
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("argv", [["--help"], ["data", "-h"], ["data", "show", "--help"]])
+def test_of_several_processes_one_shows_help(
+    rank: str, argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with contextlib.suppress(SystemExit):
+        shell.main(argv)
+    assert bool(capsys.readouterr().out) == (rank == "0")
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 200])

@@ -64,6 +64,7 @@ def test_a_table_of_the_same_name_is_merged(tmp_path: Path) -> None:
         ({"a": 'base = "b.toml"', "b": 'base = "./a.toml"'}, ["b.toml", "leads back to", "a.toml"]),
         ({"a": "base = 3"}, ["base = 3", "path of another recipe"]),
         ({"a": 'base = ""'}, ["base = ''"]),
+        ({"a": 'base = "paper/samba-1.4b"'}, ["a.toml", "'paper/samba-1.4b'", "comes along", ".toml"]),
         ({"a": 'base = "b.toml"', "b": "[train\n"}, ["a.toml", "b.toml", "not valid TOML"]),
         ({"a": 'base = "b.toml"', "b": "[train]\nlrr = 2"}, ["a.toml", "train.lrr", "Did you mean 'lr'"]),
         ({"a": 'base = "b.toml"\ntrain = 3', "b": "[train]\nlr = 2"}, ["a.toml", "train = 3"]),
@@ -75,6 +76,15 @@ def test_bad_bases_are_told_in_one_line(tmp_path: Path, files: dict[str, str], w
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_base_that_comes_along_is_named_as_train_names_it(tmp_path: Path) -> None:
+    path = write(tmp_path, a='base = "paper/samba-1.3b"\n[data.mixture.mine]\npath = "mine"\nweight = 1.0\n')
+    recipe = Recipe.from_toml(path)
+    assert (recipe.model.name, recipe.train.batch_size, [*recipe.data.mixture]) == ("samba-1.3b", 512, ["mine"])
+    (tmp_path / "paper").mkdir()
+    write(tmp_path / "paper", **{"samba-1.3b": "[train]\nlr = 1.0\n"})
+    assert Recipe.from_toml(path).train.lr != 1.0, "a file is named with its ending"
 
 
 def test_links_that_lead_in_a_circle_are_told(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ torch, is imported when that command is run.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import io
@@ -70,8 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     ``SAMBA_LM_TRACEBACK=1`` the traceback comes before it. 130: interrupted. 141: the reader of our output went away.
     """
     _prepare_streams()
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        _dispatch(list(sys.argv[1:] if argv is None else argv))
+        with _one_shows_help(words):
+            _dispatch(words)
         sys.stdout.flush()  # a closed pipe must show here, not after the handlers are gone
         return 0
     except KeyboardInterrupt:
@@ -97,6 +100,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.filename is None:
             _drop_stdout()  # it may be what could not be written
         return 2
+
+
+def _one_shows_help(argv: list[str]) -> contextlib.AbstractContextManager[object]:
+    """Of processes that torchrun started only the first shows the help that was asked of all."""
+    first = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+    if first or not {"-h", "--help"} & set(argv):
+        return contextlib.nullcontext()
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def _is_to_tell(error: BaseException, message: str) -> bool:

@@ -46,7 +46,8 @@ class Recipe(Section):
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Recipe:
-        """Read a recipe file, and the one that its ``base`` names, whose values stand where it says nothing.
+        """Read a recipe file, and the one that its ``base`` names (a path seen from it, or one that comes along, such
+        as paper/samba-1.3b), whose values stand where it says nothing.
 
         Raises UserError for a missing, unreadable or wrong one.
         """
@@ -114,6 +115,8 @@ def read_toml(path: Path, kind: str = "recipe") -> dict[str, Any]:
         raise UserError(f"{path} is not valid TOML: {error}") from None
 
 
+COME_ALONG = Path(__file__).parents[2] / "cli" / "recipes"
+"""Where the recipes that come with samba-lm lie, which a base may name as `samba-lm train` does."""
 EITHER = {"train": ({"steps", "tokens"},), "data": ({"passkey", "phonebook", "chat"}, {"train", "mixture"})}
 """Keys of which a recipe has one: where it gives it, the base's other one is dropped."""
 
@@ -133,6 +136,13 @@ def _with_base(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(base, str) or not base or "\0" in base:
         raise UserError(f"{path}: base = {base!r}: give the path of another recipe, relative to this one's folder.")
     below = path.parent / base
+    if below.suffix != ".toml" and not below.exists():
+        below = COME_ALONG / f"{base}.toml"
+        if not below.is_file():
+            raise UserError(
+                f"{path}: base = {base!r} is no file, nor the name of a recipe that comes along, such as "
+                "paper/samba-1.3b: give a path that ends in .toml, relative to this one's folder, or such a name."
+            )
     for other in (*above, path):
         if os.path.realpath(below) == os.path.realpath(other):  # Path.resolve refuses links that go in a circle
             raise UserError(f"{path}: base = {base!r} leads back to {other}: a recipe cannot be its own base.")

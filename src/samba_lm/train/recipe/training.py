@@ -71,7 +71,7 @@ class TrainSection(Section):
     Experimental: a step is a fifth shorter, but after 300 steps of samba-421m the loss was 0.09 nats behind."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What backward computes again to save memory. none: nothing; selective: what costs next to nothing, on a GPU and
-    without compile; full: each layer from its input, much less memory, about a third slower."""
+    without compile; full: each layer from its input, much less memory, a step about a third longer."""
     compile: bool = False
     """Compile each layer with torch.compile: slow start, faster steps on a GPU."""
     seed: int = Field(default=0, ge=0, lt=2**32)
