@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -172,6 +173,15 @@ def test_a_shard_that_is_not_right_is_told(store, cache: Cache, change, words: s
     if "sha256" not in words:  # that shows only when it is read
         with pytest.raises(UserError, match=words):
             TokenDataset.open(URL, cache)
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "/tmp/elsewhere", "ab", "A" * 64, "0" * 64 + "\n"])
+def test_a_description_names_no_file_outside_the_cache(store, cache: Cache, name: str) -> None:
+    meta = json.loads(store.cat("/bucket/data/meta.json"))
+    meta["shards"][0]["tokens_sha256"] = name
+    store.pipe("/bucket/data/meta.json", json.dumps(meta).encode())
+    with pytest.raises(UserError, match=r"meta.json is damaged at 'shards.0.tokens_sha256'"):
+        TokenDataset.open(URL, cache)
 
 
 def test_verify_reads_what_lies_there_not_the_cache(store, cache: Cache, capsys) -> None:

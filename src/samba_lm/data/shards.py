@@ -22,10 +22,10 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, StringConstraints, ValidationError
 
 from samba_lm.data.cache import Cache
 from samba_lm.data.folder import AGAIN, DataFolder, LocalFolder, ShardFile, file_sha256
@@ -45,6 +45,8 @@ DEFAULT_SHARD_TOKENS = 2**26
 _OUR_FILES = re.compile(
     "|".join([*map(re.escape, (META_FILE, TOKENIZER_FILE, CONFIG_FILE)), r"(tokens|offsets)-\d{5,}\.npy"])
 )
+Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+"""In hex. Copies of remote shards are files of this name, so it must be nothing that names another place."""
 _VERIFY_BLOCK = 2**24
 _OPEN_ARRAYS = 256
 """Memory-mapped at once: each takes one of the files that a process may have open, often 1,024."""
@@ -58,9 +60,9 @@ class ShardMeta(BaseModel):
     tokens: PositiveInt
     documents: PositiveInt
     tokens_bytes: PositiveInt
-    tokens_sha256: str
+    tokens_sha256: Sha256
     offsets_bytes: PositiveInt
-    offsets_sha256: str
+    offsets_sha256: Sha256
 
 
 class Meta(BaseModel):
