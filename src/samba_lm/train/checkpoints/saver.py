@@ -187,7 +187,10 @@ class _Write:
 
     def _leave_note(self, files: dict[str, FileEntry]) -> None:
         note = {"files": {name: entry.model_dump() for name, entry in files.items()}, "rng": self.state.rng}
-        write_text(self.tmp / _note(self.saver.parallel.rank), json.dumps(note))
+        path = self.tmp / _note(self.saver.parallel.rank)
+        partial = path.with_suffix(".part")
+        partial.write_text(json.dumps(note), encoding="utf-8")
+        partial.replace(path)  # the last thing done here: who reads it may rename the folder at once
 
     def _complete(self, files: dict[str, FileEntry]) -> None:
         checkpoint.write_config(self.model, self.tmp, self.saver.tokenizer)
