@@ -171,6 +171,12 @@ def test_damage_is_named_in_one_line(saved: Path, damage, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_run_that_has_saved_nothing_yet_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match=r"is a run without a checkpoint so far: train\.save_every"):
+        load(tmp_path)
+
+
 def test_what_is_not_there_is_named() -> None:
     with pytest.raises(UserError, match="There is no folder 'runs/nothing'"):
         load("runs/nothing")

@@ -171,7 +171,11 @@ def read_config(folder: Path) -> tuple[ModelConfig, str | None]:
     """The config of a checkpoint folder and the fingerprint of its tokenizer."""
     path = folder / CONFIG
     if not path.is_file():
-        raise UserError(f"{folder} is not a checkpoint: it has no {CONFIG}.")
+        if (folder / "metrics.jsonl").is_file():
+            raise UserError(f"{folder} is a run without a checkpoint so far: train.save_every says when it writes one.")
+        raise UserError(
+            f"{folder} is not a checkpoint: it has no {CONFIG}. Give a model's folder, a run's or a step's."
+        )
     header = read_json(path)
     if isinstance(header, dict) and "model_type" in header:
         raise UserError(

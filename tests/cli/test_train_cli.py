@@ -302,6 +302,13 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
             assert info.description.split(";")[0].split("(")[0].strip()[:30] in text
 
 
+def test_a_misspelt_option_of_a_mixture_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mix.toml"
+    file.write_text('[data.mixture.books]\npath = "books"\nweight = 0.5\n')
+    assert main(["train", str(file), "--data.mixture.books.weigth", "0.8"]) == 2
+    assert "Did you mean '--data.mixture.books.weight'?" in capsys.readouterr().err
+
+
 def test_made_rows_have_options_where_the_recipe_has_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "key.toml"
     file.write_text('[model]\nname = "samba-micro"\n[data]\ntokenizer = "byte"\npasskey = {}\n[train]\nsteps = 1\n')

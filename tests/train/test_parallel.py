@@ -238,6 +238,13 @@ def rows_among(data: str, out: str, batch_size: int, micro_batch: int) -> str:
     return str(caught.value)
 
 
+def parts_among(data: str, out: str, length: int) -> str:
+    recipe = recipe_of(data, out, length=length)
+    with pytest.raises(UserError) as caught:
+        train(recipe.model_copy(update={"parallel": ParallelSection(context=2)}))
+    return str(caught.value)
+
+
 def recipe_of(data: str, out: str, timeout: float = 60, **fields: Any) -> Recipe:
     return Recipe.from_dict(
         {
@@ -254,6 +261,8 @@ def test_rows_that_do_not_divide_are_told(data: Path, tmp_path: Path) -> None:
         assert "train.batch_size = 3 rows do not divide among 2 processes" in said
     for said in on_ranks(2, rows_among, str(data), str(tmp_path / "b"), 12, 4):
         assert "train.micro_batch = 4 does not divide the 6 rows" in said
+    for said in on_ranks(2, parts_among, str(data), str(tmp_path / "a"), 31):
+        assert "Rows of 31 tokens do not divide among 2 processes" in said
     assert not (tmp_path / "a").exists()
 
 

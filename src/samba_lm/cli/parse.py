@@ -94,7 +94,7 @@ def parse(
             with _without_colour() if os.environ.get("NO_COLOR") else contextlib.nullcontext(), _folded():
                 run()  # --help: once more, for this terminal's width
             raise
-        raise _mistake(_from_exception(stop, panel) or _from_panel(panel, argv, cls, prog), prog) from stop
+        raise _mistake(_from_exception(stop, panel) or _from_panel(panel, argv, cls, prog, default), prog) from stop
     except ValidationError as error:
         raise _mistake(explain(error), prog) from error
     except UserError as error:
@@ -120,7 +120,7 @@ def _from_exception(stop: SystemExit, panel: io.StringIO) -> str | None:
     return None
 
 
-def _from_panel(panel: io.StringIO, argv: Sequence[str], cls: type[T], prog: str) -> str:
+def _from_panel(panel: io.StringIO, argv: Sequence[str], cls: type[T], prog: str, default: T | None) -> str:
     """Say in one line what a tyro error panel says: a title, a rule, the message, a rule, advice."""
     rows = [row.removeprefix("  ").rstrip() for row in panel.getvalue().splitlines()[2:]]
     body = list(itertools.takewhile(lambda row: row.strip("-"), rows))
@@ -132,7 +132,7 @@ def _from_panel(panel: io.StringIO, argv: Sequence[str], cls: type[T], prog: str
         missing = [row.strip() for row in body[1:] if not row.startswith(" " * 8)]
         return f"Missing {', '.join(missing)}."
     if text.startswith("Unrecognized options: "):
-        return _unrecognized(text.removeprefix("Unrecognized options: "), argv, cls, prog)
+        return _unrecognized(text.removeprefix("Unrecognized options: "), argv, cls, prog, default)
     choice = re.match(r"invalid choice (.+) for argument '(.+?)'\. Expected one of \((.+?),?\)\.$", text)
     if choice:
         value, option, expected = choice.groups()
@@ -146,20 +146,21 @@ def _from_panel(panel: io.StringIO, argv: Sequence[str], cls: type[T], prog: str
     return text
 
 
-def _unrecognized(said: str, argv: Sequence[str], cls: type[T], prog: str) -> str:
+def _unrecognized(said: str, argv: Sequence[str], cls: type[T], prog: str, default: T | None) -> str:
     # tyro joins the words it did not understand with commas, and writes hyphens for underscores.
     given = [word for word in argv if said.startswith((word, word.replace("_", "-"), word.partition("=")[0]))]
     word = max(given, key=len, default=said)
     if not word.startswith("-"):
         return f"Unexpected argument {word!r}."
     option = word.partition("=")[0]
-    return f"Unknown option {option!r}.{did_you_mean(option, _options(cls, prog))}"
+    return f"Unknown option {option!r}.{did_you_mean(option, _options(cls, prog, default))}"
 
 
-def _options(cls: type[T], prog: str) -> list[str]:
-    """Every option name, read off the help text: the one place where tyro tells them publicly."""
+def _options(cls: type[T], prog: str, default: T | None) -> list[str]:
+    """Every option name, also of what only the default has, read off the help text: the one place where tyro tells
+    them publicly."""
     with _captured() as text, contextlib.suppress(SystemExit):
-        tyro.cli(cls, args=["--help"], prog=prog)
+        tyro.cli(cls, args=["--help"], prog=prog, default=tyro.MISSING_NONPROP if default is None else default)
     return [name for names in _OPTIONS_ROW.findall(text.getvalue()) for name in names.split(", ")]
 
 

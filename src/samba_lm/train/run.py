@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from samba_lm import checkpoint
+from samba_lm.data.columns import part_length
 from samba_lm.errors import UserError
 from samba_lm.model import SambaLM
 from samba_lm.train import checkpoints
@@ -80,6 +81,8 @@ def train(
     parallel = connect(recipe.train.device, recipe.parallel)
     with parallel.joined():
         pieces(recipe.train, parallel)
+        if parallel.context is not None:
+            part_length(recipe.train.length, parallel.context.count)
         observer = observer if observer is not None and parallel.is_main else Observer()
         with together(parallel):
             data = open_data(recipe, parallel.data_rank, parallel.data_world)
