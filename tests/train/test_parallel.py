@@ -323,6 +323,28 @@ def steps_of(device: str, cases: list[dict[str, Any]]) -> list[Any]:
     return found
 
 
+def meets(times: int) -> list[list[float]]:
+    """Whoever joins, sums and leaves several times; besides, a norm of what replicas do not agree on."""
+    found = []
+    for _ in range(times):
+        parallel = joined(replicate=2, timeout=20)
+        with parallel.joined():
+            model = parallel.wrap(checkpoint.create(CONFIG, seed=1))
+            with torch.no_grad():
+                parallel.local(model.embedding).fill_(1.0 + parallel.rank)
+            norm = float(parallel.norm([model.embedding]))
+            found.append([norm, float(parallel.sum(torch.tensor(1.0)))])
+    return found
+
+
+def test_processes_meet_again_after_they_parted_and_replicas_have_one_norm() -> None:
+    # As under torchrun, whose store remembers where they met before.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    agent = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    first, second = on_ranks(2, meets, 3, timeout=60, **agent)
+    assert first == second == [[pytest.approx((50 * 16 * (1 + 4) / 2) ** 0.5), 2.0]] * 3
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 def test_gpus_train_as_one() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from datetime import timedelta
 from typing import Any
@@ -46,17 +47,25 @@ def connect(device: str = "auto", section: ParallelSection | None = None) -> Par
     return group(picked, sizes)
 
 
+_meetings = itertools.count()
+"""Of this process: one for each run, where a program trains several one after the other."""
+
+
 def _store_of_this_start(timeout: timedelta) -> dict[str, Any]:
-    """Where processes that torchrun started anew after a failure meet: apart from what those before left there.
+    """Where processes meet that torchrun started anew after a failure, or that met before: apart from what was left
+    there then.
 
     torchrun keeps its store over its restarts (PyTorch's issue 135712), so that a process could find the address of one
     that is dead. Of several machines each counts its own restarts: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps.
     """
     started, alone = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("LOCAL_WORLD_SIZE")
-    if started == "0" or alone != os.environ.get("WORLD_SIZE"):
+    number = next(_meetings)
+    if alone != os.environ.get("WORLD_SIZE"):
+        started = "0"
+    if started == "0" and number == 0:
         return {}
     store, rank, world = next(rendezvous("env://", timeout=timeout))
-    return {"store": PrefixStore(f"samba_lm/start-{started}", store), "rank": rank, "world_size": world}
+    return {"store": PrefixStore(f"samba_lm/start-{started}-{number}", store), "rank": rank, "world_size": world}
 
 
 def layout(section: ParallelSection, world: int) -> tuple[int, int, int]:

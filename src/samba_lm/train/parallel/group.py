@@ -80,7 +80,9 @@ class Group(Parallel):
         parts = [t.to_local() for t in tensors if isinstance(t, DTensor)]
         whole = [t for t in tensors if not isinstance(t, DTensor)]
         squares = wide + torch.nn.utils.get_total_norm(parts).double() ** 2 if parts else wide
-        dist.all_reduce(squares, group=self.holders.get_group("fsdp"))
+        # Over the replicas too, which have the same: sums of theirs made in another order would part them for good.
+        dist.all_reduce(squares)
+        squares = squares / self.holders.size(0)
         if whole:
             squares = squares + torch.nn.utils.get_total_norm(whole).double() ** 2
         return squares.sqrt().to(tensors[0].dtype if tensors else torch.float32)
