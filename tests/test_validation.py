@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from samba_lm.validation import explain
 
@@ -108,3 +108,14 @@ def test_a_long_value_is_cut() -> None:
     said = explain(_error({"width": "9x" * 500}), Config)
     assert len(said) < 160
     assert "..." in said
+
+
+class _Places(_Strict):
+    val: Annotated[str, AfterValidator(str.strip)] | dict[str, Annotated[str, AfterValidator(str.strip)]] = ""
+
+
+def test_a_member_of_a_union_is_no_part_of_the_path() -> None:
+    with pytest.raises(ValidationError) as caught:
+        _Places.model_validate({"val": 3})
+    for model in (None, _Places):
+        assert explain(caught.value, model).startswith("val = 3: ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Iterator
 
@@ -12,6 +13,9 @@ from pydantic_core import ErrorDetails
 from samba_lm.errors import did_you_mean
 
 Location = tuple[int | str, ...]
+
+_TYPE = re.compile(r"(function-\w+|dict|list|tuple)\[.*\]")
+"""How pydantic names a member of a union that is no class, in a location."""
 
 
 def explain(error: ValidationError, model: type[BaseModel] | None = None, *, prefix: str = "") -> str:
@@ -50,6 +54,7 @@ def _one_problem(problem: ErrorDetails, model: type[BaseModel] | None, prefix: s
 
 def _resolve(location: Location, model: type[BaseModel] | None) -> tuple[Location, list[str]]:
     """Drop union tags from a location, and list the field names known where its last part stands."""
+    location = tuple(part for part in location if not (isinstance(part, str) and _TYPE.fullmatch(part)))
     if model is None:
         return location, []
     cleaned: list[int | str] = []
