@@ -195,6 +195,27 @@ def test_a_prepared_folder_holds_what_memory_does(tmp_path: Path, bpe: FileToken
         ConversationSet.open(tmp_path)
 
 
+def test_overwrite_removes_nothing_but_prepared_conversations(tmp_path: Path) -> None:
+    out, file = tmp_path / "out", tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    for name in ("train", "val"):  # as splits lie
+        prepare_conversations([file], out / name, ByteTokenizer())
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"mine.txt is no prepared conversations.*move it away"):
+        prepare_conversations([file], out, ByteTokenizer(), overwrite=True)
+    (out / "mine.txt").rename(out / "mine.jsonl")
+    (out / "mine.jsonl").write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match=r"holds the input .*mine.jsonl"):
+        prepare_conversations([out / "mine.jsonl"], out, ByteTokenizer(), overwrite=True)
+    (out / "mine.jsonl").unlink()
+    prepare_conversations([file], out, ByteTokenizer(), overwrite=True)
+    assert len(ConversationSet.open(out)) == 1
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "meta.json").write_text("{}")
+    with pytest.raises(UserError, match="not prepared conversations, so --overwrite will not remove it"):
+        prepare_conversations([file], tmp_path / "other", ByteTokenizer(), overwrite=True)
+
+
 def _saved(folder: Path, tokenizer: Tokenizer) -> Path:
     folder.mkdir()
     tokenizer.save(folder)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 
 from samba_lm.data.conversations import Conversation, read_conversations
 from samba_lm.data.encode import encode_in_order
+from samba_lm.data.folder import file_sha256
+from samba_lm.data.output import check_numbers, check_out, set_aside
 from samba_lm.data.shards import token_dtype
 from samba_lm.data.sources import SourceFile, find_files
 from samba_lm.errors import UserError
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION, META_FILE = "samba-lm conversations", 1, "meta.json"
 TOKENS, ANSWERS, OFFSETS = "tokens.bin", "answers.bin", "offsets.bin"
-_FILES = {META_FILE, TOKENIZER_FILE, CONFIG_FILE, TOKENS, ANSWERS, OFFSETS}
+_OUR_FILES = re.compile("|".join(map(re.escape, (META_FILE, TOKENIZER_FILE, CONFIG_FILE, TOKENS, ANSWERS, OFFSETS))))
 _AGAIN = "make it again with `samba-lm data chat`, or copy it again"
 IN_MEMORY_BYTES = 2**26
 """Files larger than this together are to be prepared: they would be tokenized by one process at every start."""
@@ -300,7 +303,7 @@ class Writer:
             tokens=self.tokens,
             answer_tokens=self.answer_tokens,
             longest=self.longest,
-            files={n: FileMeta(bytes=path.stat().st_size, sha256=_sha256(path)) for n, path in paths.items()},
+            files={n: FileMeta(bytes=path.stat().st_size, sha256=file_sha256(path)) for n, path in paths.items()},
         )
         (self._folder / META_FILE).write_text(meta.model_dump_json(indent=2) + "\n", encoding="utf-8")
         return meta
@@ -321,13 +324,11 @@ def prepare_conversations(
     ``val_fraction`` of the conversations, chosen by a hash of their words, are set aside. Returns what was made by name
     ("" for ``out`` itself). Raises UserError for bad input, and where ``out`` may not be written.
     """
-    if not 0 <= val_fraction < 1:
-        raise UserError(f"val_fraction is {val_fraction}: it must be at least 0 and less than 1.")
-    if processes < 1:
-        raise UserError(f"processes is {processes}: it must be at least 1.")
+    check_numbers(val_fraction, processes)
     out = Path(out)
     files = find_files(inputs)
-    _check_out(out, overwrite)
+    paths = [file.path for file in files]
+    check_out(out, paths, overwrite, what="prepared conversations", is_ours=_is_ours, names=_OUR_FILES)
     total = sum(file.size for file in files)
     with atomic_folder(out) as folder, ExitStack() as stack:
         writers = {}
@@ -335,7 +336,8 @@ def prepare_conversations(
             (folder / name).mkdir(exist_ok=True)
             writers[name] = stack.enter_context(Writer(folder / name, tokenizer))
         for each in stack.enter_context(closing(encode_conversations(files, tokenizer, processes))):
-            name = "" if not val_fraction else "val" if _hash(each.conversation) < val_fraction else "train"
+            words = json.dumps(each.conversation.messages)
+            name = "" if not val_fraction else "val" if set_aside(words, val_fraction) else "train"
             writers[name].append(each.ids, each.answers)
             if progress:
                 progress("encoding", each.done, total)
@@ -350,25 +352,5 @@ def prepare_conversations(
         return {name: writer.close() for name, writer in writers.items()}
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _hash(conversation: Conversation) -> float:
-    """A number from 0 to 1 that the words alone decide: equal conversations stay together."""
-    text = json.dumps(conversation.messages)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not out.is_dir():
-        raise UserError(f"{out} is a file: name a folder to make.")
-    if not overwrite:
-        raise UserError(f"{out} already exists: choose another folder, or add --overwrite to replace it.")
-    for folder in (out / "train", out / "val") if (out / "train").is_dir() else (out,):
-        others = {path.name for path in folder.iterdir()} - _FILES
-        if not is_conversation_set(folder) or others:
-            raise UserError(f"{folder} is not prepared conversations alone, so --overwrite will not remove it.")
+def _is_ours(folder: Path) -> bool:
+    return any(is_conversation_set(each) for each in (folder, folder / "train", folder / "val"))

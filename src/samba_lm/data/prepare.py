@@ -6,17 +6,17 @@ anywhere, and written in the order of the input.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from samba_lm.data.encode import encode_in_order
 from samba_lm.data.hub import is_hub, parse_stream
-from samba_lm.data.shards import DEFAULT_SHARD_TOKENS, Meta, ShardWriter, TokenDataset, foreign_file, is_dataset
+from samba_lm.data.output import check_numbers, check_out, set_aside
+from samba_lm.data.shards import DEFAULT_SHARD_TOKENS, OUR_FILES, Meta, ShardWriter, TokenDataset, is_dataset
 from samba_lm.data.sources import OnError, Piece, ReadOptions, Source, SourceFile, find_files
 from samba_lm.errors import UserError
 from samba_lm.files import atomic_folder, recover_folder
@@ -91,12 +91,10 @@ def prepare(
         raise UserError("The output folder's name is empty: name a folder to make.")
     out = Path(out)
     recover_folder(out)
-    if not 0 <= val_fraction < 1:
-        raise UserError(f"val_fraction is {val_fraction}: it must be at least 0 and less than 1.")
-    if processes < 1:
-        raise UserError(f"processes is {processes}: it must be at least 1.")
+    check_numbers(val_fraction, processes)
     sources = _sources(inputs, suffixes, take)
-    _check_out(out, sources, overwrite)
+    paths = [source.path for source in sources if isinstance(source, SourceFile)]
+    check_out(out, paths, overwrite, what="prepared data", is_ours=is_dataset, names=OUR_FILES)
     options = ReadOptions(field=field, errors=errors)
     if isinstance(tokenizer, ByteTokenizer):
         processes = 1  # bytes need no encoding: sending them around costs more
@@ -120,29 +118,6 @@ def _sources(inputs: Sequence[str | os.PathLike[str]], suffixes: Sequence[str], 
         raise UserError("How much to take is said of streams (hf:NAME), and there is none: leave --take out.")
     paths = [given for given in inputs if not is_hub(given)]
     return [*(find_files(paths, suffixes) if paths or not streams else ()), *dict.fromkeys(streams)]
-
-
-def _check_out(out: Path, sources: Iterable[Source], overwrite: bool) -> None:
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise UserError(f"{out} is a file: name a folder to make.")
-    if not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise UserError(f"{out} already exists: choose another folder, or add --overwrite to replace it.")
-    if not is_dataset(out):
-        raise UserError(f"{out} is not prepared data, so --overwrite will not remove it: choose another folder.")
-    if Path.cwd().resolve().is_relative_to(out.resolve()):
-        raise UserError(f"{out} holds the current folder, which --overwrite would remove: go elsewhere first.")
-    for file in sources:
-        if isinstance(file, SourceFile) and file.path.resolve().is_relative_to(out.resolve()):
-            raise UserError(
-                f"{out} holds the input {file.path}, which --overwrite would remove: choose another folder."
-            )
-    foreign = foreign_file(out)
-    if foreign is not None:
-        raise UserError(f"{foreign} is no prepared data, and --overwrite would remove it: move it away first.")
 
 
 def _train(
@@ -216,7 +191,9 @@ def _write(
                 empty += 1
                 continue
             if writer is None:
-                writer = writers[_split(piece.text, val_fraction) if val_fraction else ""]
+                # By its first piece, wherever it stands.
+                name = "" if not val_fraction else "val" if set_aside(piece.text, val_fraction) else "train"
+                writer = writers[name]
             writer.append(ids, end=piece.end, text_bytes=len(piece.text.encode()))
             if piece.end:
                 writer = None
@@ -225,12 +202,6 @@ def _write(
         if not any(writer.documents for writer in writers.values()):
             raise UserError(f"No text in the input: {sources[0]} and the others hold only white space.")
         return empty, {name: writer.close() if writer.documents else None for name, writer in writers.items()}
-
-
-def _split(text: str, val_fraction: float) -> str:
-    """The split of a document, by the hash of its first piece: equal documents stay together wherever they stand."""
-    value = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-    return "val" if value < val_fraction * 2**64 else "train"
 
 
 def _told_if_uneven(splits: dict[str, Meta | None], val_fraction: float) -> list[str]:

@@ -42,7 +42,7 @@ FORMAT = "samba-lm tokens"
 VERSION = 1
 META_FILE = META_NAME
 DEFAULT_SHARD_TOKENS = 2**26
-_OUR_FILES = re.compile(
+OUR_FILES = re.compile(
     "|".join([*map(re.escape, (META_FILE, TOKENIZER_FILE, CONFIG_FILE)), r"(tokens|offsets)-\d{5,}\.npy"])
 )
 Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
@@ -428,17 +428,6 @@ def open_splits(
 def is_dataset(folder: Path) -> bool:
     """Whether ``folder`` is a data set or a pair of splits (whole or damaged): something ``prepare`` wrote."""
     return (folder / META_FILE).is_file() or _has_splits(LocalFolder(folder))
-
-
-def foreign_file(folder: Path) -> Path | None:
-    """The first file or folder in a data set, or in a pair of splits, that ``prepare`` does not write."""
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and path.name in ("train", "val") and not path.is_symlink():
-            if (foreign := foreign_file(path)) is not None:
-                return foreign
-        elif path.is_dir() or not _OUR_FILES.fullmatch(path.name):
-            return path
-    return None
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
