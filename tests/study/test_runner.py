@@ -22,7 +22,7 @@ from samba_lm.study.record import read_records
 from samba_lm.study.results import difference, read_results
 from samba_lm.study.runner import Outcome, Runner, View, study_lock
 from samba_lm.study.study import read_study
-from samba_lm.study.tables import number
+from samba_lm.study.tables import EMPTY, number
 
 CPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
@@ -66,6 +66,7 @@ def test_a_whole_study_on_two_workers(study: Path, capfd: pytest.CaptureFixture[
     records = read_records(study / "out")
     assert len(records) == 7, said
     assert [key for key, record in records.items() if record.status != "done"] == ["samba/sweep-lr1e+30-seed0"]
+    assert {record.shared for record in records.values()} == {2}
     best = min((r for r in records.values() if r.stage == "sweep" and r.val_loss), key=lambda r: r.val_loss or 9.0)
     assert {r.lr for r in records.values() if r.stage == "final" and r.run != "llama"} == {best.lr}
     # Again: nothing is done a second time.
@@ -92,6 +93,8 @@ def tables(study: Path, capfd: pytest.CaptureFixture[str]) -> None:
     low, high = cell.seeds or (0, 0)
     assert low < cell.perplexity < high
     assert number(cell.perplexity) in text
+    costs = [line.split(" | ") for line in text.splitlines() if line.startswith("| Samba | ")]
+    assert costs[0][7] == EMPTY, "the speed of a training that shared its device is nobody's"
     assert "| Samba | 421M | 10.06 |" in text
     assert "1e+30" in text
     assert "diverged" in text

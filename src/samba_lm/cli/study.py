@@ -139,8 +139,11 @@ def _places(gpus: int | None, workers: int | None) -> list[Place]:
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // number))
     if used:
         chosen = [used[i % len(used)] for i in range(number)]
-        return [Place(f"GPU {gpu}", {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": threads}) for gpu in chosen]
-    return [Place("the CPU", {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads}) for _ in range(workers or 1)]
+        return [
+            Place(f"GPU {gpu}", {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": threads}, chosen.count(gpu))
+            for gpu in chosen
+        ]
+    return [Place("the CPU", {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads}, number) for _ in range(number)]
 
 
 def _visible_gpus() -> list[str]:

@@ -102,7 +102,7 @@ def read(found: StudyRun) -> Run:
         parameters=whole(record["parameters"]),
         tokens=whole(record["tokens"]),
         minutes=float(record["seconds"]) / 60,
-        tokens_per_s=_maybe(record["tokens_per_s"]),
+        tokens_per_s=_maybe(record["tokens_per_s"]) if record.get("shared", 1) == 1 else None,
         train_loss=_maybe(record["train_loss"]),
         val_loss=_maybe(record["val_loss"]),
         curve=[(float(step), float(loss)) for step, loss in record["curve"] if loss is not None],
@@ -176,7 +176,8 @@ def _costs(done: dict[str, list[Run]], styles: dict[str, int]) -> Html:
         row += [f"{one.tokens / 1e6:.2f}M", _over(runs, "train_loss", 4), _over(runs, "val_loss", 4)]
         row += [_over(runs, "tokens_per_s", 0), _over(runs, "minutes", 1)]
         rows.append(row)
-    return join([table(columns.split(","), rows), note("Means over the seeds. Losses in nats a token.")])
+    words = "Means over the seeds. Losses in nats a token. No tokens/s of trainings that shared a device."
+    return join([table(columns.split(","), rows), note(words)])
 
 
 def _over(runs: Sequence[Run], what: str, digits: int) -> str:

@@ -23,8 +23,8 @@ STOPPED = 143
 LOG_TAIL = 1 << 14
 
 
-def job_line(job: Job, out: Path, provenance: Mapping[str, object]) -> str:
-    """A job as a worker reads it."""
+def job_line(job: Job, out: Path, provenance: Mapping[str, object], shared: int = 1) -> str:
+    """A job as a worker reads it; ``shared``: how many workers compute where it does."""
     told = {
         "run": job.run,
         "stage": job.stage,
@@ -36,7 +36,8 @@ def job_line(job: Job, out: Path, provenance: Mapping[str, object]) -> str:
         "evaluations": [[evaluation.model_dump(mode="json"), mark] for evaluation, mark in job.evaluations],
         "keep": job.keep,
     }
-    return json.dumps({"job": told, "out": str(out), "provenance": dict(provenance), "runner": os.getpid()}) + "\n"
+    around = {"out": str(out), "provenance": dict(provenance), "runner": os.getpid(), "shared": shared}
+    return json.dumps({"job": told, **around}) + "\n"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Place:
 
     name: str
     environment: Mapping[str, str]
+    shared: int = 1
+    """Workers that compute there."""
 
 
 @dataclass
@@ -76,7 +79,7 @@ class WorkerProcess:
             self.process = self._start()
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died: its reader tells
-            self.process.stdin.write(job_line(job, out, provenance))
+            self.process.stdin.write(job_line(job, out, provenance, self.place.shared))
             self.process.stdin.flush()
 
     def _start(self) -> subprocess.Popen[str]:

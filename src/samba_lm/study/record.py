@@ -99,6 +99,8 @@ class Record(BaseModel):
     """Bytes; on a GPU, what tensors took at most in training."""
     peak_memory_evaluation: int | None = None
     device: str = ""
+    shared: int = 1
+    """Trainings at once on that device: of more than one, the times and speeds tell little."""
     provenance: dict[str, Any] = {}
     """Versions, machine, commit."""
     started: str

@@ -134,7 +134,7 @@ def _legend(results: Results) -> str:
         "Perplexities are means over the seeds, in brackets the lowest and the highest where there are several; "
         "± is half of the 95% interval over the windows of text, which is the same text for all models; where its ends "
         "lie too far apart for that, they stand in square brackets. "
-        "tokens/s: median over the steps of training, on one device."
+        "tokens/s: median over the steps of training, on one device; none of trainings that shared it with others."
     ]
     devices = sorted({record.device for each in results.found for record in each.finals if record.device})
     if devices:
@@ -168,12 +168,18 @@ def _runs(results: Results, models: Sequence[Found]) -> tuple[list[str], list[li
                 count(first.tokens),
                 number(each.mean("train_loss"), 4),
                 number(each.mean("val_loss"), 4) + spread,
-                count(each.mean("tokens_per_s")) if not math.isnan(each.mean("tokens_per_s")) else EMPTY,
+                _speed(each),
                 _gib(each.mean("peak_memory")),
                 number(each.mean("seconds"), 0),
             ]
         )
     return [*head, "tokens/s", "memory", "seconds in all"], rows
+
+
+def _speed(model: Found) -> str:
+    """Tokens a second of the trainings that had their device alone."""
+    alone = [each.tokens_per_s for each in model.finals if each.tokens_per_s is not None and each.shared == 1]
+    return count(sum(alone) / len(alone)) if alone else EMPTY
 
 
 def _perplexities(models: Sequence[Found], evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
@@ -327,7 +333,7 @@ def run_rows(results: Results) -> Iterator[dict[str, object]]:
     records += [record for each in results.found for record in (*each.finals, *each.others)]
     fields = (
         *("run", "stage", "lr", "seed", "status", "reason", "parameters", "steps", "tokens", "train_loss", "val_loss"),
-        *("tokens_per_s", "train_seconds", "seconds", "peak_memory", "device", "started", "finished"),
+        *("tokens_per_s", "train_seconds", "seconds", "peak_memory", "device", "shared", "started", "finished"),
     )
     for record in records:
         yield {field: getattr(record, field) for field in fields}

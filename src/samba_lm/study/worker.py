@@ -80,6 +80,8 @@ class Work:
     provenance: Mapping[str, object]
     tell: Tell
     stopping: Callable[[], bool] = lambda: False
+    shared: int = 1
+    """Workers that compute where this one does."""
 
     def run(self) -> Record:
         """Do what is left of the job and write its record, whatever comes of it. Raises Stopped."""
@@ -89,6 +91,7 @@ class Work:
         if record is None or not self.job.trained(record) or not list_checkpoints(self.folder):
             record = self.job.new_record(self.provenance)
         spent = record.seconds
+        record.shared = max(record.shared, self.shared)
 
         def write() -> None:
             record.seconds = spent + time.monotonic() - began
@@ -334,6 +337,7 @@ def serve(lines: TextIO, events: Events) -> int:
             told["provenance"],
             events.tell,
             stopping=functools.partial(_is_alone, events, int(told["runner"])),
+            shared=int(told["shared"]),
         )
         record = work.run()
         events.tell({"event": "ended", "status": record.status, "reason": record.reason})
