@@ -557,7 +557,7 @@ def test_a_gpu_is_not_waited_for_between_pieces() -> None:
                 perplexity(model, documents, [8192], protocol="stream", chunk=chunk)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        return sum("synchroniz" in str(each.message) for each in told)
+        return sum("called a synchronizing" in str(each.message) for each in told)
 
     assert waits(512) == waits(4096)
 
