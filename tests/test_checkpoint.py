@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -175,6 +176,18 @@ def test_a_run_that_has_saved_nothing_yet_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(UserError, match=r"is a run without a checkpoint so far: train\.save_every"):
         load(tmp_path)
+
+
+def test_a_folder_of_runs_is_none_but_those_in_it_are_named(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    saved.rename(folder / "b")
+    for name in ("a", "c", "d", "e", "f"):
+        (folder / name / "step-00000001").mkdir(parents=True)
+    (folder / "none").mkdir()
+    named = ", ".join(str(folder / name) for name in "abcde")
+    with pytest.raises(UserError, match=re.escape(f"Give a model's folder, a run's or a step's: {named} and others.")):
+        load(folder)
 
 
 def test_what_is_not_there_is_named() -> None:

@@ -173,8 +173,10 @@ def read_config(folder: Path) -> tuple[ModelConfig, str | None]:
     if not path.is_file():
         if (folder / "metrics.jsonl").is_file():
             raise UserError(f"{folder} is a run without a checkpoint so far: train.save_every says when it writes one.")
+        inside = sorted({str(each.parent) for name in ("step-*", CONFIG) for each in folder.glob(f"*/{name}")})
+        known = f": {', '.join(inside[:5])}{' and others' if len(inside) > 5 else ''}" if inside else ""
         raise UserError(
-            f"{folder} is not a checkpoint: it has no {CONFIG}. Give a model's folder, a run's or a step's."
+            f"{folder} is not a checkpoint: it has no {CONFIG}. Give a model's folder, a run's or a step's{known}."
         )
     header = read_json(path)
     if isinstance(header, dict) and "model_type" in header:

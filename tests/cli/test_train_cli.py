@@ -283,6 +283,13 @@ def test_the_paths_of_recipes_and_their_names(tmp_path: Path, monkeypatch: pytes
         find_recipe("paper/samba-1.3B")
     with pytest.raises(UserError, match="No recipe 'paper/base'"):  # what recipes stand on, none itself
         find_recipe("paper/base")
+    (tmp_path / "sub").mkdir()
+    for own in ("mine", "sub/mine"):
+        Path(f"{own}.toml").write_text("")
+        with pytest.raises(UserError, match=rf"No recipe '{own}'. Did you mean '{own}.toml'\?$"):
+            find_recipe(own)
+    with pytest.raises(UserError, match="No recipe 'xxx"):
+        find_recipe("x" * 255)  # a name that could be, but not with .toml behind it
 
 
 def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:

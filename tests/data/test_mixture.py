@@ -132,14 +132,19 @@ def test_a_source_that_ends(sources: dict[str, TokenDataset]) -> None:
 
 
 def test_all_sources_end(sources: dict[str, TokenDataset]) -> None:
+    """For a run that passed over batches all go on, in the first proportions and each from where it is."""
     mixed = mixture(sources, {"books": 1, "code": 3}, books=1, code=1.5)
     assert mixed.rows == 775
     assert np.bincount(mixed.assigned(np.arange(775))[0]).tolist() == [700, 75]
-    mixed.batch(23)
-    with pytest.raises(UserError, match="as often as their epochs allow after 24 steps"):
-        mixed.batch(24)
     assert mixed.rows_read(24) == mixed.rows_read(24) | {"code": 75}
-    assert mixed.rows_read(10**6) == {"books": 700, "code": 75}
+    mixed.batch(24)  # 768 to 800
+    plan = mixed.assigned(np.arange(775 + 400))
+    assert np.bincount(plan[0][775:]).tolist() in ([99, 301], [100, 300], [101, 299])
+    for source in (0, 1):
+        ordinals = plan[1][plan[0] == source]
+        assert np.array_equal(ordinals, np.arange(ordinals.size))
+    for step in (24, 25, 36):
+        assert list(mixed.rows_read(step).values()) == np.bincount(plan[0][: step * 32]).tolist()
 
 
 def test_what_does_not_fit_is_told(sources: dict[str, TokenDataset], tmp_path: Path) -> None:

@@ -22,6 +22,14 @@ from samba_lm.errors import UserError
 from samba_lm.tokenizer import train_bpe
 
 
+class Zstd:
+    """Of Python's own packers there is none for it before 3.14."""
+
+    @staticmethod
+    def compress(data: bytes) -> bytes:
+        return bytes(pa.compress(data, codec="zstd", asbytes=True))
+
+
 def read(path: Path, **options: str) -> list[str]:
     """The documents of a file, put together from their pieces."""
     documents = [""]
@@ -51,6 +59,8 @@ def test_text_is_one_document(tmp_path: Path) -> None:
     assert read(write(tmp_path / "a.txt.gz", gzip.compress(text.encode()))) == [text]
     assert read(write(tmp_path / "a.TXT.XZ", lzma.compress(text.encode()))) == [text]
     assert read(write(tmp_path / "a.txt.bz2", bz2.compress(text.encode()))) == [text]
+    assert read(write(tmp_path / "a.txt.zst", Zstd.compress(text.encode()))) == [text]
+    assert read(write(tmp_path / "two.txt.zst", b"".join(Zstd.compress(t) for t in (b"one ", b"two")))) == ["one two"]
 
 
 def test_long_text_is_streamed_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,8 +132,8 @@ def test_jsonl(tmp_path: Path) -> None:
     lines = "\n".join(json.dumps(row) for row in rows) + "\n\n"
     for name in ("a.jsonl", "a.ndjson"):
         assert read(write(tmp_path / name, lines)) == [row["text"] for row in rows]
-    for name, pack in (("a.jsonl.gz", gzip.compress), ("a.jsonl.xz", lzma.compress), ("a.ndjson.bz2", bz2.compress)):
-        assert read(write(tmp_path / name, pack(lines.encode()))) == [row["text"] for row in rows]
+    for name, pack in (("a.jsonl.gz", gzip), ("a.jsonl.xz", lzma), ("a.ndjson.bz2", bz2), ("a.jsonl.zst", Zstd)):
+        assert read(write(tmp_path / name, pack.compress(lines.encode()))) == [row["text"] for row in rows]
     assert read(write(tmp_path / "b.jsonl", '\ufeff{"body": "x"}\n{"body": "y"}'), field="body") == ["x", "y"]
 
 
@@ -182,17 +192,19 @@ def test_bad_parquet(tmp_path: Path) -> None:
     assert read(tmp_path / "b.parquet", errors="replace") == ["ok", "ab\ufffd"]
 
 
-def test_parquet_without_pyarrow(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.zst"])
+def test_without_pyarrow(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name, "x")
     program = (
         "import sys; sys.modules['pyarrow'] = None\n"
         "from pathlib import Path; from samba_lm.data.sources import *\n"
-        "list(read_file(SourceFile(Path('a.parquet'), 1), ReadOptions()))"
+        f"list(read_file(SourceFile(Path('{name}'), 1), ReadOptions()))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
-    assert 'UserError: a.parquet needs pyarrow to be read: pip install "samba-lm[parquet]"' in run.stderr
+    assert f'UserError: {name} needs pyarrow to be read: pip install "samba-lm[parquet]"' in run.stderr
 
 
-@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip), (".xz", lzma), (".bz2", bz2)])
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip), (".xz", lzma), (".bz2", bz2), (".zst", Zstd)])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_damaged_archives(tmp_path: Path, name: str, suffix: str, pack: Any) -> None:
     name += suffix
@@ -203,7 +215,13 @@ def test_damaged_archives(tmp_path: Path, name: str, suffix: str, pack: Any) -> 
             read(path)
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl.zst", "a.zip", "a.parquet.gz", "tokens.npy"])
+def test_a_zst_file_of_a_long_window(tmp_path: Path) -> None:
+    frame = bytes.fromhex("28b52ffd 00 a8 290000") + b"hello"  # a window of 2 GiB, one block
+    with pytest.raises(UserError, match=r"a\.txt\.zst was packed with a long window: unpack it first \(zstd -d --long"):
+        read(write(tmp_path / "a.txt.zst", frame))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.parquet.zst", "a.zip", "a.parquet.gz", "tokens.npy"])
 def test_refused_kinds(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=f"{name} cannot be read: "):
         read(write(tmp_path / name, "{}"))

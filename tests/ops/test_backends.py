@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from products import products
 from tolerances import assert_close
 
 from samba_lm.errors import UserError
@@ -224,6 +225,23 @@ def test_halves_of_a_product_and_their_gradients() -> None:
     for one, other in zip(*(torch.autograd.grad(y, both, down) for y in (expected, actual)), strict=True):
         assert_close(other, one, "gradient")
     torch.library.opcheck(_halves, (x, weight))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_of_a_frozen_weight_no_gradient_of_halves_is_computed(compiled: bool) -> None:
+    x, weight = torch.randn(7, 5).requires_grad_(), torch.randn(6, 5).requires_grad_()
+    down = [torch.randn(7, 3) for _ in range(2)]
+    halves = torch.compile(lambda *given: _halves(*given), backend="aot_eager") if compiled else _halves
+    (wanted,) = torch.autograd.grad(_halves(x, weight), x, down)
+
+    def backward(weight: torch.Tensor) -> None:
+        x.grad = None
+        torch.autograd.backward(halves(x, weight), down)
+        assert x.grad is not None
+        assert torch.equal(x.grad, wanted)
+
+    assert products(lambda: backward(weight)) == 6
+    assert products(lambda: backward(weight.detach())) == 4
 
 
 def test_linear_is_deterministic() -> None:

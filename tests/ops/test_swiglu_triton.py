@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from kernels import DEVICE, needs_triton
+from products import products
 from tolerances import assert_close
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -83,6 +84,26 @@ def test_only_the_arguments_are_kept() -> None:
     assert not saved
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_of_a_frozen_weight_no_gradient_is_computed(compiled: bool) -> None:
+    gate_up, weight, down = random(3, 32).requires_grad_(), random(8, 16).requires_grad_(), random(3, 8)
+
+    def plain(gate_up: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return swiglu_linear(gate_up, weight, backend="triton")
+
+    run = torch.compile(plain, backend="aot_eager") if compiled else plain
+    (wanted,) = torch.autograd.grad(plain(gate_up, weight), gate_up, down)
+
+    def backward(weight: torch.Tensor) -> None:
+        gate_up.grad = None
+        run(gate_up, weight).backward(down)
+        assert gate_up.grad is not None
+        assert torch.equal(gate_up.grad, wanted)
+
+    assert products(lambda: backward(weight)) == 3
+    assert products(lambda: backward(weight.detach())) == 2
+
+
 def test_operators_keep_their_registrations() -> None:
     from samba_lm.ops.swiglu import triton
 
@@ -90,7 +111,8 @@ def test_operators_keep_their_registrations() -> None:
     torch.library.opcheck(triton._swiglu, (gate, up))
     torch.library.opcheck(triton._swiglu, tuple(random(2, 48).chunk(2, dim=-1)))
     torch.library.opcheck(triton._swiglu_linear, (random(2, 3, 48).requires_grad_(), random(5, 24).requires_grad_()))
-    torch.library.opcheck(triton._swiglu_backward_and_again, (random(2, 3, 48), random(2, 3, 24)))
+    torch.library.opcheck(triton._swiglu_backward_and_again, (random(2, 3, 48), random(2, 3, 24), True))
+    torch.library.opcheck(triton._swiglu_backward_and_again, (random(2, 3, 48), random(2, 3, 24), False))
 
 
 def test_one_graph_for_all_lengths() -> None:

@@ -29,7 +29,7 @@ from samba_lm.ops.linear_cross_entropy import linear_cross_entropy
 from samba_lm.span import Span
 from samba_lm.train.parallel.sharding import shard
 from samba_lm.train.recipe import TrainSection
-from samba_lm.train.transforms import checkpoint_activations, remake_cheap_activations
+from samba_lm.train.transforms import checkpoint_activations, remake_cheap_activations, use_float8
 
 RESIZE = torch.UntypedStorage.resize_
 
@@ -111,6 +111,8 @@ def _pretended(gpus: int) -> DeviceMesh:
 def _prepared(config: ModelConfig, train: TrainSection) -> SambaLM:
     model = SambaLM(config)
     model.compute_dtype = getattr(torch, train.dtype)
+    if train.float8:
+        use_float8(model.layers)
     if train.activation_checkpointing == "selective":
         remake_cheap_activations(model.layers)
     elif train.activation_checkpointing == "full":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -35,7 +36,8 @@ from samba_lm.span import Cursor
 from samba_lm.train.loop import fit
 from samba_lm.train.parallel import connect
 from samba_lm.train.prepare import make_optimizer
-from samba_lm.train.recipe import ParallelSection, TrainSection
+from samba_lm.train.recipe import ParallelSection, Recipe, TrainSection
+from samba_lm.train.run import train
 from samba_lm.train.step import evaluate, train_step
 from samba_lm.train.transforms import checkpoint_activations, compile_layers, remake_cheap_activations
 
@@ -249,3 +251,17 @@ def test_what_cannot_be_shared_is_refused_before_training(length: int, words: st
     with pytest.raises(RanksError, match=words) as raised:
         on_ranks(2, refused, length, timeout=60)
     assert "training began" not in str(raised.value)
+
+
+def odd_lengths(out: str) -> None:
+    settings = {"out": out, "steps": 4, "batch_size": 2, "length": 642, "device": "cpu"}
+    data = {"tokenizer": "byte", "passkey": {"lengths": [642, 321]}}
+    model = {"name": "samba-micro", "overrides": {"d_model": 16}}
+    train(Recipe.from_dict({"model": model, "data": data, "train": settings, "parallel": {"context": 2}}))
+
+
+def test_a_length_that_comes_later_and_cannot_be_shared_is_refused_before_training(tmp_path: Path) -> None:
+    words = "data.passkey.lengths: Rows of 321 tokens do not divide among 2 processes"
+    with pytest.raises(RanksError, match=words):
+        on_ranks(2, odd_lengths, str(tmp_path / "run"), timeout=60)
+    assert not (tmp_path / "run").exists()

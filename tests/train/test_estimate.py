@@ -79,6 +79,20 @@ def test_memory_of_a_model_that_is_shared_out(name: str, mode: str) -> None:
     assert shared < taken < shared + 0.6 * GIB
 
 
+def test_float8_weights_are_not_shared_out() -> None:
+    """What further layers add: in bf16 what they keep, by float8 their weights too, in two forms of a byte."""
+    pytest.importorskip("triton")
+    layout, added = Layout(1, 8), []
+    for float8 in (False, True):
+        train = settings(activation_checkpointing="full", batch_size=64, float8=float8)
+        few, more = (first_layers("samba-1.3b", number) for number in (4, 8))
+        measured = peak_of_a_step(more, train, 4, gpus=8) - peak_of_a_step(few, train, 4, gpus=8)
+        added.append((measured, memory(more, train, layout, 4).casts - memory(few, train, layout, 4).casts))
+    (plain, none), (low, casts) = added
+    assert none == 0
+    assert casts == pytest.approx(low - plain, rel=0.02)
+
+
 def measured(name: str) -> dict[str, Any]:
     """What `samba-lm bench train` recorded of a model on an H100: its first figure, and its peak memory."""
     figures = json.loads((RESULTS / "train.json").read_text())["figures"][name]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from kernels import needs_triton
+from ranks import on_ranks
+from torch.distributed.tensor import DTensor
 
 from samba_lm import zoo
 from samba_lm.bench import training as bench
@@ -16,11 +19,12 @@ from samba_lm.config import ModelConfig
 from samba_lm.data.loader import Batch
 from samba_lm.errors import UserError
 from samba_lm.model import SambaLM
+from samba_lm.nn.linear import Linear
 from samba_lm.ops.linear import float8
 from samba_lm.train import transforms
 from samba_lm.train.parallel import connect
 from samba_lm.train.prepare import make_optimizer, prepare_model
-from samba_lm.train.recipe import Recipe, TrainSection
+from samba_lm.train.recipe import ParallelSection, Recipe, TrainSection
 from samba_lm.train.step import batch_loss, train_step
 from samba_lm.train.transforms import use_float8
 
@@ -118,6 +122,36 @@ def test_a_step_casts_each_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (1, 2):
         train_step(model, optimizer, batch(), settings, CPU, step=step)
         assert len(calls) == 6 * step
+
+
+def step_among_processes(rounded: bool) -> dict[str, Any]:
+    """Loss and gradients of one step by float8; ``rounded``: of linear maps whose weights are bf16 numbers."""
+    us, settings = connect("cpu", ParallelSection()), section()
+    model = create(config())
+    if rounded:
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, Linear):
+                    module.weight.copy_(module.weight.bfloat16())
+    use_float8(model.layers, LEAST)
+    optimizer = make_optimizer(prepare_model(model, settings, us), settings)
+    torch.manual_seed(0)
+    data, share = batch(), 4 // us.data_world
+    mine = slice(us.data_rank * share, (us.data_rank + 1) * share)
+    part = Batch(data.input_ids[mine], data.targets[mine], None)
+    loss, _ = train_step(model, optimizer, part, settings, us, step=1)
+    named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss, **{n: (g.full_tensor() if isinstance(g, DTensor) else g).tolist() for n, g in named.items()}}
+
+
+def test_processes_multiply_weights_that_were_rounded_to_bf16() -> None:
+    """And else train as one does, within what float8 is off."""
+    rounded, exact = step_among_processes(True), step_among_processes(False)
+    for found in on_ranks(2, step_among_processes, False):
+        assert found["loss"] == pytest.approx(rounded["loss"], rel=1e-6) != exact["loss"]
+        for name in exact.keys() - {"loss"}:
+            wanted = torch.tensor(exact[name])
+            assert (torch.tensor(found[name]) - wanted).norm() < 0.25 * wanted.norm(), name
 
 
 def test_where_it_is_refused() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,8 @@ from ranks import on_ranks
 from safetensors.torch import load_file
 
 from samba_lm import checkpoint, zoo
-from samba_lm.data.loader import Loader
+from samba_lm.data.loader import Batches, Loader
+from samba_lm.data.mixture import Mixture, Part, source_seed
 from samba_lm.data.shards import ShardWriter, TokenDataset
 from samba_lm.errors import UserError
 from samba_lm.tokenizer import ByteTokenizer
@@ -107,11 +110,17 @@ def noisy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, int]:
     """Data, a seed, and the step, counted from 1, that first meets noise under it: the guard knows enough by then."""
     folder = noisy_data(tmp_path_factory.mktemp("noisy"))
     dataset = TokenDataset.open(folder)
+    return folder, *noise_after_20(lambda seed: Loader(dataset, 2, LENGTH, seed))
+
+
+def noise_after_20(batches: Callable[[int], Batches]) -> tuple[int, int]:
+    """A seed under which a run meets noise after its checkpoint of step 20, and the step, counted from 1, that does."""
     for seed in range(1000):
-        loader = Loader(dataset, 2, LENGTH, seed)
-        bad = [step + 1 for step in range(STEPS) if int(loader.batch(step).input_ids.max()) > 127]
-        if 22 <= bad[0] <= 24 and all(step > 36 for step in bad[1:]):
-            return folder, seed, bad[0]
+        source = batches(seed)
+        noise = [int((source.batch(step).input_ids > 127).sum()) for step in range(STEPS)]
+        bad = [step + 1 for step in range(STEPS) if noise[step]]
+        if bad and 22 <= bad[0] <= 24 and noise[bad[0] - 1] >= LENGTH / 2 and all(step > 36 for step in bad[1:]):
+            return seed, bad[0]
     raise AssertionError("no seed puts the noise where the test wants it")
 
 
@@ -191,6 +200,27 @@ def test_the_run_goes_back_and_passes_over_batches(noisy: tuple[Path, int, int],
     train(recipe(noisy, tmp_path / "b", spike="rollback"), observer=again)
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
     assert any("back to step 20" in text for text in again.texts)
+
+
+def test_a_run_that_passes_over_batches_may_read_on_where_epochs_end(
+    noisy: tuple[Path, int, int], tmp_path: Path
+) -> None:
+    dataset, rows = TokenDataset.open(noisy[0]), 2 * STEPS
+
+    def mixed(seed: int) -> Mixture:
+        loader = Loader(dataset, 2, LENGTH, source_seed(seed, "data.mixture.a"))
+        return Mixture({"a": Part(loader, 1.0, rows / loader.rows)}, seed)
+
+    seed, bad = noise_after_20(mixed)
+    mixture = mixed(seed)
+    assert mixture.rows == rows, "just enough"
+    told, given = Watch(), recipe((noisy[0], seed, bad), tmp_path / "a", spike="rollback").to_dict()
+    source = {"path": str(noisy[0]), "weight": 1.0, "epochs": mixture.parts[0].epochs}
+    given["data"] = {"mixture": {"a": source}}
+    assert train(Recipe.from_dict(given), observer=told).steps == STEPS
+    passed = [int(found[1]) for text in told.texts if (found := re.search(r"passing over (\d+) batches", text))]
+    assert passed[0] == bad - 20
+    assert told.texts[-1] == f"Tokens read: a {2 * (STEPS + sum(passed)) * LENGTH:,}."
 
 
 def test_gradients_that_are_not_finite_are_skipped_so_often(noisy: tuple[Path, int, int], tmp_path: Path) -> None:

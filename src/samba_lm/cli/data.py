@@ -39,8 +39,8 @@ class Prepare:
     """Turn text into token shards: `samba-lm data prepare books/ notes.jsonl.gz --tokenizer bpe:8192 --out data/books`.
 
     Reads .txt (a file is a document), .jsonl and .ndjson (a line is one), .parquet (a row is one), the first three also
-    as .gz, .xz or .bz2, and folders of these. Other files named one by one are read as plain text. The same input gives
-    the same bytes. On any error, or Ctrl-C, nothing is left behind.
+    as .gz, .xz, .bz2 or .zst, and folders of these. Other files named one by one are read as plain text. The same input
+    gives the same bytes. On any error, or Ctrl-C, nothing is left behind.
     """
 
     inputs: Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE|FOLDER|hf:NAME ...")]]

@@ -31,8 +31,8 @@ class DataChat:
     """Show how conversations are learnt: the first one written out, the answers marked, and counts of all.
 
     Reads JSON lines, each {"messages": [{"role": ..., "content": ...}, ...]} or {"prompt": ..., "completion": ...},
-    also as .gz, .xz or .bz2. With --out they are prepared: a recipe's data.chat.files takes that folder, or the files
-    themselves where they are small.
+    also as .gz, .xz, .bz2 or .zst. With --out they are prepared: a recipe's data.chat.files takes that folder, or the
+    files themselves where they are small.
     """
 
     inputs: Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE|FOLDER ...")]]

@@ -45,7 +45,7 @@ class EntropyOptions:
     checkpoints: Checkpoints
     """Checkpoint folders, or training runs' (their newest steps)."""
     data: Annotated[Path, tyro.conf.arg(metavar="FILE")]
-    """The texts: JSON lines, also packed (.gz, .xz, .bz2). The paper's are GSM8K's test.jsonl."""
+    """The texts: JSON lines, also packed (.gz, .xz, .bz2, .zst). The paper's are GSM8K's test.jsonl."""
     question: str = "question"
     """The field with the question,"""
     answer: str = "answer"

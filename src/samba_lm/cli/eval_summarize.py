@@ -45,7 +45,7 @@ class SummarizeOptions:
     task: Literal["squality", "qmsum", "govreport"]
     """Whose texts: see above."""
     data_dir: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
-    """Where the data is: FOLDER/TASK/test.jsonl, also packed (.gz, .xz, .bz2)."""
+    """Where the data is: FOLDER/TASK/test.jsonl, also packed (.gz, .xz, .bz2, .zst)."""
     split: str | None = None
     """Another part of the data than test: dev of squality, val of qmsum."""
     limit: int | None = None

@@ -150,6 +150,9 @@ def find_recipe(name: str) -> Path:
     beside = [other for other in COLLECTED if other.startswith(f"{path.parent}/")]
     if beside and not path.parent.is_dir():
         raise UserError(f"No recipe {name!r}.{did_you_mean(name, beside)}")
+    file = Path(f"{path}.toml")
+    if name not in RECIPES and len(os.fsencode(file.name)) <= MAX_NAME_BYTES and file.is_file():
+        raise UserError(f"No recipe {name!r}. Did you mean {str(file)!r}?")
     if path.name != name:
         return path
     if name not in RECIPES:

@@ -6,7 +6,8 @@ near the weights, and how many rows of a source come before a row is known witho
 nothing to catch up with.
 
 A source that may be read so many times only has its last row somewhere; there a phase ends, and the others go on in
-proportion to their own weights.
+proportion to their own weights. After the last one's end all go on with their first weights, each from where it is:
+such rows are for runs that passed over earlier ones. Who holds to the epochs asks ``rows`` how many come until then.
 """
 
 from __future__ import annotations
@@ -70,6 +71,9 @@ class Mixture:
     Raises:
         UserError: no source, a weight that is not positive or less than one row in 65,536, epochs that are not
             positive, sources of different tokenizers or sizes.
+
+    Attributes:
+        rows: how many there are until all sources were read as often as they may; None: no end.
     """
 
     def __init__(self, parts: Mapping[str, Part], seed: int) -> None:
@@ -85,7 +89,7 @@ class Mixture:
         weights = np.array([part.weight for part in self.parts])
         self._block = functools.lru_cache(maxsize=4)(self._arranged)
         self._phases = [_Phase(0, 0, self._counts(weights), np.zeros_like(limits))]
-        self._plan(limits, weights)
+        self.rows = self._plan(limits, weights)
 
     def _check(self, name: str, part: Part) -> None:
         if not 0 < part.weight < math.inf:
@@ -100,26 +104,13 @@ class Mixture:
             )
         assert (loader.batch_size, loader.length, loader.documents) == (self.batch_size, self.length, first.documents)
 
-    @property
-    def rows(self) -> int | None:
-        """How many rows there are in all; None: no end."""
-        last = self._phases[-1]
-        return None if last.counts.any() else last.first
-
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """The rows of ``rank`` in the global batch of ``step`` (from 0), which does not depend on ``world``.
 
         Raises:
-            UserError: the batch does not divide among ``world`` processes; all sources have been read as often as
-                they may.
+            UserError: the batch does not divide among ``world`` processes.
         """
-        rows = local_rows(self.batch_size, step, rank, world)
-        if self.rows is not None and (step + 1) * self.batch_size > self.rows:
-            raise UserError(
-                f"All sources have been read as often as their epochs allow after {self.rows // self.batch_size:,} "
-                "steps: train for fewer steps, or let a source be read more often."
-            )
-        sources, ordinals = self.assigned(rows)
+        sources, ordinals = self.assigned(local_rows(self.batch_size, step, rank, world))
         read, order = [], []
         for source in np.unique(sources):
             places = np.flatnonzero(sources == source)
@@ -150,7 +141,7 @@ class Mixture:
 
     def rows_read(self, steps: int) -> dict[str, int]:
         """How many rows the first ``steps`` steps read of each source."""
-        end = steps * self.batch_size if self.rows is None else min(steps * self.batch_size, self.rows)
+        end = steps * self.batch_size
         phase = next(phase for phase in reversed(self._phases) if phase.first <= end)
         blocks, places = divmod(end - phase.first, BLOCK)
         source, _ = self._block(phase.number, blocks)
@@ -170,8 +161,11 @@ class Mixture:
         }
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def _plan(self, limits: NDArray[np.int64], weights: NDArray[np.float64]) -> None:
-        """Add a phase wherever a source has its last row; ``limits``: how many rows may be read of each."""
+    def _plan(self, limits: NDArray[np.int64], weights: NDArray[np.float64]) -> int | None:
+        """Add a phase wherever a source has its last row; ``limits``: how many rows may be read of each.
+
+        Returns how many rows there are when all had their last; None: some have none.
+        """
         while (limits[weights > 0] < _NO_END).any():
             now = self._phases[-1]
             left = np.where((weights > 0) & (limits < _NO_END), limits - now.read, _NO_END)
@@ -182,7 +176,11 @@ class Mixture:
             read = now.read + block * now.counts + np.bincount(source[: last + 1], minlength=limits.size)
             weights = np.where(read >= limits, 0, weights)
             first = now.first + block * BLOCK + last + 1
-            self._phases.append(_Phase(first, now.number + 1, self._counts(weights), read))
+            counts = self._counts(weights) if weights.any() else self._phases[0].counts
+            self._phases.append(_Phase(first, now.number + 1, counts, read))
+            if not weights.any():
+                return first
+        return None
 
     def _arranged(self, number: int, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Of each row of a phase's block its source, and how many rows of that source stand before it in the block."""
@@ -195,8 +193,6 @@ class Mixture:
 
     def _counts(self, weights: NDArray[np.float64]) -> NDArray[np.int64]:
         """How many rows of a block each source has: whole numbers nearest to the weights, by largest remainder."""
-        if not weights.any():
-            return np.zeros(weights.size, dtype=np.int64)
         exact = weights / weights.sum() * BLOCK
         counts = np.floor(exact).astype(np.int64)
         missing = BLOCK - int(counts.sum())

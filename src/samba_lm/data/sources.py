@@ -11,6 +11,7 @@ import bz2
 import codecs
 import contextlib
 import gzip
+import io
 import json
 import lzma
 import os
@@ -31,12 +32,11 @@ PIECE_CHARS = 2**18
 TEXT_SUFFIXES = (".txt",)
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET_SUFFIX = ".parquet"
-PACKED_SUFFIXES = (".gz", ".xz", ".bz2")
+PACKED_SUFFIXES = (".gz", ".xz", ".bz2", ".zst")
 _BLOCK_BYTES = 2**18
 _PARQUET_ROWS = 256
 _REFUSED = {
     ".json": "write one JSON object a line into a .jsonl file",
-    ".zst": "unpack it first (zstd -d), or pack it as .gz or .xz",
     ".zip": "unpack it first and give the folder",
     ".tar": "unpack it first and give the folder",
     ".npy": "give the text it was made from",
@@ -106,8 +106,8 @@ def find_files(inputs: Sequence[str | os.PathLike[str]], suffixes: Iterable[str]
     """Return the files to read: those named, and those in the folders named, recursively and in sorted order.
 
     A named file is read whatever its suffix; in folders, files whose suffix is known (``.txt``, ``.jsonl``,
-    ``.ndjson``, ``.parquet``, the first three also with ``.gz``, ``.xz`` or ``.bz2``) or among ``suffixes`` (read as
-    plain text). Hidden files and folders are left out; a file found twice is read once.
+    ``.ndjson``, ``.parquet``, the first three also with ``.gz``, ``.xz``, ``.bz2`` or ``.zst``) or among ``suffixes``
+    (read as plain text). Hidden files and folders are left out; a file found twice is read once.
 
     Raises:
         UserError: an input is missing or empty, a folder has nothing to read, or nothing was named.
@@ -162,9 +162,10 @@ def read_file(file: SourceFile, options: ReadOptions) -> Iterator[Piece]:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[IO[bytes], Stream]]:
-    """A file's bytes as they lie, and unpacked as its suffix says (.gz, .xz, .bz2; others are the same twice).
+    """A file's bytes as they lie, and unpacked as its suffix says (.gz, .xz, .bz2, .zst; others are the same twice).
 
-    Raises UserError where it cannot be opened, and where reading it finds it damaged.
+    Raises UserError where it cannot be opened, where pyarrow is needed (.zst) and absent, and where reading finds it
+    damaged.
     """
     try:
         with path.open("rb") as raw, contextlib.closing(_unpacked(path, raw)) as stream:
@@ -172,7 +173,9 @@ def opened(path: Path) -> Iterator[tuple[IO[bytes], Stream]]:
     except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
         raise UserError(f"{path} is not a whole {path.suffix} file ({error}): copy it again.") from error
     except OSError as error:
-        if error.errno is None:  # bz2's own; the system's have a number
+        if "too much memory" in str(error):
+            raise UserError(f"{path} was packed with a long window: unpack it first (zstd -d --long=31).") from error
+        if error.errno is None:  # bz2's and pyarrow's own; the system's have a number
             raise UserError(f"{path} is not a whole {path.suffix} file ({error}): copy it again.") from error
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
 
@@ -185,7 +188,18 @@ def _unpacked(path: Path, raw: IO[bytes]) -> Stream:
             return lzma.open(raw)
         case ".bz2":
             return bz2.open(raw)
+        case ".zst":
+            return _zstd(path, raw)
     return raw
+
+
+def _zstd(path: Path, raw: IO[bytes]) -> IO[bytes]:
+    """By pyarrow, which finds a file's end missing; Python itself reads .zst from 3.14 on only."""
+    try:
+        import pyarrow as pa
+    except ImportError as error:
+        raise UserError(f'{path} needs pyarrow to be read: pip install "samba-lm[parquet]".') from error
+    return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), _BLOCK_BYTES)
 
 
 def _read_text(file: SourceFile, raw: IO[bytes], stream: Stream, options: ReadOptions) -> Iterator[Piece]:

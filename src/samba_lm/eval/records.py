@@ -56,7 +56,7 @@ class Records:
 
 
 def read_records(path: Path) -> Records:
-    """Read JSON lines, one object a line, also packed (.gz, .xz, .bz2).
+    """Read JSON lines, one object a line, also packed (.gz, .xz, .bz2, .zst).
 
     Raises UserError, naming the line, where there is no such file or it holds something else.
     """

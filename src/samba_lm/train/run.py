@@ -82,12 +82,24 @@ def train(
     with parallel.joined():
         pieces(recipe.train, parallel)
         if parallel.context is not None:
-            part_length(recipe.train.length, parallel.context.count)
+            _check_parts(recipe, parallel.context.count)
         observer = observer if observer is not None and parallel.is_main else Observer()
         with together(parallel):
             data = open_data(recipe, parallel.data_rank, parallel.data_world)
         with _held(Path(recipe.train.out), parallel, observer, fresh):
             return _train(recipe, parallel, data, model, observer, resume, stop)
+
+
+def _check_parts(recipe: Recipe, count: int) -> None:
+    """Raise UserError unless ``count`` processes can share the rows of every length that comes in the run."""
+    part_length(recipe.train.length, count)
+    made = recipe.data.recall
+    for length in made.lengths if made is not None else ():
+        try:
+            part_length(length, count)
+        except UserError as error:
+            key = "passkey" if made is recipe.data.passkey else "phonebook"
+            raise UserError(f"data.{key}.lengths: {error}") from None
 
 
 def _train(

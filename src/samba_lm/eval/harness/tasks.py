@@ -1,7 +1,7 @@
 """The harness's tasks over a folder of files: its own task definitions, which this points to data on the disk.
 
-The folder is laid out as ``TASK/SPLIT.jsonl``, each file plain or packed (.xz, .gz, .bz2); see :data:`TASKS`. What is
-written is a folder of rows and YAML files for ``lm_eval --include_path``: prompts, answers and metrics stay the
+The folder is laid out as ``TASK/SPLIT.jsonl``, each file plain or packed (.xz, .gz, .bz2, .zst); see :data:`TASKS`.
+What is written is a folder of rows and YAML files for ``lm_eval --include_path``: prompts, answers and metrics stay the
 harness's own, whose file each YAML file includes by its path.
 """
 

@@ -80,10 +80,13 @@ def _(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 @torch.library.custom_op("samba_lm::linear_halves_backward", mutates_args=())
 def _halves_backward(
-    dfirst: torch.Tensor, dsecond: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
+    dfirst: torch.Tensor, dsecond: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, with_dweight: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of x and of the weight, the latter empty where it is not wanted."""
     upper, lower = weight.chunk(2)
     dx = (dfirst @ upper).addmm_(dsecond, lower)
+    if not with_dweight:
+        return dx, weight.new_empty(0)
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     for gradient, rows in zip((dfirst, dsecond), dweight.chunk(2), strict=True):
         torch.mm(gradient.t(), x, out=rows)
@@ -92,17 +95,22 @@ def _halves_backward(
 
 @_halves_backward.register_fake
 def _(
-    dfirst: torch.Tensor, dsecond: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
+    dfirst: torch.Tensor, dsecond: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, with_dweight: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape if with_dweight else (0,))
 
 
 def _halves_setup(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: object) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _halves_gradients(ctx: Any, dfirst: torch.Tensor, dsecond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return _halves_backward(dfirst.contiguous(), dsecond.contiguous(), *ctx.saved_tensors)
+def _halves_gradients(
+    ctx: Any, dfirst: torch.Tensor, dsecond: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    # Of a frozen weight, beside an adapter, nobody wants the gradient, which would be half of backward's work.
+    wanted = ctx.needs_input_grad[1]
+    dx, dweight = _halves_backward(dfirst.contiguous(), dsecond.contiguous(), *ctx.saved_tensors, wanted)
+    return dx, dweight if wanted else None
 
 
 _halves.register_autograd(_halves_gradients, setup_context=_halves_setup)

@@ -129,18 +129,21 @@ def _(gate: torch.Tensor, up: torch.Tensor, dact: torch.Tensor) -> Any:
 
 
 @torch.library.custom_op("samba_lm::swiglu_backward_and_again", mutates_args=())
-def _swiglu_backward_and_again(gate_up: torch.Tensor, dact: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of gate_up [..., 2 F], and SiLU(gate) * up [..., F] again."""
+def _swiglu_backward_and_again(
+    gate_up: torch.Tensor, dact: torch.Tensor, again: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of gate_up [..., 2 F], and SiLU(gate) * up [..., F] again, empty unless asked for."""
     dgate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
-    act = torch.empty_like(dact, memory_format=torch.contiguous_format)
+    act = torch.empty_like(dact, memory_format=torch.contiguous_format) if again else None
     (gate, up), (dgate, dup) = gate_up.chunk(2, dim=-1), dgate_up.chunk(2, dim=-1)
     _launch_backward(gate, up, dact, dgate, dup, act)
-    return dgate_up, act
+    return dgate_up, dact.new_empty(0) if act is None else act
 
 
 @_swiglu_backward_and_again.register_fake
-def _(gate_up: torch.Tensor, dact: torch.Tensor) -> Any:
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (gate_up, dact))
+def _(gate_up: torch.Tensor, dact: torch.Tensor, again: bool) -> Any:
+    dgate_up, act = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (gate_up, dact))
+    return dgate_up, act if again else dact.new_empty(0)
 
 
 @torch.library.custom_op("samba_lm::swiglu_linear", mutates_args=())
@@ -164,8 +167,9 @@ def _grad(ctx: Any, dact: torch.Tensor) -> Any:
 
 def _linear_grad(ctx: Any, dy: torch.Tensor) -> Any:
     gate_up, weight = ctx.saved_tensors
-    dgate_up, act = _swiglu_backward_and_again(gate_up, dy @ weight)
-    return dgate_up, dy.reshape(-1, dy.shape[-1]).t() @ act.reshape(-1, act.shape[-1])
+    again = ctx.needs_input_grad[1]  # not of a frozen weight, beside an adapter
+    dgate_up, act = _swiglu_backward_and_again(gate_up, dy @ weight, again)
+    return dgate_up, dy.reshape(-1, dy.shape[-1]).t() @ act.reshape(-1, act.shape[-1]) if again else None
 
 
 _swiglu.register_autograd(_grad, setup_context=_setup)

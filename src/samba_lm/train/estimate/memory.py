@@ -24,7 +24,8 @@ class Memory:
     optimizer: int
     """fp32: two moments for AdamW, one for the matrices that Muon moves."""
     casts: int
-    """Weights in what the layers compute in, cast once a step; where they are sharded they are gathered instead."""
+    """Weights in what the layers compute in, cast once a step; where they are sharded they are gathered instead, and
+    only float8 ones, which are made of the gathered, are kept."""
     gathered: int
     """Where weights are sharded: layers gathered for their turn, their gradients before they are shared out, and
     embedding and head whole."""
@@ -51,7 +52,8 @@ def matrices(spec: LayerSpec, d_model: int) -> int:
 def memory(config: ModelConfig, train: TrainSection, layout: Layout, micro_batch: int) -> Memory:
     """Memory of one of ``layout``'s GPUs with ``micro_batch`` rows at once on each.
 
-    Compiled layers and float8 products are taken for what neither is: they keep somewhat less.
+    Compiled layers and float8 products are taken for what neither is, but for float8's weights: they keep somewhat
+    less.
     """
     D, size = config.d_model, 2 if train.dtype == "bfloat16" else 4
     everything, large = config.parameters(), [matrices(spec, D) for spec in config.layers]
@@ -72,12 +74,16 @@ def memory(config: ModelConfig, train: TrainSection, layout: Layout, micro_batch
     stack, working = _moments(config, train, size)
     activations = tokens * stack + train.length // layout.context * rotation(config)
     accumulated = train.batch_size // layout.readers > micro_batch or activations < 4 * own
+    if alone:
+        casts = size * everything if size < 4 else 0
+    else:
+        casts = size * head + (2 * sum(large) if train.float8 else 0)  # float8: as they are, and transposed
     logits = min(LOGITS_BYTES, 4 * tokens * config.vocab_size)
     return Memory(
         parameters=4 * own,
         gradients=4 * own if accumulated else 0,
         optimizer=8 * own - 4 * moved,
-        casts=size * everything if alone and size < 4 else 0 if alone else size * head,
+        casts=casts,
         gathered=gathered,
         activations=activations,
         working=4 * head + max(tokens * working, logits + 3 * size * D * tokens, last),

@@ -6,6 +6,11 @@ layers compute in, when it is their layer's turn. Embedding and head are another
 Everything else (norms, convolutions, A_log, D, biases; under one hundredth of a model) is not sharded: each process
 holds it, and gradients are summed (``Group.finish_gradients``). FSDP casts a unit as a whole, and these must not be
 cast; so every number is rounded exactly where one process rounds it.
+
+Not so with float8 (``train.float8``): weights are gathered in bf16 and rounded to float8 from there, their gradients
+leave a process in bf16, and a gradient's scale is that of a process's own rows, as it is of a micro-batch's. That is
+within what float8 products are off anyway. What a process makes of the gathered weights, 2 bytes a number, it keeps for
+all layers until the step ends.
 """
 
 from __future__ import annotations

@@ -65,7 +65,8 @@ class ChatSection(Section):
     """Conversations, of which the answers are learnt."""
 
     files: Annotated[tuple[PathText, ...], Field(strict=False)] = ()
-    """JSON lines (messages, or prompt and completion; also .gz, .xz, .bz2), or one folder of `samba-lm data chat`."""
+    """JSON lines (messages, or prompt and completion; also .gz, .xz, .bz2, .zst), or one folder of
+    `samba-lm data chat`."""
     val: Annotated[tuple[PathText, ...], Field(strict=False)] = ()
     """The same, held out, to measure the answers' loss on; none: no validation."""
 
