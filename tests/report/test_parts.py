@@ -134,6 +134,21 @@ def _evaluation(*losses: float) -> Measured:
     return Measured(name="prefix", fingerprint="g", seconds=1.0, results=rows)
 
 
+def test_texts_of_a_study_that_are_shown_each_by_itself() -> None:
+    means = [math.log(40), math.log(900)]
+    row = {"length": 1024, "loss": sum(means) / 2, "windows": 2, "tokens": 8, "positions": (1, 8), "note": ""}
+    results = [{**row, "standard_error": 1.5, "means": means}]
+    measured = Measured(name="stream", fingerprint="g", seconds=1.0, results=results)
+    _record("samba", "final", 0.002, 0, 3.1, evaluations=[measured])
+    told = {"evaluations": [{"name": "stream", "title": "Books", "apart": ["a <b>", "c"]}]}
+    Path("runs/small/study.json").write_text(json.dumps({"format": "samba-lm study", "study": told}))
+    text = _page()
+    assert re.findall(r"<h4>(.*?)</h4>", text) == ["Books: a &lt;b&gt;", "Books: c"]
+    rows = _rows(text)
+    assert [["samba"], ["40.00"]] in rows
+    assert [["samba"], ["900.0"]] in rows
+
+
 def test_a_study() -> None:
     for run, losses in (("samba", (3.5, 3.2)), ("llama", (3.4, 3.6))):
         for lr, loss in zip((0.001, 0.002), losses, strict=True):

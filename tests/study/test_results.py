@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,25 @@ import pytest
 
 from samba_lm.eval.intervals import mean_interval
 from samba_lm.eval.perplexity import LengthResult
-from samba_lm.study.results import Cell, _cell, difference, rank_correlation
-from samba_lm.study.tables import grid, number, signed, slug
+from samba_lm.study.record import Record
+from samba_lm.study.results import Cell, Found, Results, View, _cell, difference, rank_correlation
+from samba_lm.study.study import Evaluation, Run, Study
+from samba_lm.study.tables import grid, markdown, number, signed, slug
 from samba_lm.study.worker import compact
+
+RECORD: dict[str, Any] = {
+    "run": "samba",
+    "stage": "final",
+    "lr": 1e-3,
+    "seed": 0,
+    "fingerprint": "",
+    "status": "done",
+    "recipe": {"train": {"length": 8}},
+    "config": {},
+    "parameters": 1,
+    "flops_per_token": 1.0,
+    "started": "",
+}
 
 
 def cell(*means: float, losses: tuple[float, ...] | None = None) -> Cell:
@@ -67,6 +84,29 @@ def test_records_of_earlier_versions_give_the_intervals_that_they_can() -> None:
     assert [math.log(end) for end in cell.interval] == pytest.approx([exact.low, exact.high])
     assert math.isnan(difference(cell, _cell(1024, [measured(values)])).low), "of the two together nothing is known"
     assert math.isnan(_cell(1024, [{**old, "standard_error": None}]).interval[0])
+
+
+def test_of_few_unlike_texts_each_is_shown_by_itself() -> None:
+    """As whole: three documents, a mean, an interval. Apart: each one's perplexity, no interval."""
+    whole = Evaluation(name="stream", data="x", lengths=(8,), protocol="stream")
+    apart = Evaluation(**{**whole.model_dump(), "apart": ("a", "b", "c"), "title": "Books"})
+    record = {**RECORD, "evaluations": [{"name": "stream", "fingerprint": "", "seconds": 1.0, "results": [
+        {**measured([2.0, 3.0, 7.0], 8), "tokens": 24}
+    ]}]}  # fmt: skip
+    run = Run(name="samba", recipe="samba.toml", groups=("g",))
+    found = Found(run, (Record.model_validate(record),), ())
+    assert found.cells(View(whole))[8].perplexity == pytest.approx(math.exp(4))
+    results = Results(Study(runs=(run,), evaluations=(apart,)), (found,), {}, Path(), ())
+    assert [(view.title, view.stem) for view in results.views] == [
+        ("Books: a", "stream-1"), ("Books: b", "stream-2"), ("Books: c", "stream-3"),
+    ]  # fmt: skip
+    cells = [found.cells(view)[8] for view in results.views]
+    assert [cell.perplexity for cell in cells] == pytest.approx([math.exp(2), math.exp(3), math.exp(7)])
+    assert all(math.isnan(cell.interval[0]) and cell.tokens == 8 for cell in cells)
+    assert not found.cells(View(Evaluation(**{**apart.model_dump(), "apart": tuple("abcd")}), 3))[8].losses
+    text = markdown(results)
+    assert "### Books: b" in text
+    assert "| samba | **20.09** |" in text
 
 
 def test_means_that_are_not_finite_are_not_kept() -> None:

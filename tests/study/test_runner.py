@@ -87,8 +87,8 @@ def tables(study: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text = (out / "tables.md").read_text(encoding="utf-8")
     results = read_results(study / "out")
     samba, llama, _ = results.found
-    evaluation = results.study.evaluations[0]
-    cell = samba.cells(evaluation)[32]
+    view = results.views[0]
+    cell = samba.cells(view)[32]
     assert len(cell.losses) == 2
     low, high = cell.seeds or (0, 0)
     assert low < cell.perplexity < high
@@ -98,8 +98,8 @@ def tables(study: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "| Samba | 421M | 10.06 |" in text
     assert "1e+30" in text
     assert "diverged" in text
-    apart = difference(llama.cells(evaluation)[32], cell)
-    assert apart.mean == pytest.approx(llama.cells(evaluation)[32].loss - cell.loss, abs=1e-4)
+    apart = difference(llama.cells(view)[32], cell)
+    assert apart.mean == pytest.approx(llama.cells(view)[32].loss - cell.loss, abs=1e-4)
     assert apart.low < apart.mean < apart.high
     # A length that full attention is not asked for is a dash, and not a zero.
     row = next(line for line in text.splitlines() if line.startswith("| llama |") and "±" in line)

@@ -42,6 +42,8 @@ class Run:
     val_loss: float | None
     curve: list[tuple[float, float]]
     evaluations: dict[str, dict[int, Measured]]
+    windows: dict[str, dict[int, list[float]]]
+    """By evaluation and length, each window's perplexity, where the record holds it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class About:
     evaluations: dict[str, str]
     runs: dict[str, str]
     groups: dict[str, list[str]]
+    apart: dict[str, list[str]]
+    """By evaluation, what its windows are called, where each is to be shown by itself."""
 
     @classmethod
     def of(cls, folder: str, record: dict[str, Any]) -> About:
@@ -66,7 +70,9 @@ class About:
             for group in mine if isinstance(mine, list) else []:
                 groups.setdefault(str(group), []).append(name)
         title = "Study" if folder == "." else f"Study: {folder}"
-        return cls(str(told.get("title") or title), _titles(evaluations), _titles(runs), groups)
+        named = {name: row.get("apart") for name, row in evaluations.items()}
+        apart = {name: list(map(str, words)) for name, words in named.items() if isinstance(words, list) and words}
+        return cls(str(told.get("title") or title), _titles(evaluations), _titles(runs), groups, apart)
 
     def of_groups(self, names: Sequence[str]) -> dict[str, list[str]]:
         """The runs ``names`` by group, in the study's order; those of none come last."""
@@ -107,6 +113,7 @@ def read(found: StudyRun) -> Run:
         val_loss=_maybe(record["val_loss"]),
         curve=[(float(step), float(loss)) for step, loss in record["curve"] if loss is not None],
         evaluations={str(each["name"]): _lengths(each["results"]) for each in record["evaluations"]},
+        windows={str(each["name"]): _windows(each["results"]) for each in record["evaluations"]},
     )
 
 
@@ -124,6 +131,11 @@ def _lengths(rows: Sequence[dict[str, Any]]) -> dict[int, Measured]:
         reach = math.nan if error is None or windows < 2 else student(windows - 1) * error
         found[whole(row["length"], 1)] = Measured(*map(_exp, (loss, loss - reach, loss + reach)))
     return found
+
+
+def _windows(rows: Sequence[dict[str, Any]]) -> dict[int, list[float]]:
+    alone = (row for row in rows if row.get("group", 1) == 1)
+    return {whole(row["length"], 1): [_exp(float(mean)) for mean in row["means"]] for row in alone}
 
 
 def _exp(loss: float) -> float:
@@ -162,9 +174,25 @@ def _group(group: str, done: dict[str, list[Run]], about: About, anchor: str) ->
         parts.append(_losses(done, styles, anchor))
     evaluations = dict.fromkeys(name for some in done.values() for run in some for name in run.evaluations)
     for i, evaluation in enumerate(evaluations):
-        parts.append(tag("h4", about.evaluations.get(evaluation, evaluation)))
-        parts.append(_evaluation(evaluation, done, styles, f"{anchor}-{i}"))
+        title = about.evaluations.get(evaluation, evaluation)
+        for j, name in enumerate(about.apart.get(evaluation, [])):
+            parts.append(tag("h4", f"{title}: {name}"))
+            alone = {run: [_alone(each, evaluation, j) for each in some] for run, some in done.items()}
+            parts.append(_evaluation(evaluation, alone, styles, f"{anchor}-{i}-{j}"))
+        if evaluation not in about.apart:
+            parts.append(tag("h4", title))
+            parts.append(_evaluation(evaluation, done, styles, f"{anchor}-{i}"))
     return join(parts)
+
+
+def _alone(run: Run, evaluation: str, window: int) -> Run:
+    """A run as measured on one window of an evaluation alone."""
+    found = {
+        length: Measured(values[window], math.nan, math.nan)
+        for length, values in run.windows.get(evaluation, {}).items()
+        if window < len(values)
+    }
+    return replace(run, evaluations={**run.evaluations, evaluation: found})
 
 
 def _costs(done: dict[str, list[Run]], styles: dict[str, int]) -> Html:

@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from samba_lm.figures import Axis, Curve, nice, plot, short
-from samba_lm.study.results import Found, Results, difference
-from samba_lm.study.study import Evaluation
+from samba_lm.study.results import Found, Results, View, difference
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +20,7 @@ FAR = 3.0
 """Perplexities above so many times the lowest are cut off: how bad is in the table."""
 
 
-def perplexity_figure(results: Results, models: Sequence[Found], evaluation: Evaluation) -> Figure | None:
+def perplexity_figure(results: Results, models: Sequence[Found], view: View) -> Figure | None:
     """Perplexity against length; None where nothing was measured.
 
     Without intervals: those of the text are the same for all models and far wider than the differences (see
@@ -29,7 +28,7 @@ def perplexity_figure(results: Results, models: Sequence[Found], evaluation: Eva
     """
     curves = []
     for style, each in enumerate(_in_order(results, models)):
-        cells = [cell for cell in each.cells(evaluation).values() if cell.losses]
+        cells = [cell for cell in each.cells(view).values() if cell.losses]
         if cells:
             lengths, values = [cell.length for cell in cells], [cell.perplexity for cell in cells]
             curves.append(Curve(each.title, lengths, values, style=style))
@@ -39,20 +38,20 @@ def perplexity_figure(results: Results, models: Sequence[Found], evaluation: Eva
     if not curves:
         return None
     y = Axis("perplexity", "log10", ticks=nice([lowest, highest]), limits=(lowest / 1.03, highest * 1.03))
-    return _draw(results, curves, evaluation, y)
+    return _draw(results, curves, view, y)
 
 
-def difference_figure(results: Results, models: Sequence[Found], evaluation: Evaluation) -> Figure | None:
+def difference_figure(results: Results, models: Sequence[Found], view: View) -> Figure | None:
     """How much higher perplexity is than the reference's, in percent, with 95% intervals of window by window."""
     reference = results.reference
     if reference is None:
         return None
-    ours = reference.cells(evaluation)
+    ours = reference.cells(view)
     curves = []
     for style, each in enumerate(_in_order(results, models)):
         points = [
             (cell.length, difference(cell, ours[cell.length]))
-            for cell in each.cells(evaluation).values()
+            for cell in each.cells(view).values()
             if cell.losses and cell.length in ours and ours[cell.length].losses
         ]
         if points:
@@ -61,14 +60,16 @@ def difference_figure(results: Results, models: Sequence[Found], evaluation: Eva
                 for column in zip(*((mean.low, mean.mean, mean.high) for _, mean in points), strict=True)
             )
             name = each.title if min(means) < NEAR else f"{each.title} (above)"
-            curves.append(Curve(name, [length for length, _ in points], means, lows, highs, style))
+            known = not any(map(math.isnan, lows))  # of one window alone there is no interval
+            ends = (lows, highs) if known else (None, None)
+            curves.append(Curve(name, [length for length, _ in points], means, ends[0], ends[1], style))
     near = [y for curve in curves for y in curve.y if abs(y) < NEAR]
     if len(curves) < 2 or not near:
         return None
     reach = max(near) - min(0.0, *near)
     limits = (min(0.0, *near) - 0.15 * reach, max(0.0, *near) + 0.15 * reach)
     label = f"perplexity above {reference.title}'s (%)"
-    return _draw(results, curves, evaluation, Axis(label, limits=limits if reach else None))
+    return _draw(results, curves, view, Axis(label, limits=limits if reach else None))
 
 
 def sweep_figure(results: Results) -> Figure | None:
@@ -96,9 +97,9 @@ def percent(loss: float) -> float:
     return 100 * math.expm1(min(loss, 50.0))
 
 
-def _draw(results: Results, curves: Sequence[Curve], evaluation: Evaluation, y: Axis) -> Figure:
+def _draw(results: Results, curves: Sequence[Curve], view: View, y: Axis) -> Figure:
     lengths = sorted({float(length) for curve in curves for length in curve.x})
-    label = "place in the document (tokens)" if evaluation.protocol == "stream" else "context (tokens)"
+    label = "place in the document (tokens)" if view.evaluation.protocol == "stream" else "context (tokens)"
     trained = results.trained_length
     marks = () if trained is None else ((trained, f"trained on {short(trained)}"),)
     return _curves(curves, Axis(label, "log2", ticks=lengths if len(lengths) <= 12 else None), y, marks)

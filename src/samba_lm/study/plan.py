@@ -247,7 +247,7 @@ class Planner:
             if not lengths:
                 continue
             settings = evaluation.model_dump(
-                mode="json", exclude={"data", "title", "max_length_growing"}, exclude_defaults=True
+                mode="json", exclude={"data", "title", "apart", "max_length_growing"}, exclude_defaults=True
             )
             settings["measured"] = lengths
             settings["data"] = described(self.data.open(evaluation.data, f"Evaluation {evaluation.name}", True))

@@ -66,6 +66,24 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class View:
+    """What a table shows of an evaluation: all of its text, or one window of it."""
+
+    evaluation: Evaluation
+    window: int | None = None
+
+    @property
+    def title(self) -> str:
+        whole = self.evaluation.title or self.evaluation.name
+        return whole if self.window is None else f"{whole}: {self.evaluation.apart[self.window]}"
+
+    @property
+    def stem(self) -> str:
+        """What its files' names begin with."""
+        return self.evaluation.name + ("" if self.window is None else f"-{self.window + 1}")
+
+
+@dataclass(frozen=True)
 class Found:
     """What was found of one run."""
 
@@ -79,13 +97,14 @@ class Found:
     def title(self) -> str:
         return self.run.title or self.run.name
 
-    def cells(self, evaluation: Evaluation) -> dict[int, Cell]:
+    def cells(self, view: View) -> dict[int, Cell]:
         """By length; without those that no seed was measured at."""
-        measured = [each.results for record in self.finals if (each := record.evaluation(evaluation.name)) is not None]
+        name = view.evaluation.name
+        measured = [each.results for record in self.finals if (each := record.evaluation(name)) is not None]
         rows: dict[int, list[dict[str, Any]]] = {}
         for results in measured:
             for row in results:
-                rows.setdefault(row["length"], []).append(row)
+                rows.setdefault(row["length"], []).append(row if view.window is None else _window(row, view.window))
         return {length: _cell(length, rows[length]) for length in sorted(rows)}
 
     def mean(self, field: str) -> float:
@@ -111,6 +130,14 @@ class Results:
         """In the order of the study."""
         return list(dict.fromkeys(group for each in self.found for group in each.run.groups))
 
+    @property
+    def views(self) -> list[View]:
+        """What is shown of the evaluations, in the order of the study."""
+        found = []
+        for each in self.study.evaluations:
+            found += [View(each, i) for i in range(len(each.apart))] or [View(each)]
+        return found
+
     def group(self, name: str) -> list[Found]:
         return [each for each in self.found if name in each.run.groups]
 
@@ -129,7 +156,7 @@ class Results:
     def beside(self, paper: PaperTable, name: str) -> list[float]:
         """A run's perplexities at the lengths that stand beside a published table; NaN where there is none."""
         evaluation = next((each for each in self.study.evaluations if each.name == paper.evaluation), None)
-        cells = {} if evaluation is None else self.of(name).cells(evaluation)
+        cells = {} if evaluation is None else self.of(name).cells(View(evaluation))
         return [cells[length].perplexity if length in cells else math.nan for length in paper.lengths]
 
     @property
@@ -196,6 +223,16 @@ def _cell(length: int, rows: Sequence[dict[str, Any]]) -> Cell:
     return Cell(
         length, low, first["windows"], first["tokens"], losses, means, sizes if means else (), errors, first["note"]
     )
+
+
+def _window(row: dict[str, Any], window: int) -> dict[str, Any]:
+    """A row of one window alone; of no window where the record does not hold its mean."""
+    if row.get("group", 1) > 1 or window >= len(row["means"]):
+        return {**row, "windows": 0, "tokens": 0, "loss": None, "means": [], "standard_error": None}
+    loss = row["means"][window]
+    return {**row, "windows": 1, "tokens": row["tokens"] // row["windows"], "loss": loss, "means": [loss]} | {
+        "standard_error": None
+    }
 
 
 def _sizes(row: dict[str, Any]) -> tuple[int, ...]:

@@ -68,6 +68,9 @@ class Evaluation(Section):
     """Longest length for models whose state grows with the text (full attention); none: all lengths."""
     title: str = ""
     """What the tables call it."""
+    apart: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """What the windows (of prefix and stream: the documents measured) are called, in their order. Tables and figures
+    then show each by itself: of a few unlike texts a mean says little, and its interval nothing."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

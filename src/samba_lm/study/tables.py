@@ -19,7 +19,7 @@ from samba_lm.figures import short, write_png
 from samba_lm.files import write_text
 from samba_lm.study.figures import difference_figure, percent, perplexity_figure, sweep_figure
 from samba_lm.study.record import Record, plain
-from samba_lm.study.results import Cell, Found, Results, difference, rank_correlation, read_results
+from samba_lm.study.results import Cell, Found, Results, View, difference, rank_correlation, read_results
 from samba_lm.study.study import Evaluation, PaperTable
 from samba_lm.train.progress import count
 
@@ -49,11 +49,10 @@ def write_tables(folder: Path, out: Path) -> list[Path]:
 
     for group in results.groups:
         models = [each for each in results.group(group) if each.finals]
-        for evaluation in results.study.evaluations:
-            stem = f"{slug(group)}-{evaluation.name}"
-            name = f"{group}: {evaluation.title or evaluation.name}"
-            draw(f"{stem}.png", name, perplexity_figure(results, models, evaluation))
-            draw(f"{stem}-difference.png", f"{name}, differences", difference_figure(results, models, evaluation))
+        for view in results.views:
+            stem, name = f"{slug(group)}-{view.stem}", f"{group}: {view.title}"
+            draw(f"{stem}.png", name, perplexity_figure(results, models, view))
+            draw(f"{stem}-difference.png", f"{name}, differences", difference_figure(results, models, view))
     draw("sweep.png", "Learning rates", sweep_figure(results))
     for name, text in (
         ("tables.md", markdown(results)),
@@ -77,17 +76,16 @@ def markdown(results: Results) -> str:
     for group in results.groups:
         models = results.group(group)
         parts += [f"## {group}", grid(*_runs(results, models))]
-        for evaluation in results.study.evaluations:
-            if any(each.cells(evaluation) for each in models):
-                parts += [f"### {evaluation.title or evaluation.name}", _protocol(evaluation)]
-                parts.append(grid(*_perplexities(models, evaluation)))
+        for view in results.views:
+            if any(each.cells(view) for each in models):
+                parts += [f"### {view.title}", _protocol(view.evaluation)]
+                parts.append(grid(*_perplexities(models, view)))
                 if results.reference is not None and len(models) > 1:
                     parts += [
-                        f"Perplexity above {results.reference.title}'s in percent (x4: four times it), with the 95% "
-                        "interval over the same windows of text (another seed is not in it):",
-                        grid(*_differences(results, results.reference, models, evaluation)),
+                        f"Perplexity above {results.reference.title}'s in percent (x4: four times it){_with(view)}:",
+                        grid(*_differences(results.reference, models, view)),
                     ]
-                    if _unpaired(results.reference, models, evaluation):
+                    if _unpaired(results.reference, models, view):
                         parts.append(
                             "Without an interval: those trainings were measured by a version that kept no means of "
                             "more than 512 windows; measured anew, they have one."
@@ -142,6 +140,13 @@ def _legend(results: Results) -> str:
     return " ".join(lines)
 
 
+def _with(view: View) -> str:
+    """What stands beside a difference."""
+    if view.window is not None:
+        return ""
+    return ", with the 95% interval over the same windows of text (another seed is not in it)"
+
+
 def _protocol(evaluation: Evaluation) -> str:
     bound = "" if evaluation.max_tokens is None else f" At most {evaluation.max_tokens:,} tokens at each length."
     return f"`{evaluation.protocol}`: {MEANING[evaluation.protocol]}{bound}"
@@ -182,8 +187,8 @@ def _speed(model: Found) -> str:
     return count(sum(alone) / len(alone)) if alone else EMPTY
 
 
-def _perplexities(models: Sequence[Found], evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
-    by_model = {each.title: each.cells(evaluation) for each in models if each.finals}
+def _perplexities(models: Sequence[Found], view: View) -> tuple[list[str], list[list[str]]]:
+    by_model = {each.title: each.cells(view) for each in models if each.finals}
     lengths = sorted({length for cells in by_model.values() for length in cells})
     best = {
         length: min((cells[length].perplexity for cells in by_model.values() if _measured(cells, length)), default=0.0)
@@ -198,7 +203,7 @@ def _perplexities(models: Sequence[Found], evaluation: Evaluation) -> tuple[list
                 continue
             row.append(_cell(cells[length], cells[length].perplexity == best[length]))
         rows.append(row)
-    return ["model", *(_span(evaluation, by_model.values(), length) for length in lengths)], rows
+    return ["model", *(_span(view.evaluation, by_model.values(), length) for length in lengths)], rows
 
 
 def _cell(cell: Cell, best: bool) -> str:
@@ -223,15 +228,13 @@ def _measured(cells: dict[int, Cell], length: int) -> bool:
     return length in cells and bool(cells[length].losses)
 
 
-def _differences(
-    results: Results, reference: Found, models: Sequence[Found], evaluation: Evaluation
-) -> tuple[list[str], list[list[str]]]:
-    ours = reference.cells(evaluation)
+def _differences(reference: Found, models: Sequence[Found], view: View) -> tuple[list[str], list[list[str]]]:
+    ours = reference.cells(view)
     rows = []
     for each in models:
         if each.run.name == reference.run.name or not each.finals:
             continue
-        cells = each.cells(evaluation)
+        cells = each.cells(view)
         row = [each.title]
         for length in ours:
             if not (_measured(cells, length) and _measured(ours, length)):
@@ -241,17 +244,17 @@ def _differences(
             low, mean, high = (signed(percent(value)) for value in (found.low, found.mean, found.high))
             row.append(mean if math.isnan(found.low) else f"{mean} ({low} to {high})")
         rows.append(row)
-    return ["model", *(_span(evaluation, [ours], length) for length in ours)], rows
+    return ["model", *(_span(view.evaluation, [ours], length) for length in ours)], rows
 
 
-def _unpaired(reference: Found, models: Sequence[Found], evaluation: Evaluation) -> bool:
+def _unpaired(reference: Found, models: Sequence[Found], view: View) -> bool:
     """Whether a difference stands without its interval, though there are windows enough."""
-    ours = reference.cells(evaluation)
+    ours = reference.cells(view)
     pairs = [
         (cells[length], ours[length])
         for each in models
         if each.run.name != reference.run.name
-        for cells in (each.cells(evaluation),)
+        for cells in (each.cells(view),)
         for length in ours
         if _measured(cells, length) and _measured(ours, length)
     ]
@@ -380,7 +383,7 @@ def _run_json(results: Results, each: Found) -> dict[str, object]:
                 "high": cell.interval[1],
                 "seeds": cell.seeds,
             }
-            for cell in each.cells(evaluation).values()
+            for cell in each.cells(View(evaluation)).values()
         ]
     return {
         "name": each.run.name,
