@@ -44,12 +44,20 @@ def test_one_and_four_processes() -> None:
     assert share.value == pytest.approx(each / alone["speed"]["tokens_per_s_per_gpu"])
     assert several["speed"]["tokens_per_s"] == pytest.approx(4 * each)
 
+    several["speed"] |= {"step_ms": 900.0, "min": 500.0, "max": 1500.0}
+    several["others_GiB"] = [0.6, 21.4, 0.6, 0.6]
+    notes = [figure.note for figure in figures(TINY, {1: alone, 4: several}) if figure.name == "samba-micro, 4 GPUs"]
+    assert notes == ["other programs hold 21 GiB of a GPU, steps of 500 to 1,500 ms"]
+
     several["losses"]["float32"]["shard 4"]["losses"][1] *= 1.01
     several["speed"] = {"failed": "out of memory"}
+    several["context"] = {"length": 128, "failed": "out of memory"}
     worse = figures(TINY, {1: alone, 4: several, 2: {"failed": "exit code 1"}})
     notes = {figure.name: figure.note for figure in worse if figure.failed}
     assert "out of memory" in notes.values()
     assert "exit code 1" in notes.values()
+    assert notes["samba-micro, a row of 128 tokens among 4 GPUs"] == "out of memory"
+    assert notes["samba-micro, a row of 64 tokens among 2 GPUs"] == "exit code 1"
     assert sum("float32, shard 4" in name for name in notes) == 1
 
 

@@ -139,7 +139,10 @@ def test_a_command_gets_what_follows_its_first_word(
         (IsADirectoryError(errno.EISDIR, "Is a directory", "d.tmp-x", None, "d"), "Is a directory: d. Give"),
         (OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
         (MemoryError(), "Out of memory (no details). Lower the batch size"),
-        (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB"), "Tried to allocate 9 GiB). Lower"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB. Including non-PyTorch memory, this"),
+            "Tried to allocate 9 GiB). Lower",
+        ),
     ],
 )
 def test_what_people_can_mend_is_one_line(

@@ -22,6 +22,10 @@ from samba_lm.train.prepare import make_optimizer, prepare_model
 from samba_lm.train.recipe import ParallelSection, TrainSection
 from samba_lm.train.step import train_step
 
+BUSY = 2.0
+"""GiB of a GPU that other programs hold: with so much they work there too, and speeds tell little."""
+UNSTEADY = 1.25
+"""A median step of so many times the shortest one: something else was at work."""
 EFFICIENCY = 0.92
 """What a GPU among others should keep of its speed alone."""
 BOUNDS: dict[Literal["float32", "bfloat16"], float] = {"float32": 1e-4, "bfloat16": 3e-3}
@@ -75,7 +79,8 @@ def measure(work: Work, most: int, device: str) -> tuple[dict[str, Any], bool]:
     ``most``: GPUs of the largest run, among which the longest rows are shared out.
     """
     parallel = connect(device, ParallelSection())
-    gpus, found = parallel.world, {"gpus": parallel.world, "device": str(parallel.device)}
+    gpus = parallel.world
+    found: dict[str, Any] = {"gpus": gpus, "device": str(parallel.device), "others_GiB": _others(parallel)}
     found["speed"] = _told(lambda: _speed(work, parallel))
     found["losses"] = {
         dtype: {
@@ -85,12 +90,23 @@ def measure(work: Work, most: int, device: str) -> tuple[dict[str, Any], bool]:
         for dtype in BOUNDS
     }
     section = ParallelSection(context=gpus)
-    found["context"] = _told(lambda: _context(work, connect(device, section), work.long_length * gpus // most))
+    length = work.long_length * gpus // most
+    found["context"] = {"length": length, **_told(lambda: _context(work, connect(device, section), length))}
     main = parallel.is_main
     if gpus > 1:
         parallel.barrier()
         parallel.close()
     return found, main
+
+
+def _others(parallel: Parallel) -> list[float] | None:
+    """GiB of each process's GPU that other programs hold; None on CPUs."""
+    if parallel.device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(parallel.device)
+    held = torch.zeros(parallel.world, dtype=torch.float64, device=parallel.device)
+    held[parallel.rank] = (total - free - torch.cuda.memory_reserved(parallel.device)) / 2**30
+    return [float(each) for each in parallel.sum(held)]
 
 
 def _told(run: Any) -> Any:
@@ -121,7 +137,7 @@ def _context(work: Work, parallel: Parallel, length: int) -> dict[str, Any]:
         dtype="bfloat16",
         activation_checkpointing="full",
     )
-    return {"length": length, **_steps(work.long_model, settings, parallel, 1)}
+    return _steps(work.long_model, settings, parallel, 1)
 
 
 def _losses(work: Work, parallel: Parallel, dtype: Literal["float32", "bfloat16"]) -> dict[str, Any]:
@@ -180,12 +196,13 @@ def figures(work: Work, parts: Mapping[int, Mapping[str, Any]]) -> list[Figure]:
     alone = parts.get(1, {})
     for gpus, part in parts.items():
         where = f"{gpus} GPU{'s' if gpus > 1 else ''}"
-        found += _speeds(f"{work.model}, {where}", part.get("speed", part), alone.get("speed", alone))
+        found += _speeds(f"{work.model}, {where}", part.get("speed", part), alone.get("speed", alone), _busy(part))
     for gpus, part in parts.items():
         where = f"{gpus} GPU{'s' if gpus > 1 else ''}"
         rows = part.get("context", part)
-        title = f"{work.long_model}, a row of {rows.get('length', 0):,} tokens among {where}"
-        found += _speeds(title, rows, alone.get("context", alone), context=True)
+        length = rows.get("length", work.long_length * gpus // max(parts))
+        title = f"{work.long_model}, a row of {length:,} tokens among {where}"
+        found += _speeds(title, rows, alone.get("context", alone), _busy(part), context=True)
     for dtype, bound in BOUNDS.items():
         one = alone.get("losses", {}).get(dtype, {}).get("one GPU", {})
         for gpus, part in parts.items():
@@ -195,14 +212,24 @@ def figures(work: Work, parts: Mapping[int, Mapping[str, Any]]) -> list[Figure]:
     return found
 
 
-def _speeds(title: str, told: Mapping[str, Any], alone: Mapping[str, Any], context: bool = False) -> list[Figure]:
-    """A GPU's speed, its share of what it is alone, and its memory."""
+def _busy(part: Mapping[str, Any]) -> str:
+    """Who else was at work on the GPUs, as far as it shows."""
+    most = max(part.get("others_GiB") or [0.0])
+    return f"other programs hold {most:.0f} GiB of a GPU" if most > BUSY else ""
+
+
+def _speeds(
+    title: str, told: Mapping[str, Any], alone: Mapping[str, Any], busy: str, context: bool = False
+) -> list[Figure]:
+    """A GPU's speed, its share of what it is alone, and its memory. ``busy``: why the speed may tell little."""
     unit = "thousand tokens/s a GPU"
     if "failed" in told:
         return [Figure(title, None, unit, low_is_good=False, note=str(told["failed"]))]
     each = told["tokens_per_s_per_gpu"]
     facts = {key: value for key, value in told.items() if key not in ("losses", "grad_norms")}
-    found = [Figure(title, each / 1e3, unit, low_is_good=False, facts=facts)]
+    if told["step_ms"] > UNSTEADY * told["min"]:
+        busy = f"{busy}{', ' if busy else ''}steps of {told['min']:,.0f} to {told['max']:,.0f} ms"
+    found = [Figure(title, each / 1e3, unit, low_is_good=False, note=busy, facts=facts)]
     if told is not alone and "failed" not in alone and alone:
         share = each / alone["tokens_per_s_per_gpu"]
         of = "a GPU with a row of its own, as long as its part" if context else "a GPU alone with as many rows"

@@ -199,9 +199,11 @@ def for_people(error: BaseException) -> str | None:
     from samba_lm.memory import ran_out
 
     if ran_out(error):
+        # PyTorch's: what was asked for and how much is free; its advice that follows is about its own settings.
+        told = one_line(str(error)).partition(" Including")[0].rstrip(".")[:240]
         return (
-            f"Out of memory ({one_line(str(error))[:120] or 'no details'}). Lower the batch size, the sequence length "
-            "or the prefill chunk, or choose a smaller model."
+            f"Out of memory ({told or 'no details'}). Lower the batch size, the sequence length or the prefill chunk, "
+            "or choose a smaller model. `samba-lm estimate RECIPE` tells what training takes, and what would fit."
         )
     if isinstance(error, OSError):
         # Of a rename, the second name is the one that was asked for; the first may be a temporary file of ours.
