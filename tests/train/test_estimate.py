@@ -85,7 +85,7 @@ def test_float8_weights_are_not_shared_out() -> None:
     layout, added = Layout(1, 8), []
     for float8 in (False, True):
         train = settings(activation_checkpointing="full", batch_size=64, float8=float8)
-        few, more = (first_layers("samba-1.3b", number) for number in (4, 8))
+        few, more = (first_layers("samba-1.3b", number) for number in (8, 12))
         measured = peak_of_a_step(more, train, 4, gpus=8) - peak_of_a_step(few, train, 4, gpus=8)
         added.append((measured, memory(more, train, layout, 4).casts - memory(few, train, layout, 4).casts))
     (plain, none), (low, casts) = added

@@ -45,7 +45,8 @@ def use_float8(layers: Iterable[nn.Module], least: float = LEAST) -> int:
 
 
 def checkpoint_activations(layers: Iterable[nn.Module]) -> None:
-    """Keep only each layer's inputs for backward and compute the rest again there. In place; parameter names stay."""
+    """Keep only the residual stream before each layer for backward and compute the rest again there. In place;
+    parameter names stay."""
     for layer in layers:
         layer.forward = _recomputed(layer.forward)
 
@@ -75,10 +76,12 @@ def compile_layers(layers: Iterable[nn.Module]) -> None:
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(x: torch.Tensor, branch: torch.Tensor | None, *args: Any) -> Any:
         if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+            return forward(x, branch, *args)
+        # Added here, not with the norm: one stream is kept where two tensors would be, a third less in bf16.
+        x = x if branch is None else x + branch
+        return checkpoint(forward, x, None, *args, use_reentrant=False)
 
     return call
 

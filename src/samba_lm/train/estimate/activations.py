@@ -52,7 +52,7 @@ def kept(spec: LayerSpec, d_model: int, size: int) -> Kept:
     remade = sum(size * part.inner(D) for part in spec.parts() if isinstance(part, Mamba))
     # The residual stream is fp32 in and out; the branch comes in.
     backward = 4 * D + size * D + _backward(spec, D, size)
-    return Kept(norm + own, remade, (4 + size) * D, backward)
+    return Kept(norm + own, remade, 4 * D, backward)
 
 
 def _own(spec: LayerSpec, D: int, size: int) -> int:
