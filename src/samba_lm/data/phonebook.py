@@ -1,7 +1,8 @@
 """Phonebook texts (Jelassi et al., 2024): lines of names and numbers, and one name whose number is asked for.
 
 After the book two of its entries are copied as examples of what is asked; the third, in the same form, ends after the
-name. Its number stands in the book alone.
+name. Its number stands in the book alone. Training may ask for more of them, one after the other: of a row of thousands
+of tokens, then more than one number teaches.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 
 NUMBERS = (6_000_000_000, 10_000_000_000)
 """Numbers have ten digits, the first from 6 to 9."""
-LEAST_PAIRS = 3
-"""Two examples and the one that is asked for."""
+EXAMPLES = 2
+"""Entries copied before the one that is asked for."""
+LEAST_PAIRS = EXAMPLES + 1
 _DRAWS = 2000
 """Names drawn from faker's lists, which find almost all of the frequent ones."""
 
@@ -105,10 +107,16 @@ def _read_names(path: Path) -> tuple[str, ...]:
 
 
 class Phonebook:
-    """Makes phonebook texts for a tokenizer, with names from ``names``."""
+    """Makes phonebook texts for a tokenizer, with names from ``names``.
 
-    def __init__(self, tokenizer: Tokenizer, names: Names) -> None:
-        self.names = names
+    ``questions``: entries that are asked for after the two examples; fewer in texts where they would take more than a
+    third of the lines.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, names: Names, questions: int = 1) -> None:
+        if questions < 1:
+            raise UserError(f"questions is {questions}: a phonebook asks for one entry at least.")
+        self.names, self.questions = names, questions
         self._splicer = Splicer(tokenizer)
         sample = self._entries(np.random.RandomState(0), min(64, names.count))
         lines = self._splicer.encode_batch([f"{entry}\n" for entry in sample])
@@ -123,8 +131,9 @@ class Phonebook:
         entries = self._entries(random, drawn)
         lines = self._splicer.encode_batch([f"{entry}\n" for entry in entries])
         sizes = np.array([line.size for line in lines])
-        # Two examples, a question and its answer, each at most a line and a token at either break.
-        room = length - 3 * int(sizes.max()) - 6
+        questions = min(self.questions, max(1, (length // int(sizes.max()) - EXAMPLES) // 3))
+        # Two examples and the questions with their answers, each at most a line and a token at either break.
+        room = length - (EXAMPLES + questions) * int(sizes.max()) - 6
         count = int(np.searchsorted(np.cumsum(sizes), room, side="right"))
         if count < LEAST_PAIRS:
             least = int((LEAST_PAIRS + 3) * sizes.max()) + 6
@@ -134,7 +143,7 @@ class Phonebook:
                 f"A phonebook of {length} tokens has more entries than {self.names.source} has names "
                 f"({self.names.count}): give more names or a shorter length."
             )
-        return self._example(random, entries[:count], lines[: count - 1])
+        return self._example(random, entries[:count], lines[: count - 1], min(questions, count - EXAMPLES))
 
     def of_pairs(self, random: np.random.RandomState, pairs: int) -> Example:
         """A text of a book of ``pairs`` entries. Raises UserError for fewer than three, or more than names."""
@@ -143,10 +152,11 @@ class Phonebook:
                 f"pairs is {pairs}: a phonebook needs {LEAST_PAIRS} entries, two to show and one to ask for."
             )
         entries = self._entries(random, pairs)
-        return self._example(random, entries, self._splicer.encode_batch([f"{entry}\n" for entry in entries[:-1]]))
+        return self._example(random, entries, self._splicer.encode_batch([f"{entry}\n" for entry in entries[:-1]]), 1)
 
     def facts(self) -> dict[str, object]:
-        return {"kind": "phonebook", "names": self.names.source, "names_sha256": self.names.sha256()}
+        told: dict[str, object] = {"kind": "phonebook", "names": self.names.source, "names_sha256": self.names.sha256()}
+        return told | ({"questions": self.questions} if self.questions > 1 else {})
 
     def _entries(self, random: np.random.RandomState, count: int) -> list[str]:
         """Names and their numbers."""
@@ -156,10 +166,15 @@ class Phonebook:
             numbers = random.randint(*NUMBERS, size=count, dtype=np.int64).tolist()
         return [f"{name}: {number}" for name, number in zip(names, numbers, strict=True)]
 
-    def _example(self, random: np.random.RandomState, entries: list[str], lines: list[Ids]) -> Example:
+    def _example(self, random: np.random.RandomState, entries: list[str], lines: list[Ids], questions: int) -> Example:
         """``lines``: all entries' but the last."""
-        shown, also, asked = random.choice(len(entries), 3, replace=False).tolist()
-        name, number = entries[asked].split(": ")
-        pieces = [f"{entries[-1]}\n\n", f"{entries[shown]}\n", f"{entries[also]}\n\n", f"{name}:", f" {number}", "\n"]
+        shown, also, *asked = random.choice(len(entries), EXAMPLES + questions, replace=False).tolist()
+        pieces = [f"{entries[-1]}\n\n", f"{entries[shown]}\n", f"{entries[also]}\n\n"]
+        for each in asked:
+            name, number = entries[each].split(": ")
+            pieces += [f"{name}:", f" {number}", "\n"]
         *rest, question, answer, end = self._splicer.encode_batch(pieces)
-        return Example(np.concatenate([*lines, *rest]), question, answer, end, number)
+        ends = np.cumsum([piece.size for piece in (*lines, *rest)]).tolist()
+        before = range(len(lines) + EXAMPLES + 1, len(ends), 3)  # the places of the questions that come before
+        answered = tuple((ends[at], ends[at + 2]) for at in before)
+        return Example(np.concatenate([*lines, *rest]), question, answer, end, number, answered)

@@ -33,6 +33,8 @@ class Example:
         answer: what is to be written next.
         end: closes the answer, so that a trained model writes no more.
         text: the answer in characters, without the space before it.
+        answered: where in the document other answers stand, each with its end (first token, one past the last): for
+            training, questions that were asked before.
     """
 
     document: Ids
@@ -40,6 +42,7 @@ class Example:
     answer: Ids
     end: Ids
     text: str
+    answered: tuple[tuple[int, int], ...] = ()
 
     @property
     def tokens(self) -> Ids:

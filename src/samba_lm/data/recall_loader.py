@@ -132,12 +132,13 @@ class RecallLoader:
         tokens = np.full(length + 1, self.tokenizer.eos_id, dtype=np.int64)
         tokens[: len(example)] = example.tokens
         counts = np.zeros(length + 1, dtype=bool)
-        counts[example.prompt_tokens : len(example)] = True
-        counts[self._others(example, random)] = True
+        for begin, end in (*example.answered, (example.prompt_tokens, len(example))):
+            counts[begin:end] = True
+        counts[self._others(example, int(counts.sum()), random)] = True
         return tokens, counts
 
-    def _others(self, example: Example, random: np.random.RandomState) -> Sequence[int]:
+    def _others(self, example: Example, answers: int, random: np.random.RandomState) -> Sequence[int]:
         """Places of the document's tokens that count too. (Its first was told from nothing.)"""
-        wanted = self.lm_weight * (len(example) - example.prompt_tokens)
+        wanted = self.lm_weight * answers
         number = int(wanted + random.random_sample())
         return random.randint(1, example.document.size, size=number).tolist()

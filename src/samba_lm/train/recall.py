@@ -27,9 +27,9 @@ def recall_loader(recipe: Recipe, of_text: Tokenizer | None = None) -> RecallLoa
     if isinstance(section, PasskeySection):
         maker = Passkey(tokenizer, None if section.filler is None else read_text(Path(section.filler)))
     elif section.names:
-        maker = Phonebook(tokenizer, Names.from_files([Path(name) for name in section.names]))
+        maker = Phonebook(tokenizer, Names.from_files([Path(name) for name in section.names]), section.questions)
     else:
-        maker = Phonebook(tokenizer, Names.from_faker())
+        maker = Phonebook(tokenizer, Names.from_faker(), section.questions)
     lengths = section.lengths or (settings.length,)
     steps = int(section.share * settings.total_steps)
     if not steps:

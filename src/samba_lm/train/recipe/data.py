@@ -45,6 +45,9 @@ class PhonebookSection(RecallSection):
 
     names: Annotated[tuple[PathText, ...], Field(strict=False)] = ()
     """Files with a name a line: one of whole names, or one of first and one of last names; none: faker's."""
+    questions: int = Field(default=1, ge=1, le=1000)
+    """Numbers asked for in a row, one after the other, all of which count; fewer in short rows. One number of a row of
+    thousands of tokens teaches little."""
 
 
 DEFAULT_TRAIN = "data/train"
