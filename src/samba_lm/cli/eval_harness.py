@@ -24,7 +24,6 @@ from samba_lm.cli.eval import (
     check_checkpoints,
     label,
     measuring,
-    resolved,
 )
 from samba_lm.cli.model import Runtime, RuntimeOptions
 from samba_lm.cli.output import write_json
@@ -217,7 +216,7 @@ def _run(options: HarnessOptions, chosen: RunOptions, tasks: _Tasks, console: Co
     with HarnessResults(output.json, _settings(options, chosen), {"data_dir": options.data_dir}) as results:
         for name in names:
             model, tokenizer = options.runtime.load(name)
-            facts = about(name, model, tokenizer)
+            facts = about(name, model, tokenizer, options.runtime.adapter)
             kept = {score.task for score in results.of(facts) if tasks.knows(score)}
             for task in tasks.names:
                 if task not in kept:
@@ -274,11 +273,12 @@ def _measure(
             write_json(place, {"results": {HUMANEVAL: score.row()}, "samples": _attempts(attempts, options)})
         return score
     from samba_lm.eval.harness.model import HarnessLM
-    from samba_lm.templates import folder_template
+    from samba_lm.templates import FolderTemplate, template_of
 
     assert tasks.harness is not None
     lm = HarnessLM(model, tokenizer, batch_size=options.batch, seed=options.seed)
-    lm.name, lm.chat = name, folder_template(resolved(name), tokenizer)
+    template = template_of(tokenizer)  # which an adapter may have brought along
+    lm.name, lm.chat = name, template if isinstance(template, FolderTemplate) else None
     lm.progress = tell
     lm.chat_template(options.chat)  # an error where there is none
     score, told = tasks.harness.run(lm, task, chosen, tasks.written.get(task), options.log_samples)
