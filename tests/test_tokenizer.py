@@ -324,6 +324,62 @@ def test_an_empty_name_is_not_the_current_folder() -> None:
         parse_tokenizer("")
 
 
+@pytest.mark.parametrize("digits", [True, False])
+def test_long_texts_are_encoded_in_parts_that_cannot_be_seen(digits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts the library is faster. Texts of all that splitting looks at, cut at every place there is."""
+    draw = random.Random(0)
+    marks = ["a", "Zz", "é", "e\u0301", "漢", "٣", "7", "²", "_", "'s", "'ll", "-", ".", f"{EOS}", "\x1c", "\x85"]
+    spaces = [" ", " ", "  ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u3000"]
+    texts = ["".join(draw.choice(draw.choice([marks, spaces])) for _ in range(300)) for _ in range(60)]
+    content = json.loads(train_bpe([*texts, *texts, *TEXTS], 700).to_json())
+    if not digits:
+        content["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    ours = FileTokenizer(json.dumps(content))
+    whole = tokenizers.Tokenizer.from_str(json.dumps(content))
+    whole.encode_special_tokens = True
+    monkeypatch.setattr("samba_lm.tokenizer._PART_CHARS", 1)
+    given: list[str] = []
+    own = ours._runner
+
+    class Seen:
+        def encode_batch_fast(self, parts: list[str], **options: bool) -> list[tokenizers.Encoding]:
+            given.extend(parts)
+            return own.encode_batch_fast(parts, **options)
+
+    monkeypatch.setattr(ours, "_runner", Seen())
+    found = ours.encode_batch([*texts, "", " "])
+    assert len(given) > 20 * len(texts)
+    assert "".join(given) == "".join([*texts, " "])
+    for text, ids in zip([*texts, "", " "], found, strict=True):
+        assert ids.tolist() == whole.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"pre_tokenizer": None},
+        {"added": "the cat"},
+    ],
+)
+def test_where_parts_might_be_seen_texts_stay_whole(
+    change: dict, bpe: FileTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = json.loads(bpe.to_json())
+    if "added" in change:
+        entry = {**content["added_tokens"][0], "id": 400, "content": change["added"], "special": False}
+        content["added_tokens"].append(entry)
+    content |= {key: value for key, value in change.items() if key != "added"}
+    ours = FileTokenizer(json.dumps(content))
+    expected = ours.encode("all the cat sat on the mat" * 9).tolist()
+    monkeypatch.setattr("samba_lm.tokenizer._PART_CHARS", 1)
+    monkeypatch.setattr("samba_lm.tokenizer._parts", lambda text: pytest.fail("cut"))
+    assert ours.encode("all the cat sat on the mat" * 9).tolist() == expected
+
+
 def test_a_trained_bpe_reads_digits_one_by_one() -> None:
     tokenizer = train_bpe(["in 1815 and 1815 and 1815 again, 1815"] * 9, 300)
     assert [tokenizer.decode([i]) for i in tokenizer.encode("1815")] == ["1", "8", "1", "5"]

@@ -28,7 +28,8 @@ def fsync_path(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk, and a place that may not be written, into a UserError."""
     try:
         yield
     except OSError as error:
@@ -49,7 +50,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises UserError when the disk is full or the folder may not be written.
     """
     path = Path(path)
-    with _disk_errors(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, name = tempfile.mkstemp(prefix=path.name + TMP_MARK, dir=path.parent)
         os.close(fd)
@@ -72,7 +73,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     crash between the two leaves the old one as ``path`` + ``.tmp-old``, which :func:`recover_folder` puts back.
     """
     path = _named(path)
-    with _disk_errors(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         recover_folder(path)
         tmp = Path(tempfile.mkdtemp(prefix=path.name + TMP_MARK, dir=path.parent))
@@ -126,7 +127,7 @@ def locked(path: str | os.PathLike[str], busy: str) -> Iterator[None]:
     has no locks, nothing is held. Raises UserError, saying ``busy``, where another process holds it.
     """
     path = Path(path)
-    with _disk_errors(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = _held(path)
         while fd is None:

@@ -12,7 +12,9 @@ import pytest
 from samba_lm.data.passkey import FILLER, KEY_LINE, MAX_WORDS, QUESTION, TASK, Passkey, sentences
 from samba_lm.data.phonebook import Names, Phonebook
 from samba_lm.data.recall import read_text
+from samba_lm.data.recall_loader import RecallLoader
 from samba_lm.errors import UserError
+from samba_lm.loss import IGNORE_INDEX
 from samba_lm.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, train_bpe
 
 BOOK = (
@@ -142,6 +144,29 @@ def test_a_phonebook() -> None:
     assert entries[name] == number == example.text
     assert tokenizer("byte").decode(example.question) == f"{name}:"
     assert text.count(number) == 2  # in the book, and as the answer
+
+
+def test_a_phonebook_asks_for_several_numbers() -> None:
+    """Each asked once, each answered by the book; in short texts fewer; the loader has them all count."""
+    tokens = tokenizer("byte")
+    maker = Phonebook(tokens, Names.from_faker(), questions=5)
+    example = maker.example(random(3), 2000)
+    text = tokens.decode(example.tokens)
+    assert len(example.answered) == 4
+    assert maker.facts()["questions"] == 5
+    book, shown, asked = text.split("\n\n")
+    lines = dict(line.split(": ") for line in book.splitlines())
+    assert dict(line.split(": ") for line in asked.splitlines()).items() <= lines.items()
+    assert not set(shown.splitlines()) & set(asked.splitlines())
+    answers = [tokens.decode(example.tokens[begin:end]) for begin, end in example.answered]
+    assert [f" {number}\n" for number in map(lines.get, (line.split(":")[0] for line in asked.splitlines()))] == [
+        *answers, f" {example.text}\n",
+    ]  # fmt: skip
+    assert [len(maker.example(random(), length).answered) for length in (300, 500, 700)] == [0, 2, 4]
+    targets = RecallLoader(maker, tokens, 2, 2000, 3).batch(0).targets
+    assert (targets != IGNORE_INDEX).sum(1).tolist() == [5 * len(" 6000000000\n")] * 2
+    with pytest.raises(UserError, match="questions is 0"):
+        Phonebook(tokens, PEOPLE, questions=0)
 
 
 def test_a_phonebook_fills_a_length() -> None:

@@ -166,6 +166,7 @@ def test_kernel_of_nothing_valid_is_zero(rows: int) -> None:
 
 @needs_triton
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's numpy on infinity
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # and of Triton 3.6 on a row of NaN
 @pytest.mark.parametrize("V", [300, 33000])
 def test_kernel_at_the_edges_of_fp32(V: int) -> None:
     hidden, weight, targets = inputs((6,), 8, V, torch.float32)

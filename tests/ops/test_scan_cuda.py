@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from cuda_emulator import needs_compiler, run
+from kernels import needs_triton
 
 from samba_lm.errors import UserError
 from samba_lm.ops import nvrtc
-from samba_lm.ops.backend import HAS_TRITON, INTERPRETED, choose
+from samba_lm.ops.backend import INTERPRETED, choose
 from samba_lm.ops.selective_scan import STATE_SIZES
 from samba_lm.ops.selective_scan import cuda as scan
 from samba_lm.ops.selective_scan import cuda_launch as plan
@@ -163,9 +164,8 @@ def test_gradient_of_the_final_state_alone() -> None:
 
 
 @needs_compiler
-@pytest.mark.skipif(
-    not (HAS_TRITON and INTERPRETED), reason="Triton links the segments, and takes CPU tensors only in its interpreter"
-)
+@needs_triton
+@pytest.mark.skipif(not INTERPRETED, reason="Triton links the segments, and takes CPU tensors only in its interpreter")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("batch", "without"), [(2, ()), (1, ("state", "z", "delta_bias", "lengths", "resets"))])
 def test_segments_of_a_long_row(

@@ -18,7 +18,7 @@ from samba_lm.eval.summaries import Summary
 from samba_lm.study.record import Measured, Record
 
 MODEL = {"checkpoint": "x", "weights_sha256": "a" * 64, "config": "c", "tokenizer": "t", "device": "cpu",
-         "dtype": "float32", "quantized": None}  # fmt: skip
+         "dtype": "float32", "quantized": None, "adapter_sha256": None}  # fmt: skip
 SAMBA, LLAMA = {**MODEL, "name": "runs/samba"}, {**MODEL, "name": "runs/llama", "weights_sha256": "b" * 64}
 
 

@@ -85,13 +85,17 @@ def resolved(folder_or_name: str) -> Path:
     return checkpoint.find(folder_or_name) or Path(folder_or_name)
 
 
-def about(name: str, model: SambaLM, tokenizer: Tokenizer | None) -> Model:
-    """The facts of a model that was loaded by this name."""
+def about(name: str, model: SambaLM, tokenizer: Tokenizer | None, adapter: Path | None = None) -> Model:
+    """The facts of a model that was loaded by this name, with this adapter added to its weights."""
+    from samba_lm.convert.peft import adapter_sha256
+
     folder = resolved(name)
     return {
         "name": name,
         "checkpoint": name if shipped.find(name) else str(folder),
         "weights_sha256": _weights_sha256(folder) if folder.is_dir() else None,
+        "adapter": None if adapter is None else str(adapter),
+        "adapter_sha256": None if adapter is None else adapter_sha256(adapter),
         "config": model.config.fingerprint(),
         "model": model.config.to_dict(),
         "parameters": model.config.parameters(),

@@ -137,7 +137,7 @@ def _run(options: EntropyOptions, records: Sequence[Record], settings: dict[str,
     with EntropyResults(output.json, settings, {"meaning": MEANING, "data": options.data}) as results:
         for name in names:
             model, tokenizer = options.runtime.load(name)
-            facts = about(name, model, tokenizer)
+            facts = about(name, model, tokenizer, options.runtime.adapter)
             tokenizers.add(facts["tokenizer"])
             kept = {reading.row for reading in results.of(facts)}
             missing = [record for record in records if record.row not in kept]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import re
 import tempfile
@@ -16,6 +18,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from samba_lm import __version__
 from samba_lm.cli.eval import (
     Checkpoints,
     Output,
@@ -24,15 +27,15 @@ from samba_lm.cli.eval import (
     check_checkpoints,
     label,
     measuring,
-    resolved,
 )
 from samba_lm.cli.model import Runtime, RuntimeOptions
 from samba_lm.cli.output import write_json
 from samba_lm.cli.parse import parse, several
-from samba_lm.cli.results import Results, write_rows
+from samba_lm.cli.results import WHO, Model, Results, write_rows
 from samba_lm.errors import UserError
 
 if TYPE_CHECKING:
+    from samba_lm.eval.harness.answers import Answers
     from samba_lm.eval.harness.humaneval import Attempt, Problems
     from samba_lm.eval.harness.run import Harness, Metric, Score
     from samba_lm.eval.harness.run import Options as RunOptions
@@ -217,13 +220,20 @@ def _run(options: HarnessOptions, chosen: RunOptions, tasks: _Tasks, console: Co
     with HarnessResults(output.json, _settings(options, chosen), {"data_dir": options.data_dir}) as results:
         for name in names:
             model, tokenizer = options.runtime.load(name)
-            facts = about(name, model, tokenizer)
+            facts = about(name, model, tokenizer, options.runtime.adapter)
             kept = {score.task for score in results.of(facts) if tasks.knows(score)}
             for task in tasks.names:
-                if task not in kept:
-                    with measuring(f"{label(name, names)}: {task}") as tell:
-                        results.add(facts, _measure(options, chosen, tasks, task, name, model, tokenizer, tell))
-                    results.save()
+                answers = _answers(output.json, facts, task)
+                with answers or contextlib.nullcontext():
+                    if task not in kept:
+                        who = f"{label(name, names)}: {task}"
+                        _say_kept(console, who, answers)
+                        with measuring(who) as tell:
+                            score = _measure(options, chosen, tasks, task, name, model, tokenizer, answers, tell)
+                        results.add(facts, score)
+                        results.save()
+                    if answers is not None:
+                        answers.forget()
             by_task = {score.task: score for score in results.of(facts)}
             found[label(name, names)] = scores = [by_task[task] for task in tasks.names]
             _print(console, name, scores, len(kept & set(tasks.names)))
@@ -237,6 +247,23 @@ def _run(options: HarnessOptions, chosen: RunOptions, tasks: _Tasks, console: Co
         from samba_lm.eval.harness.figure import write_figure
 
         write_figure(output.figure, found)
+
+
+def _answers(results: Path | None, facts: Model, task: str) -> Answers | None:
+    """A model's answers to a task's requests, in a file beside the results, whose name tells model and task."""
+    from samba_lm.eval.harness.answers import Answers
+
+    if results is None:
+        return None
+    who = {"task": task, **{fact: facts[fact] for fact in WHO}, "samba_lm": __version__}
+    digest = hashlib.sha256(json.dumps(who, sort_keys=True).encode()).hexdigest()
+    return Answers(results.with_name(f"{results.name}.answers-{digest[:16]}.jsonl"), who)
+
+
+def _say_kept(console: Console, who: str, answers: Answers | None) -> None:
+    if answers is not None and answers.count:
+        line = f"{who} was broken off: it goes on after {answers.count:,} answer{'s' * (answers.count != 1)}."
+        console.print(line, markup=False, highlight=False)
 
 
 def _settings(options: HarnessOptions, chosen: RunOptions) -> dict[str, object]:
@@ -255,6 +282,7 @@ def _measure(
     name: str,
     model: SambaLM,
     tokenizer: Tokenizer,
+    answers: Answers | None,
     tell: Any,
 ) -> Score:
     """Measure one task of one checkpoint."""
@@ -268,18 +296,19 @@ def _measure(
         assert tasks.problems is not None
         score, attempts = measure(
             model, tokenizer, tasks.problems, samples=options.code_samples, limit=options.limit, seed=options.seed,
-            progress=tell,
+            progress=tell, answers=answers,
         )  # fmt: skip
         if place is not None:
             write_json(place, {"results": {HUMANEVAL: score.row()}, "samples": _attempts(attempts, options)})
         return score
     from samba_lm.eval.harness.model import HarnessLM
-    from samba_lm.templates import folder_template
+    from samba_lm.templates import FolderTemplate, template_of
 
     assert tasks.harness is not None
     lm = HarnessLM(model, tokenizer, batch_size=options.batch, seed=options.seed)
-    lm.name, lm.chat = name, folder_template(resolved(name), tokenizer)
-    lm.progress = tell
+    template = template_of(tokenizer)  # which an adapter may have brought along
+    lm.name, lm.chat = name, template if isinstance(template, FolderTemplate) else None
+    lm.progress, lm.answers = tell, answers
     lm.chat_template(options.chat)  # an error where there is none
     score, told = tasks.harness.run(lm, task, chosen, tasks.written.get(task), options.log_samples)
     if place is not None:

@@ -102,12 +102,12 @@ def main(argv: list[str]) -> None:
     console = Console()
     with contextlib.ExitStack() as stack:
         for i, name in enumerate(names):
-            model, tokenizer = load(name, runtime.device, runtime.dtype, runtime.quantize)
+            model, tokenizer = load(name, runtime.device, runtime.dtype, runtime.quantize, runtime.adapter)
             data = source.of(name, tokenizer)
             if results is None:
                 results = stack.enter_context(PerplexityResults(output.json, settings, data.sha256, data.facts))
                 stack.callback(_print, console, settings, results, models, names)  # also where it was broken off
-            models.append(_about(name, model, tokenizer, data))
+            models.append(_about(name, model, tokenizer, runtime.adapter, data))
             kept = {item.result.length for item in results.of(models[-1])}
             shown = label(name, names)
             with progress(shown if len(names) == 1 else f"{shown} ({i + 1} of {len(names)})") as tell:
@@ -258,10 +258,10 @@ class _Source:
         return _Data(read.tokens, read.sha256, facts, mine, read.names, np.append(0, np.cumsum(sizes)[:-1]))
 
 
-def _about(name: str, model: SambaLM, tokenizer: Tokenizer | None, data: _Data) -> Model:
+def _about(name: str, model: SambaLM, tokenizer: Tokenizer | None, adapter: Path | None, data: _Data) -> Model:
     from samba_lm.quantization import weight_bytes
 
-    facts = about(name, model, tokenizer)
+    facts = about(name, model, tokenizer, adapter)
     trained = trained_length(Path(str(facts["checkpoint"])))
     return {**facts, "weight_bytes": weight_bytes(model), "trained_length": trained, "text": data.mine}
 

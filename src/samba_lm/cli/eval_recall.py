@@ -156,7 +156,7 @@ def _run(options: Passkey | Phonebook, plan: Plan, make_task: MakeTask) -> None:
             task = make_task(tokenizer)
             if results is None:
                 results = stack.enter_context(RecallResults(output.json, task))
-            facts = about(name, model, tokenizer)
+            facts = about(name, model, tokenizer, options.runtime.adapter)
             done = frozenset(cell.key for cell in results.of(facts))
             with measuring(label(name, options.checkpoints)) as tell:
                 for cell in measure(model, tokenizer, task, without=done, progress=tell):

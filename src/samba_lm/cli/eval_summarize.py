@@ -121,7 +121,7 @@ def _run(options: SummarizeOptions, task: Task, samples: Sequence[Sample], data:
     with SummaryResults(options.json, settings) as results:
         for name in names:
             model, tokenizer = options.runtime.load(name)
-            facts = about(name, model, tokenizer)
+            facts = about(name, model, tokenizer, options.runtime.adapter)
             kept = {item.number for item in results.of(facts)}
             missing = [sample for sample in samples if sample.number not in kept]
             if missing:

@@ -26,7 +26,7 @@ SAVE_EVERY = 5.0
 """Seconds between two writings of the file, at least."""
 STOPPED = "Stopped early. The same command goes on."
 """Said of an interrupted run that leaves a file to go on from."""
-WHO = ("weights_sha256", "config", "tokenizer", "dtype", "quantized")
+WHO = ("weights_sha256", "adapter_sha256", "config", "tokenizer", "dtype", "quantized")
 """What tells one model from another."""
 
 Model = dict[str, object]
@@ -155,6 +155,7 @@ class Results(abc.ABC, Generic[T]):
             drop = {self.items, *self.summary([])}
             for model in found["models"] if same else []:
                 facts = {key: value for key, value in model.items() if key not in drop}
+                facts.setdefault("adapter_sha256", None)  # which older files do not tell
                 if not facts.keys() >= set(WHO):
                     raise KeyError
                 items = [item for row in model[self.items] if (item := self.item(row)) is not None]

@@ -7,6 +7,7 @@ theirs, such as q, k and v, gives each the same A and its rows of B. Of the othe
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -23,6 +24,7 @@ from samba_lm.errors import UserError
 from samba_lm.files import atomic_folder
 from samba_lm.model import SambaLM
 from samba_lm.nn.lora import LoraSettings, adapters, settings_of
+from samba_lm.tensor_files import sha256
 from samba_lm.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer, load_tokenizer
 from samba_lm.validation import explain
 
@@ -119,6 +121,11 @@ def merge_adapter(model: SambaLM, folder: str | os.PathLike[str], tokenizer: Tok
     for weight, change in changes:
         weight.copy_(weight + change.to(weight.device))
     return len(changes)
+
+
+def adapter_sha256(folder: str | os.PathLike[str]) -> str:
+    """Of what decides what an adapter computes: the hash of its two files' hashes."""
+    return hashlib.sha256("".join(sha256(Path(folder, name)) for name in (CONFIG, WEIGHTS)).encode()).hexdigest()
 
 
 def _changes(

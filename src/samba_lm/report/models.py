@@ -10,7 +10,7 @@ from typing import Any
 
 Key = tuple[str, ...]
 
-WHO = ("weights_sha256", "config", "tokenizer", "dtype", "quantized")
+WHO = ("weights_sha256", "adapter_sha256", "config", "tokenizer", "dtype", "quantized")
 """The facts that tell one model from another (samba_lm/cli/results.py)."""
 
 
@@ -60,7 +60,7 @@ def _told_apart(names: Sequence[str], all_facts: Sequence[dict[str, Any]]) -> li
     for name, facts in zip(names, all_facts, strict=True):
         same = [other for label, other in zip(names, all_facts, strict=True) if label == name]
         words = [name]
-        for fact in ("quantized", "dtype", "weights_sha256", "config", "tokenizer"):
+        for fact in ("quantized", "dtype", "weights_sha256", "adapter_sha256", "config", "tokenizer"):
             values = {json.dumps(other.get(fact)) for other in same}
             if len(values) > 1 and facts.get(fact):
                 words.append(str(facts[fact]) if fact in ("quantized", "dtype") else str(facts[fact])[:8])

@@ -60,6 +60,10 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    if find_spec("datasets"):  # which reads the variable when it is first imported, perhaps for another test
+        from datasets.utils import disable_progress_bars
+
+        disable_progress_bars()
     if find_spec("lm_eval"):  # its bars heed TQDM_DISABLE only where that is set before tqdm is first imported
         import lm_eval.api.task
         import tqdm

@@ -142,6 +142,63 @@ def test_an_interrupted_run_keeps_what_it_has(
     assert "1 of the tasks were measured before" in capsys.readouterr().out
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """[how many answers were kept, after how many a run is interrupted]."""
+    from samba_lm.eval.harness.answers import Answers
+
+    own, counts = Answers._add, [0, 1 << 30]
+
+    def add(self: Answers, name: str, answer: object) -> None:
+        if counts[0] == counts[1]:
+            raise KeyboardInterrupt
+        own(self, name, answer)
+        counts[0] += 1
+
+    monkeypatch.setattr(Answers, "_add", add)
+    return counts
+
+
+@pytest.mark.parametrize(("task", "requests"), [("arc_easy", 12), ("gsm8k", 5), ("humaneval", 6)])
+def test_a_task_goes_on_in_the_middle(
+    task: str, requests: int, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    asked: list[int]
+) -> None:  # fmt: skip
+    """And its scores are those of a run that was left alone; a checkpoint, dtype or quantization keeps to its own."""
+    if task != "humaneval":
+        pytest.importorskip("lm_eval", reason="needs lm_eval (pip install 'samba-lm[harness]')")
+    monkeypatch.setattr("samba_lm.eval.harness.humaneval.MAX_TOKENS", 8)
+    rows = [json.loads(line) for line in Path("data/arc_easy/test.jsonl").read_text().splitlines()]
+    other = [{**row, "question": f"Which of {i} is hot?"} for i, row in enumerate(rows)]
+    Path("data/arc_easy/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    more = ["--run-code", "--code-samples=6", "--batch=1"]
+    words = ["eval", "harness", "first", f"--tasks={task}", *DATA, *more]
+
+    def score(file: str) -> dict:
+        (found,) = [task for model in json.loads(Path(file).read_text())["models"] for task in model["tasks"]]
+        return found | {"seconds": 0}
+
+    assert main([*words, "--json=whole.json"]) == 0
+    asked[:] = [0, requests - 1]
+    assert main([*words, "--json=a.json"]) == 130
+    assert results.STOPPED in capsys.readouterr().out
+    (kept,) = folder.glob("a.json.*")
+    assert kept.read_bytes().count(b"\n") == requests
+    kept.write_bytes(kept.read_bytes()[:-3])  # as a kill leaves it
+    asked[:] = [0, 1]
+    for other in (["--dtype=bfloat16"], ["--quantize=int8"]):  # these have answers of their own
+        asked[0] = 0
+        assert main([*words, "--json=a.json", *other]) == 130
+        assert "goes on after" not in capsys.readouterr().out
+    asked[:] = [0, 1 << 30]
+    assert main([*words, "--json=a.json"]) == 0
+    assert f"goes on after {requests - 2} answers" in capsys.readouterr().out
+    assert asked[0] == 2
+    assert not kept.exists()
+    assert len(list(folder.glob("a.json.*"))) == 2
+    assert score("a.json") == score("whole.json")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -111,6 +111,27 @@ def test_answers_are_written_as_a_task_asks(offline: None) -> None:
     assert HarnessLM(model, tokenizer).generate_until(requests("generate_until", [("The same", drawn)])) == [first]
 
 
+def test_answers_to_every_kind_of_request_are_kept(tmp_path: Path, offline: None) -> None:
+    from samba_lm.eval.harness.answers import Answers
+    from samba_lm.eval.harness.model import HarnessLM
+
+    def ask(lm: HarnessLM) -> list[Any]:
+        return [
+            lm.loglikelihood(requests("loglikelihood", pairs())),
+            lm.loglikelihood_rolling(requests("loglikelihood_rolling", [("A text",), ("",), ("x" * 99,)])),
+            lm.generate_until(requests("generate_until", [("Once", {"max_gen_toks": 5}), ("", {"max_gen_toks": 4})])),
+        ]
+
+    expected = ask(HarnessLM(make(MAMBA), ByteTokenizer(), max_length=50))
+    lm = HarnessLM(make(MAMBA), ByteTokenizer(), max_length=50)
+    with Answers(tmp_path / "a", {}) as lm.answers:
+        assert ask(lm) == expected
+    with torch.no_grad():
+        lm.samba.embedding.fill_(torch.nan)  # which can answer nothing
+    with Answers(tmp_path / "a", {}) as lm.answers:
+        assert ask(lm) == expected
+
+
 def test_full_attention_reads_what_it_can_hold() -> None:
     from samba_lm.eval.harness.model import HarnessLM
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from samba_lm.data.sources import PACKED_SUFFIXES
 from samba_lm.errors import UserError
+from samba_lm.eval.harness.answers import Answers
 from samba_lm.eval.harness.run import Metric, Score
 from samba_lm.eval.harness.sandbox import Outcome, run_programs
 from samba_lm.eval.harness.writing import Prompt, write
@@ -88,6 +89,7 @@ def measure(
     max_tokens: int = MAX_TOKENS,
     seconds: float = 10.0,
     progress: OnProgress | None = None,
+    answers: Answers | None = None,
 ) -> tuple[Score, list[Attempt]]:
     """Complete each problem ``samples`` times, run the programs, and count.
 
@@ -97,6 +99,7 @@ def measure(
         limit: problems at most, the first ones.
         seconds: a program may take.
         progress: told the share that is done; writing is the most of it.
+        answers: keeps what the model writes, and knows some already. The programs are run anew.
     """
     if samples < 1:
         raise UserError(f"samples is {samples}: it must be at least 1.")
@@ -110,7 +113,8 @@ def measure(
             params = SamplingParams(temperature=TEMPERATURE, top_p=TOP_P, max_tokens=max_tokens, stop=STOP, seed=number)
             prompts.append(Prompt(ids, params))
     tell = None if progress is None else lambda share: progress(0.95 * share)
-    texts = write(model, tokenizer, prompts, progress=tell)
+    make = write if answers is None else answers.texts
+    texts = make(model, tokenizer, prompts, progress=tell)
     tried = [(problem, texts[i * samples + j]) for i, problem in enumerate(chosen) for j in range(samples)]
     outcomes = run_programs([problem.program(text) for problem, text in tried], seconds=seconds)
     if progress is not None:

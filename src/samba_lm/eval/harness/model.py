@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from samba_lm import checkpoint
 from samba_lm.errors import UserError
-from samba_lm.eval.harness.scoring import Question, Scorer, windows
+from samba_lm.eval.harness.answers import Answers
+from samba_lm.eval.harness.scoring import Likelihood, Question, Scorer, windows
 from samba_lm.eval.harness.writing import Prompt, sampling, write
 from samba_lm.model import SambaLM
 from samba_lm.quantization import quantize as quantize_model
@@ -92,6 +93,8 @@ class HarnessLM(TemplateLM):
         self._templated = False
         self.progress: OnProgress | None = None
         """Told of the share that is done of each kind of request; None: a bar of the harness's kind shows it."""
+        self.answers: Answers | None = None
+        """What keeps the answers, and knows some already."""
 
     # What TemplateLM asks for.
 
@@ -131,7 +134,12 @@ class HarnessLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         questions = [Question(self._fit(context, len(after)), after) for _, context, after in requests]
         with self._told("likelihoods") as tell:
-            return [(answer.logprob, answer.greedy) for answer in self._scorer.ask(questions, tell)]
+            return [(answer.logprob, answer.greedy) for answer in self._likelihoods(questions, tell)]
+
+    def _likelihoods(self, questions: list[Question], tell: OnProgress) -> list[Likelihood]:
+        if self.answers is None:
+            return self._scorer.ask(questions, tell)
+        return self.answers.likelihoods(self._scorer, questions, tell)
 
     def _fit(self, context: list[int], room: int) -> list[int]:
         """As much of the end of a context as is read before ``room`` tokens."""
@@ -154,7 +162,7 @@ class HarnessLM(TemplateLM):
             owners += [i] * len(own)
         sums = [0.0] * len(requests)
         with self._told("rolling likelihoods") as tell:
-            for i, answer in zip(owners, self._scorer.ask(questions, tell), strict=True):
+            for i, answer in zip(owners, self._likelihoods(questions, tell), strict=True):
                 sums[i] += answer.logprob
         return sums
 
@@ -175,7 +183,8 @@ class HarnessLM(TemplateLM):
                 ids = ids[-most:]
             prompts.append(Prompt(ids, params))
         with self._told("texts") as tell:
-            return write(self.samba, self._own, prompts, slots=self._batch, progress=tell)
+            make = write if self.answers is None else self.answers.texts
+            return make(self.samba, self._own, prompts, slots=self._batch, progress=tell)
 
     @contextmanager
     def _told(self, what: str) -> Iterator[OnProgress]:

@@ -63,6 +63,7 @@ class Score:
         metrics: the first is the one that the paper's tables tell.
         parts: of a group of tasks, each task's first figure.
         data_sha256: of the files it was made from; None: the harness's own data.
+        seconds: it took, since it was last gone on with.
     """
 
     task: str

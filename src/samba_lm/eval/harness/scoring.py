@@ -18,6 +18,8 @@ from samba_lm.state import State
 T = TypeVar("T")
 OnProgress = Callable[[float], None]
 """Called with the share of the work that is done, 0 to 1."""
+OnAnswer = Callable[[int, "Likelihood"], None]
+"""Called with a question's number and its answer."""
 
 LEAST_SAVED = 64
 """Tokens of reading that a fork must save."""
@@ -93,11 +95,17 @@ class Scorer:
         self._sums = torch.zeros(0, dtype=torch.float64)
         self._greedy = torch.zeros(0, dtype=torch.bool)
         self._tell: Callable[[int], None] = lambda tokens: None
+        self._note: OnAnswer | None = None
 
     @torch.inference_mode()
-    def ask(self, questions: Sequence[Question], progress: OnProgress | None = None) -> list[Likelihood]:
+    def ask(
+        self, questions: Sequence[Question], progress: OnProgress | None = None, note: OnAnswer | None = None
+    ) -> list[Likelihood]:
         """Answer all, in their order. Raises UserError for an id outside the vocabulary, numbers that are not finite,
-        and more than full attention can hold."""
+        and more than full attention can hold.
+
+        ``note``: told each answer as it comes, once, in no order; what is not finite it is not told.
+        """
         self._sums = torch.zeros(len(questions), dtype=torch.float64)
         self._greedy = torch.ones(len(questions), dtype=torch.bool)
         rows = _rows(questions, self.model.config.vocab_size)
@@ -109,7 +117,7 @@ class Scorer:
             if progress is not None:
                 progress(done / whole)
 
-        self._tell = tell
+        self._tell, self._note = tell, note
         with evaluating(self.model):
             contexts: dict[tuple[int, ...], list[_Row]] = {}
             for row in rows:
@@ -121,7 +129,10 @@ class Scorer:
             raise UserError(
                 "The model's numbers are not finite: its weights are damaged, or the dtype is too narrow (try float32)."
             )
-        return [Likelihood(float(s), bool(g)) for s, g in zip(self._sums, self._greedy, strict=True)]
+        return [self._answer(i) for i in range(len(questions))]
+
+    def _answer(self, i: int) -> Likelihood:
+        return Likelihood(float(self._sums[i]), bool(self._greedy[i]))
 
     def _ask_family(self, contexts: Mapping[tuple[int, ...], list[_Row]], shared: int) -> None:
         """Contexts whose first ``shared`` tokens are the same: these, then the rest of those of several rows, then what
@@ -193,6 +204,9 @@ class Scorer:
         self._greedy[asked[:, 3][~torch.cat(greedy).cpu()]] = False
         answered = asked[:, 3].unique()
         self._sums[answered] = sums.cpu()[answered]  # set and not added: a batch may be read again in halves
+        if self._note is not None:
+            for i in answered[self._sums[answered].isfinite()].tolist():
+                self._note(i, self._answer(i))
 
     def _in_batches(
         self, items: Sequence[T], size: Callable[[T], int], before: int, *, stateful: bool

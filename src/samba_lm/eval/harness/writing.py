@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from samba_lm.engine.engine import Engine
-from samba_lm.engine.request import End, Event, Request
+from samba_lm.engine.request import End, Event, Piece, Request
 from samba_lm.errors import UserError, did_you_mean
 from samba_lm.eval.harness.prefixes import families
 from samba_lm.generation.params import DEFAULT_CHUNK, SamplingParams
@@ -18,6 +18,7 @@ from samba_lm.model import SambaLM
 from samba_lm.tokenizer import Tokenizer
 
 OnProgress = Callable[[float], None]
+OnText = Callable[[int, str], None]
 SLOTS = {"cpu": 16, "cuda": 64}
 """Texts written at once."""
 GPU_CHUNK = 8192
@@ -43,19 +44,24 @@ def write(
     *,
     slots: int | None = None,
     progress: OnProgress | None = None,
+    note: OnText | None = None,
 ) -> list[str]:
     """The continuations, in the order of the prompts; stop strings are no part of them.
 
-    Raises UserError as the engine does.
+    ``note``: told each prompt's number and text as it ends. Raises UserError as the engine does.
     """
     kind = "cpu" if model.device.type == "cpu" else "cuda"
     texts = [""] * len(prompts)
     done = 0
 
-    def note(_: int, event: Event) -> None:
+    def see(i: int, event: Event) -> None:
         nonlocal done
-        if isinstance(event, End):
+        if isinstance(event, Piece):
+            texts[i] += event.text
+        elif isinstance(event, End) and event.finish not in ("cancelled", "error"):
             done += 1
+            if note is not None:
+                note(i, texts[i])
             if progress is not None:
                 progress(done / len(prompts))
 
@@ -67,8 +73,7 @@ def write(
                 Request([np.array(prompts[i].ids[family.shared :])], prompts[i].params, context=root)
                 for i in family.members
             ]
-            for i, answer in zip(family.members, engine.complete(requests, note), strict=True):
-                texts[i] = answer.text
+            engine.complete(requests, lambda k, event, members=family.members: see(members[k], event))  # type: ignore[misc]
     return texts
 
 
