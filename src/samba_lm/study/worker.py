@@ -37,7 +37,7 @@ from samba_lm.plugins import load_plugins
 from samba_lm.study.plan import Job, now
 from samba_lm.study.process import STOPPED
 from samba_lm.study.record import Measured, Record, read_record, record_path, tail_mean, thin
-from samba_lm.study.study import Evaluation
+from samba_lm.study.study import Evaluation, documents_measured
 from samba_lm.train.checkpoints import list_checkpoints
 from samba_lm.train.finite import NonFiniteError
 from samba_lm.train.metrics import read_metrics
@@ -241,20 +241,12 @@ def same_text(evaluation: Evaluation, lengths: Sequence[int]) -> tuple[Tokens, i
     Documents that must reach the longest length are the same for every model, also one that is not measured there.
     """
     dataset, settings = open_data(evaluation.data), evaluation.settings()
-    sizes = [_size(dataset, i) for i in range(dataset.num_documents)]
-    # A length that no document has is left out for all models, and chooses none.
-    longest = max((length for length in evaluation.lengths if length <= max(sizes)), default=0)
-    own = settings.protocol not in OF_DOCUMENTS or settings.documents == "every"
-    if own or not longest or longest in lengths:
+    if settings.protocol not in OF_DOCUMENTS or settings.documents == "every":
         return dataset, settings.max_tokens
-    documents = [i for i, size in enumerate(sizes) if size >= longest]
-    documents = documents[: settings.samples(len(documents), longest)]
+    documents, longest = documents_measured(evaluation, dataset)
+    if not documents or longest in lengths:
+        return dataset, settings.max_tokens
     return [dataset.document(i) for i in documents], None
-
-
-def _size(dataset: TokenDataset, index: int) -> int:
-    start, stop = dataset.document_bounds(index)
-    return stop - start
 
 
 class Telling(Observer):
