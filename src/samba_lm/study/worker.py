@@ -91,7 +91,6 @@ class Work:
         if record is None or not self.job.trained(record) or not list_checkpoints(self.folder):
             record = self.job.new_record(self.provenance)
         spent = record.seconds
-        record.shared = max(record.shared, self.shared)
 
         def write() -> None:
             record.seconds = spent + time.monotonic() - began
@@ -122,7 +121,7 @@ class Work:
 
     def _train(self, record: Record, device: torch.device) -> None:
         self._own_folder()
-        record.device = device_name(device)
+        record.device, record.shared = device_name(device), self._most_shared()
         with peak(device) as most:
             result = train(self.job.recipe, observer=Telling(self.tell), stop=self.stopping)
         if result.steps < self.job.steps:
@@ -153,6 +152,13 @@ class Work:
         if self.folder.exists() and (not mark.is_file() or mark.read_text(encoding="utf-8") != self.job.fingerprint):
             shutil.rmtree(self.folder)
         write_text(mark, self.job.fingerprint)
+
+    def _most_shared(self) -> int:
+        """Trainings at once on the device, the most since this one began: it may have been alone only after a stop."""
+        mark = self.folder / "shared"
+        most = max(self.shared, int(mark.read_text(encoding="utf-8")) if mark.is_file() else 1)
+        write_text(mark, f"{most}")
+        return most
 
     def _evaluate(self, record: Record, device: torch.device, write: Callable[[], None]) -> None:
         wanted = {mark for _, mark in self.job.evaluations}
