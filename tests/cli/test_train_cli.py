@@ -292,6 +292,13 @@ def test_the_paths_of_recipes_and_their_names(tmp_path: Path, monkeypatch: pytes
         find_recipe("x" * 255)  # a name that could be, but not with .toml behind it
 
 
+@pytest.mark.parametrize("command", ["train", "estimate"])
+def test_an_empty_name_is_no_recipe(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a shell's variable that is not set nothing is trained."""
+    assert main([command, ""]) == 2
+    assert "the name is empty" in capsys.readouterr().err
+
+
 def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     from samba_lm.train.recipe import DataSection, ModelSection, TrainSection
 

@@ -149,6 +149,20 @@ def test_texts_of_a_study_that_are_shown_each_by_itself() -> None:
     assert [["samba"], ["900.0"]] in rows
 
 
+def test_of_a_study_that_could_not_be_measured_no_empty_figure_is_drawn() -> None:
+    """Losses that are not finite: the record holds none, of no window either."""
+    row = {"length": 1024, "loss": None, "windows": 2, "tokens": 8, "positions": (1, 8), "note": "not finite"}
+    results = [{**row, "standard_error": None, "means": []}]
+    measured = [Measured(name=name, fingerprint="g", seconds=1.0, results=results) for name in ("prefix", "stream")]
+    _record("samba", "final", 0.002, 0, 3.1, evaluations=measured)
+    told = {"evaluations": [{"name": "stream", "apart": ["a", "c"]}]}
+    Path("runs/small/study.json").write_text(json.dumps({"format": "samba-lm study", "study": told}))
+    text = _page()
+    assert re.findall(r"<h4>(.*?)</h4>", text) == ["prefix", "stream: a", "stream: c"]
+    assert text.count("Nothing was measured here") == 3
+    assert "Perplexity: lower is better" not in text
+
+
 def test_a_study() -> None:
     for run, losses in (("samba", (3.5, 3.2)), ("llama", (3.4, 3.6))):
         for lr, loss in zip((0.001, 0.002), losses, strict=True):

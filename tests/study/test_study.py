@@ -44,6 +44,8 @@ def test_the_shipped_study_is_whole() -> None:
         ("lengths = [32, 64, 128]", "lengths = [1]", ["evaluations[0]", "at least one, each of 2"]),
         ("lengths = [32, 64, 128]", 'protocol = "prefixx"\nlengths = [32]', ["protocol", "prefixx"]),
         ("max_length_growing = 64", 'protocol = "last-stride"\nmax_length_growing = 64', ["max_length_growing"]),
+        ("max_length_growing = 64", 'apart = ["a"]', ["evaluations[0]", "apart", "use prefix or stream"]),
+        ("max_length_growing = 64", 'protocol = "stream"\ndocuments = "every"\napart = ["a"]', ['documents = "same"']),
         ('columns = ["size", "4K"]', 'columns = ["size"]', ["'samba'", "2 figures for 1 columns"]),
         ('group = "Table 3"', 'group = "Table 4"', ["no run is of group 'Table 4'", "Did you mean 'Table 3'"]),
         ('evaluation = "windows"', 'evaluation = "window"', ["Did you mean 'windows'"]),
@@ -69,6 +71,22 @@ def test_a_folder_without_a_study(tmp_path: Path) -> None:
         read_study(tmp_path)
     with pytest.raises(UserError, match="No study at"):
         read_study(tmp_path / "gone.toml")
+
+
+@pytest.mark.parametrize(
+    ("names", "max_tokens", "said"), [(4, None, ""), (3, None, "4 document"), (1, 300, "2 document")]
+)
+def test_each_document_measured_has_a_name(study: Path, names: int, max_tokens: int | None, said: str) -> None:
+    """Of fewer names, documents would be left out of all tables; of more, tables would be empty."""
+    path = study / FILE
+    more = f'protocol = "prefix"\napart = {["x"] * names}\n' + (f"max_tokens = {max_tokens}" if max_tokens else "")
+    path.write_text(path.read_text(encoding="utf-8").replace("max_length_growing = 64", more), encoding="utf-8")
+    read, recipes = read_study(study)
+    if not said:
+        StudyData().check(read, recipes, {"samba"})
+        return
+    with pytest.raises(UserError, match=f"apart has {names} name.*{said}"):
+        StudyData().check(read, recipes, {"samba"})
 
 
 def test_missing_data_and_another_tokenizer_are_told_before_anything_runs(study: Path, tmp_path: Path) -> None:

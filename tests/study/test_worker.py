@@ -108,6 +108,19 @@ def test_an_interrupted_evaluation_does_not_train_again(study: Path) -> None:
     assert (after.started, after.train_seconds) == (before.started, before.train_seconds)
 
 
+def test_a_record_tells_how_the_training_shared_its_device(study: Path) -> None:
+    """Also the part of it before a stop; what is measured later, in whatever company, changes nothing about it."""
+    job = jobs(study)["llama/final-lr0.004-seed0"]
+    with pytest.raises(Stopped):
+        Work(job, study / "out", {}, quiet, stopping=After(5), shared=3).run()
+    assert do(job, study).shared == 3
+    record_path(study / "out", job.key).unlink()
+    with pytest.raises(Stopped):
+        Work(job, study / "out", {}, quiet, stopping=After(job.steps)).run()
+    after = Work(job, study / "out", {}, quiet, shared=2).run()
+    assert (after.status, after.shared) == ("done", 1)
+
+
 def test_lengths_that_growing_models_skip(study: Path) -> None:
     record = do(jobs(study)["llama/final-lr0.004-seed0"], study)
     assert [row["length"] for row in record.evaluations[0].results] == [32, 64]

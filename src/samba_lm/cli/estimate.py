@@ -50,7 +50,7 @@ class EstimateCommand:
 def main(argv: list[str]) -> None:
     """Run the command."""
     name, options = recipe_name(argv, PROG)
-    default = EstimateCommand(Recipe.from_toml(find_recipe(name)) if name else Recipe())
+    default = EstimateCommand(Recipe() if name is None else Recipe.from_toml(find_recipe(name)))
     try:
         args = parse(
             EstimateCommand, options, prog=f"{PROG} {name or 'RECIPE'}", description=DESCRIPTION, default=default

@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     BrokenPipeError, after saving too, when the reader of the output went away.
     """
     name, options = recipe_name(argv)
-    default = TrainCommand(Recipe.from_toml(find_recipe(name)) if name else Recipe())
+    default = TrainCommand(Recipe() if name is None else Recipe.from_toml(find_recipe(name)))
     try:
         command = parse(
             TrainCommand, options, prog=f"{PROG} {name or 'RECIPE'}", description=DESCRIPTION, default=default

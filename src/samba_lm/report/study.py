@@ -237,6 +237,8 @@ def _evaluation(evaluation: str, done: dict[str, list[Run]], styles: dict[str, i
                 found.setdefault(length, []).append(measured)
         if found:
             means[name] = {length: _together(some) for length, some in sorted(found.items())}
+    if not means:
+        return note("Nothing was measured here, or the losses were not finite.")
     lengths = sorted({length for some in means.values() for length in some})
     curves = []
     for name, some in means.items():

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from samba_lm.data.shards import TokenDataset, open_splits
 from samba_lm.errors import UserError, did_you_mean
-from samba_lm.eval.protocols import Documents, Protocol, Settings
+from samba_lm.eval.protocols import OF_DOCUMENTS, Documents, Protocol, Settings
 from samba_lm.train.recipe import PathText, Recipe, Section, read_toml
 from samba_lm.validation import explain
 
@@ -69,12 +69,18 @@ class Evaluation(Section):
     title: str = ""
     """What the tables call it."""
     apart: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """What the windows (of prefix and stream: the documents measured) are called, in their order. Tables and figures
-    then show each by itself: of a few unlike texts a mean says little, and its interval nothing."""
+    """Of prefix and stream: what the documents measured are called, in their order. Tables and figures then show each
+    by itself: of a few unlike texts a mean says little, and its interval nothing."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         self.settings()
+        # Elsewhere a window's number says nothing of whose text it is: another length has other windows.
+        if self.apart and (self.protocol not in OF_DOCUMENTS or self.documents != "same"):
+            raise ValueError(
+                "apart names documents that are measured at every length: leave it out, or use prefix or stream and "
+                'documents = "same"'
+            )
         if self.protocol == "last-stride" and self.max_length_growing is not None:
             raise ValueError("last-stride scores the same tokens at every length: leave max_length_growing out")
         return self
@@ -94,6 +100,19 @@ class Evaluation(Section):
         """The lengths that a model is measured at."""
         limit = self.max_length_growing
         return self.lengths if constant_state or limit is None else tuple(n for n in self.lengths if n <= limit)
+
+
+def documents_measured(evaluation: Evaluation, dataset: TokenDataset) -> tuple[list[int], int]:
+    """Of prefix and stream with ``documents = "same"``: the documents that all lengths are measured on, and the longest
+    length; none and 0 where no document has any of the lengths."""
+    bounds = [dataset.document_bounds(i) for i in range(dataset.num_documents)]
+    sizes = [stop - start for start, stop in bounds]
+    # A length that no document has is left out for all models, and chooses none.
+    longest = max((length for length in evaluation.lengths if length <= max(sizes)), default=0)
+    if not longest:
+        return [], 0
+    reaching = [i for i, size in enumerate(sizes) if size >= longest]
+    return reaching[: evaluation.settings().samples(len(reaching), longest)], longest
 
 
 class Run(Section):
@@ -279,8 +298,19 @@ class StudyData:
         for evaluation in study.evaluations:
             opened = self.open(evaluation.data, f"Evaluation {evaluation.name}, data = {evaluation.data!r}", True)
             made_with[opened.tokenizer.fingerprint()] = evaluation.data
+            if evaluation.apart:
+                _check_names(evaluation, opened)
         for (first, a), (second, b) in itertools.pairwise(made_with.items()):
             raise UserError(
                 f"{a!r} was made with tokenizer {first[:12]} and {b!r} with {second[:12]}: perplexities compare only "
                 "with one, so prepare all of a study's data with it."
             )
+
+
+def _check_names(evaluation: Evaluation, dataset: TokenDataset) -> None:
+    (documents, longest), names = documents_measured(evaluation, dataset), len(evaluation.apart)
+    if len(documents) != names:
+        raise UserError(
+            f"Evaluation {evaluation.name}: apart has {names} name(s), and {len(documents)} document(s) of "
+            f"{evaluation.data!r} are measured, of {longest} tokens or more: give a name for each."
+        )

@@ -37,7 +37,7 @@ from samba_lm.plugins import load_plugins
 from samba_lm.study.plan import Job, now
 from samba_lm.study.process import STOPPED
 from samba_lm.study.record import Measured, Record, read_record, record_path, tail_mean, thin
-from samba_lm.study.study import Evaluation
+from samba_lm.study.study import Evaluation, documents_measured
 from samba_lm.train.checkpoints import list_checkpoints
 from samba_lm.train.finite import NonFiniteError
 from samba_lm.train.metrics import read_metrics
@@ -91,7 +91,6 @@ class Work:
         if record is None or not self.job.trained(record) or not list_checkpoints(self.folder):
             record = self.job.new_record(self.provenance)
         spent = record.seconds
-        record.shared = max(record.shared, self.shared)
 
         def write() -> None:
             record.seconds = spent + time.monotonic() - began
@@ -122,7 +121,7 @@ class Work:
 
     def _train(self, record: Record, device: torch.device) -> None:
         self._own_folder()
-        record.device = device_name(device)
+        record.device, record.shared = device_name(device), self._most_shared()
         with peak(device) as most:
             result = train(self.job.recipe, observer=Telling(self.tell), stop=self.stopping)
         if result.steps < self.job.steps:
@@ -153,6 +152,13 @@ class Work:
         if self.folder.exists() and (not mark.is_file() or mark.read_text(encoding="utf-8") != self.job.fingerprint):
             shutil.rmtree(self.folder)
         write_text(mark, self.job.fingerprint)
+
+    def _most_shared(self) -> int:
+        """Trainings at once on the device, the most since this one began: it may have been alone only after a stop."""
+        mark = self.folder / "shared"
+        most = max(self.shared, int(mark.read_text(encoding="utf-8")) if mark.is_file() else 1)
+        write_text(mark, f"{most}")
+        return most
 
     def _evaluate(self, record: Record, device: torch.device, write: Callable[[], None]) -> None:
         wanted = {mark for _, mark in self.job.evaluations}
@@ -241,20 +247,12 @@ def same_text(evaluation: Evaluation, lengths: Sequence[int]) -> tuple[Tokens, i
     Documents that must reach the longest length are the same for every model, also one that is not measured there.
     """
     dataset, settings = open_data(evaluation.data), evaluation.settings()
-    sizes = [_size(dataset, i) for i in range(dataset.num_documents)]
-    # A length that no document has is left out for all models, and chooses none.
-    longest = max((length for length in evaluation.lengths if length <= max(sizes)), default=0)
-    own = settings.protocol not in OF_DOCUMENTS or settings.documents == "every"
-    if own or not longest or longest in lengths:
+    if settings.protocol not in OF_DOCUMENTS or settings.documents == "every":
         return dataset, settings.max_tokens
-    documents = [i for i, size in enumerate(sizes) if size >= longest]
-    documents = documents[: settings.samples(len(documents), longest)]
+    documents, longest = documents_measured(evaluation, dataset)
+    if not documents or longest in lengths:
+        return dataset, settings.max_tokens
     return [dataset.document(i) for i in documents], None
-
-
-def _size(dataset: TokenDataset, index: int) -> int:
-    start, stop = dataset.document_bounds(index)
-    return stop - start
 
 
 class Telling(Observer):
