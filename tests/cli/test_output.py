@@ -35,7 +35,10 @@ def test_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert read["python"] == platform.python_version()
     assert read["threads"] == torch.get_num_threads()
     assert read["device"] == "cpu"
-    assert read["platform"] == platform.platform()
+    assert str(read["platform"]).split()[0] == platform.system()
+    assert platform.machine() in str(read["platform"])
+    named = platform.release().lstrip("0123456789.")  # what an owner calls their kernel is theirs
+    assert not named or named not in str(read["platform"])
     assert datetime.datetime.fromisoformat(str(read["time"])).tzinfo is not None
     assert (read["loss"], read["where"], read["text"]) == (2.5, "a/b", "é")
     assert [each.name for each in target.parent.iterdir()] == ["r.json"]

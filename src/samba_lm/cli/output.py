@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -86,7 +87,7 @@ def provenance() -> dict[str, object]:
         "samba_lm": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": _system(),
         "device": "cpu",
         "threads": torch.get_num_threads(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -95,6 +96,12 @@ def provenance() -> dict[str, object]:
     if commit is not None:
         facts["commit"] = commit
     return facts
+
+
+def _system() -> str:
+    """The operating system, its version and the processor's kind; of the kernel's name no more than its number."""
+    number = re.match(r"[\d.]*", platform.release())
+    return " ".join(filter(None, (platform.system(), number and number[0], platform.machine(), *platform.libc_ver())))
 
 
 def source_commit() -> str | None:
