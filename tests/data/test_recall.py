@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from samba_lm import shipped
 from samba_lm.data.passkey import FILLER, KEY_LINE, MAX_WORDS, QUESTION, TASK, Passkey, sentences
 from samba_lm.data.phonebook import Names, Phonebook
 from samba_lm.data.recall import read_text
 from samba_lm.data.recall_loader import RecallLoader
 from samba_lm.errors import UserError
 from samba_lm.loss import IGNORE_INDEX
-from samba_lm.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, train_bpe
+from samba_lm.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 BOOK = (
     "It was the year 10001. The night was dark, and nobody spoke!  Was it so? " * 3
@@ -76,10 +77,10 @@ def test_length_and_depth_are_right_within_a_sentence(kind: str, text: str | Non
         assert (before == "", after == "") == (depth == 0, depth == 1)
 
 
-@pytest.mark.parametrize("kind", ["byte", "bpe"])
+@pytest.mark.parametrize("kind", ["byte", "bpe", "samba-nano"])
 def test_the_pieces_are_what_the_whole_text_is_encoded_to(kind: str) -> None:
-    tokens = tokenizer(kind)
-    for maker in (Passkey(tokens), Passkey(tokens, BOOK), Phonebook(tokens, PEOPLE)):
+    tokens = load_tokenizer(shipped.FOLDER / shipped.DEFAULT) if kind == "samba-nano" else tokenizer(kind)
+    for maker in (Passkey(tokens), Passkey(tokens, BOOK), Phonebook(tokens, PEOPLE), Phonebook(tokens, PEOPLE, 3)):
         for seed in range(4):
             example = maker.example(random(seed), 300 if kind == "byte" else 200)
             assert np.array_equal(tokens.encode(tokens.decode(example.tokens)), example.tokens)

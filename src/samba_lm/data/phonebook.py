@@ -169,12 +169,17 @@ class Phonebook:
     def _example(self, random: np.random.RandomState, entries: list[str], lines: list[Ids], questions: int) -> Example:
         """``lines``: all entries' but the last."""
         shown, also, *asked = random.choice(len(entries), EXAMPLES + questions, replace=False).tolist()
-        pieces = [f"{entries[-1]}\n\n", f"{entries[shown]}\n", f"{entries[also]}\n\n"]
+        front = f"{entries[-1]}\n\n{entries[shown]}\n{entries[also]}\n\n"
+        pieces = []
         for each in asked:
             name, number = entries[each].split(": ")
             pieces += [f"{name}:", f" {number}", "\n"]
-        *rest, question, answer, end = self._splicer.encode_batch(pieces)
-        ends = np.cumsum([piece.size for piece in (*lines, *rest)]).tolist()
-        before = range(len(lines) + EXAMPLES + 1, len(ends), 3)  # the places of the questions that come before
-        answered = tuple((ends[at], ends[at + 2]) for at in before)
-        return Example(np.concatenate([*lines, *rest]), question, answer, end, number, answered)
+        whole, alone, *told = self._splicer.encode_batch([front + pieces[0], front, *pieces])
+        # What an empty line is encoded to depends on what follows it: so with the first name, which is then cut off.
+        cut = whole.size - told[0].size
+        head = whole[:cut] if np.array_equal(whole[cut:], told[0]) else alone
+        *rest, question, answer, end = told
+        document = [*lines, head, *rest]
+        ends = np.cumsum([piece.size for piece in document]).tolist()
+        answered = tuple((ends[at], ends[at + 2]) for at in range(len(lines) + 1, len(ends), 3))
+        return Example(np.concatenate(document), question, answer, end, number, answered)
