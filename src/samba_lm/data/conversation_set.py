@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 from samba_lm.data.conversations import Conversation, read_conversations
 from samba_lm.data.encode import encode_in_order
 from samba_lm.data.folder import file_sha256
-from samba_lm.data.output import check_numbers, check_out, set_aside
+from samba_lm.data.output import check_numbers, check_out, split_of
 from samba_lm.data.shards import token_dtype
 from samba_lm.data.sources import SourceFile, find_files
 from samba_lm.errors import UserError
@@ -336,9 +336,8 @@ def prepare_conversations(
             (folder / name).mkdir(exist_ok=True)
             writers[name] = stack.enter_context(Writer(folder / name, tokenizer))
         for each in stack.enter_context(closing(encode_conversations(files, tokenizer, processes))):
-            words = json.dumps(each.conversation.messages)
-            name = "" if not val_fraction else "val" if set_aside(words, val_fraction) else "train"
-            writers[name].append(each.ids, each.answers)
+            split = split_of(json.dumps(each.conversation.messages), val_fraction)
+            writers[split].append(each.ids, each.answers)
             if progress:
                 progress("encoding", each.done, total)
         for name, writer in writers.items():

@@ -1,4 +1,4 @@
-"""The folder that prepared data goes to: what may be replaced in it, and which documents are set aside."""
+"""The folder that prepared data goes to: what may be replaced in it, and which split a document goes to."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ def check_numbers(val_fraction: float, processes: int) -> None:
         raise UserError(f"processes is {processes}: it must be at least 1.")
 
 
-def set_aside(text: str, val_fraction: float) -> bool:
-    """Whether a document that begins with ``text`` is of the validation set, by a hash: equal ones stay together."""
+def split_of(text: str, val_fraction: float) -> str:
+    """The split of a document that begins with ``text``, by a hash: equal ones stay together. "" where all are one."""
+    if not val_fraction:
+        return ""
     value = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-    return value < val_fraction * 2**64
+    return "val" if value < val_fraction * 2**64 else "train"
 
 
 def check_out(

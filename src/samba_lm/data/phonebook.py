@@ -174,10 +174,10 @@ class Phonebook:
         for each in asked:
             name, number = entries[each].split(": ")
             pieces += [f"{name}:", f" {number}", "\n"]
-        whole, alone, *told = self._splicer.encode_batch([front + pieces[0], front, *pieces])
+        whole, *told = self._splicer.encode_batch([front + pieces[0], *pieces])
         # What an empty line is encoded to depends on what follows it: so with the first name, which is then cut off.
         cut = whole.size - told[0].size
-        head = whole[:cut] if np.array_equal(whole[cut:], told[0]) else alone
+        head = whole[:cut] if np.array_equal(whole[cut:], told[0]) else self._splicer.encode(front)
         *rest, question, answer, end = told
         document = [*lines, head, *rest]
         ends = np.cumsum([piece.size for piece in document]).tolist()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from samba_lm.data.encode import encode_in_order
 from samba_lm.data.hub import is_hub, parse_stream
-from samba_lm.data.output import check_numbers, check_out, set_aside
+from samba_lm.data.output import check_numbers, check_out, split_of
 from samba_lm.data.shards import DEFAULT_SHARD_TOKENS, OUR_FILES, Meta, ShardWriter, TokenDataset, is_dataset
 from samba_lm.data.sources import OnError, Piece, ReadOptions, Source, SourceFile, find_files
 from samba_lm.errors import UserError
@@ -191,9 +191,7 @@ def _write(
                 empty += 1
                 continue
             if writer is None:
-                # By its first piece, wherever it stands.
-                name = "" if not val_fraction else "val" if set_aside(piece.text, val_fraction) else "train"
-                writer = writers[name]
+                writer = writers[split_of(piece.text, val_fraction)]  # by its first piece, wherever it stands
             writer.append(ids, end=piece.end, text_bytes=len(piece.text.encode()))
             if piece.end:
                 writer = None
