@@ -31,8 +31,9 @@ from samba_lm.cli.eval import (
 from samba_lm.cli.model import Runtime, RuntimeOptions
 from samba_lm.cli.output import write_json
 from samba_lm.cli.parse import parse, several
-from samba_lm.cli.results import WHO, Model, Results, write_rows
+from samba_lm.cli.results import Model, Results, write_rows
 from samba_lm.errors import UserError
+from samba_lm.report.models import WHO
 
 if TYPE_CHECKING:
     from samba_lm.eval.harness.answers import Answers

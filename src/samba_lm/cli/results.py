@@ -19,6 +19,7 @@ from rich.console import Console
 from samba_lm.cli.output import write_json
 from samba_lm.errors import UserError
 from samba_lm.files import locked, read_json, write_text
+from samba_lm.report.models import WHO
 
 T = TypeVar("T")
 
@@ -26,8 +27,6 @@ SAVE_EVERY = 5.0
 """Seconds between two writings of the file, at least."""
 STOPPED = "Stopped early. The same command goes on."
 """Said of an interrupted run that leaves a file to go on from."""
-WHO = ("weights_sha256", "adapter_sha256", "config", "tokenizer", "dtype", "quantized")
-"""What tells one model from another."""
 
 Model = dict[str, object]
 """A model's facts, :data:`WHO` among them."""

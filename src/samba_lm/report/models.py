@@ -11,7 +11,9 @@ from typing import Any
 Key = tuple[str, ...]
 
 WHO = ("weights_sha256", "adapter_sha256", "config", "tokenizer", "dtype", "quantized")
-"""The facts that tell one model from another (samba_lm/cli/results.py)."""
+"""The facts that tell one model from another."""
+TOLD_WHOLE = ("quantized", "dtype")
+"""Of these, what a name is told by first, and in full; the others are hashes."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,10 @@ def _told_apart(names: Sequence[str], all_facts: Sequence[dict[str, Any]]) -> li
     for name, facts in zip(names, all_facts, strict=True):
         same = [other for label, other in zip(names, all_facts, strict=True) if label == name]
         words = [name]
-        for fact in ("quantized", "dtype", "weights_sha256", "adapter_sha256", "config", "tokenizer"):
+        for fact in (*TOLD_WHOLE, *(who for who in WHO if who not in TOLD_WHOLE)):
             values = {json.dumps(other.get(fact)) for other in same}
             if len(values) > 1 and facts.get(fact):
-                words.append(str(facts[fact]) if fact in ("quantized", "dtype") else str(facts[fact])[:8])
+                words.append(str(facts[fact]) if fact in TOLD_WHOLE else str(facts[fact])[:8])
             if len(values) == len(same) > 1:
                 break
         labels.append(" ".join(words))

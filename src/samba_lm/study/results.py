@@ -227,12 +227,9 @@ def _cell(length: int, rows: Sequence[dict[str, Any]]) -> Cell:
 
 def _window(row: dict[str, Any], window: int) -> dict[str, Any]:
     """A row of one window alone; of no window where the record does not hold its mean."""
-    if row.get("group", 1) > 1 or window >= len(row["means"]):
-        return {**row, "windows": 0, "tokens": 0, "loss": None, "means": [], "standard_error": None}
-    loss = row["means"][window]
-    return {**row, "windows": 1, "tokens": row["tokens"] // row["windows"], "loss": loss, "means": [loss]} | {
-        "standard_error": None
-    }
+    means = row["means"][window : window + 1] if row.get("group", 1) == 1 else []
+    alone = {"loss": means[0], "tokens": row["tokens"] // row["windows"]} if means else {"loss": None, "tokens": 0}
+    return {**row, **alone, "windows": len(means), "means": means, "standard_error": None}
 
 
 def _sizes(row: dict[str, Any]) -> tuple[int, ...]:
