@@ -12,7 +12,7 @@ import pytest
 from samba_lm import shipped
 from samba_lm.data.passkey import FILLER, KEY_LINE, MAX_WORDS, QUESTION, TASK, Passkey, sentences
 from samba_lm.data.phonebook import Names, Phonebook
-from samba_lm.data.recall import read_text
+from samba_lm.data.recall import Splicer, WordSplicer, read_text
 from samba_lm.data.recall_loader import RecallLoader
 from samba_lm.errors import UserError
 from samba_lm.loss import IGNORE_INDEX
@@ -93,6 +93,46 @@ def test_a_tokenizer_that_marks_where_a_text_begins_marks_no_piece() -> None:
     text = tokens.decode(example.tokens)
     assert text.startswith(TASK)
     assert "\n " not in text
+
+
+@pytest.mark.parametrize(("kind", "by_word"), [("byte", True), ("bpe", True), ("samba-nano", True), ("runs", False)])
+def test_words_looked_up_are_what_the_whole_is_encoded_to(
+    kind: str, by_word: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for a tokenizer that makes tokens of any run of digits: its texts are encoded as wholes."""
+    if kind == "samba-nano":
+        tokens = load_tokenizer(shipped.FOLDER / shipped.DEFAULT)
+    else:
+        tokens = numbers_as_runs() if kind == "runs" else tokenizer(kind)
+    book = Phonebook(tokens, PEOPLE, 3)
+    examples = [book.example(random(seed), 300) for seed in range(3)]
+    lines = [f"{name}: {number}\n" for name in ("Ann Moe", "Jo Ann de Vries") for number in (6123456789, 60, 6000)]
+    words = WordSplicer(tokens, [tokens.decode(example.tokens) for example in examples])
+    for _ in range(2):  # looked up the second time
+        for got, expected in zip(words.encode_batch(lines), Splicer(tokens).encode_batch(lines), strict=True):
+            assert np.array_equal(got, expected)
+    monkeypatch.setattr(tokens, "encode_batch", None)
+    monkeypatch.setattr(tokens, "encode", None)
+    if by_word:
+        words.encode_batch(lines)
+    else:
+        with pytest.raises(TypeError):
+            words.encode_batch(lines)
+
+
+def numbers_as_runs() -> Tokenizer:
+    """A tokenizer that merges digits into tokens of up to six, wherever they stand in a number."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    runner = tokenizers.Tokenizer(models.BPE())
+    runner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    runner.decoder = decoders.ByteLevel()
+    digits = np.random.RandomState(0).randint(60, 100, size=(400, 5)).tolist()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=["<eos>"], initial_alphabet=alphabet)
+    runner.train_from_iterator(["".join(map(str, row)) for row in digits], trainer)
+    return FileTokenizer(runner.to_str(), eos="<eos>", source="runs of digits")
 
 
 def test_keys_phases_and_depths_are_drawn_from_the_seed() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from samba_lm.data.recall import Example, Splicer, read_text
+from samba_lm.data.recall import Example, WordSplicer, read_text
 from samba_lm.errors import UserError
 from samba_lm.tokenizer import Tokenizer
 
@@ -47,7 +48,7 @@ class Names:
 
     @property
     def count(self) -> int:
-        return int(np.prod([len(words) for words in self.lists], dtype=np.int64))
+        return math.prod(map(len, self.lists))
 
     def draw(self, random: np.random.RandomState, count: int) -> list[str]:
         """``count`` names, no two alike. Raises UserError when there are not as many."""
@@ -117,8 +118,8 @@ class Phonebook:
         if questions < 1:
             raise UserError(f"questions is {questions}: a phonebook asks for one entry at least.")
         self.names, self.questions = names, questions
-        self._splicer = Splicer(tokenizer)
         sample = self._entries(np.random.RandomState(0), min(64, names.count))
+        self._splicer = WordSplicer(tokenizer, ["\n".join(sample), "\n\n".join(sample), *sample])
         lines = self._splicer.encode_batch([f"{entry}\n" for entry in sample])
         self._mean = float(np.mean([line.size for line in lines]))
 
