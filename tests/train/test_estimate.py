@@ -194,6 +194,14 @@ def test_speed_says_what_it_rests_on() -> None:
     full = speed(zoo.get("samba-421m"), settings(activation_checkpointing="full"), Layout(), GPUS["h200"])
     assert full.each == pytest.approx(0.75 * 164_515)
     assert "an H200 has too" in full.basis
+    pair = speed(zoo.get("samba-1.3b"), train, Layout(1, 2), GPUS["h200"])
+    assert pair.each == pytest.approx(0.936 * 57_536)
+    assert "94% of it in 2 GPUs, as measured on two H200s." in pair.basis
+    assert "92% of it in 4 GPUs, assumed." in speed(config, train, Layout(1, 4), GPUS["h200"]).basis
+    shared = [speed(config, train, Layout(replicate, 1, 4), GPUS["h200"]) for replicate in (1, 2, 4)]
+    assert shared[0].each == shared[1].each == pytest.approx(shared[2].each * 0.92 / 0.85)
+    assert "78% of it in 4 GPUs, as two H200s that share rows have." in shared[0].basis
+    assert "73% of it in 16 GPUs, as two H200s that share rows have, and less between" in shared[2].basis
     assert "no kernels of ours" in speed(zoo.get("mega-s6-422m"), train, Layout(), GPUS["h100"]).basis
 
 

@@ -41,8 +41,8 @@ class EstimateCommand:
     tokens_per_s_per_gpu: float | None = None
     """What you have measured there; none: what we have measured, else a share of the GPU's peak."""
     efficiency: float | None = None
-    """Speed of a GPU among the others over its speed alone, to 1; none: what is assumed (0.92 within a machine, else
-    0.85)."""
+    """Speed of a GPU among the others over its speed alone, to 1; none: what was measured on two (0.936, or 0.785 where
+    they share rows), of more assumed (0.92 within a machine, else 0.85)."""
     json: JsonFile = None
     """Also write the figures to this file."""
 

@@ -37,8 +37,11 @@ SHARE = 0.45
 """Of the peak (MFU), where nothing was measured: what the smaller of the two measured models has."""
 AGAIN = 3 / 4
 """Speed with `full` checkpointing: a forward more, of what are three forwards' work."""
+PAIR, SHARED_ROWS = 0.936, 0.785
+"""Speed of a GPU over its speed alone, of two H200s on NVLink: with rows of their own (samba-1.3b), and sharing rows of
+1,048,576 tokens (samba-421m). docs/results/h200x2/scale.json."""
 WITHIN, BETWEEN = 0.92, 0.85
-"""Speed of a GPU among those of one machine, and of several machines, over its speed alone. Assumed until measured."""
+"""The same among more GPUs of one machine, and of several machines. Assumed until measured."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def speed(
 ) -> Speed:
     """How fast ``layout`` trains. ``given``: tokens a second of one of its GPUs, which nothing is then taken from.
 
-    ``efficiency``: speed of a GPU among the others over its speed alone; None: what is assumed.
+    ``efficiency``: speed of a GPU among the others over its speed alone; None: what was measured or is assumed.
     """
     flops = 3 * config.flops_per_token(train.length)
     if given is not None:
@@ -77,13 +80,22 @@ def speed(
         alone *= AGAIN
         words.append("A quarter off for full checkpointing.")
     if layout.gpus > 1:
-        assumed = WITHIN if layout.gpus <= NODE else BETWEEN
-        share = assumed if efficiency is None else efficiency
+        share, source = _together(layout) if efficiency is None else (efficiency, "as given")
         alone *= share
-        words.append(f"{share:.0%} of it in {layout.gpus} GPUs, {'assumed' if efficiency is None else 'as given'}.")
+        words.append(f"{share:.0%} of it in {layout.gpus} GPUs, {source}.")
     if train.float8:
         words.append("float8 is not counted.")
     return Speed(alone, alone * layout.gpus, flops * alone / gpu.peak, " ".join(words))
+
+
+def _together(layout: Layout) -> tuple[float, str]:
+    """Speed of one of the layout's GPUs over its speed alone, and where that comes from."""
+    if layout.context > 1:
+        among = 1.0 if layout.gpus <= NODE else BETWEEN / WITHIN
+        return SHARED_ROWS * among, "as two H200s that share rows have" + (", and less between machines" * (among < 1))
+    if layout.gpus == 2:
+        return PAIR, "as measured on two H200s"
+    return (WITHIN if layout.gpus <= NODE else BETWEEN), "assumed"
 
 
 def _alone(config: ModelConfig, train: TrainSection, gpu: Gpu, flops: int) -> tuple[float, str]:
