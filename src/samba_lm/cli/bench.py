@@ -96,7 +96,8 @@ def main(argv: list[str]) -> None:
             figures[what] = _runners()[what]()
         console.print(figures_table(figures[what]))
     if args.json is not None:
-        write_json(args.json, {"figures": {what: [f.record() for f in found] for what, found in figures.items()}})
+        record = {what: [f.record() for f in found] for what, found in figures.items()}
+        write_json(args.json, {"device": "cpu", "figures": record})
 
 
 def _runners() -> dict[str, Callable[[], list[Figure]]]:

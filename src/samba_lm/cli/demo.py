@@ -85,12 +85,12 @@ def _tour(args: Demo) -> None:
     )
     story.stage("page", "The page")
     args.out.mkdir(parents=True, exist_ok=True)
-    facts = provenance()
+    facts = {**provenance(), "device": "cpu"}
     page = write_page(result, facts, args.out)
     result.seconds = story.elapsed
     for path in (args.out / "report.json", args.json):
         if path is not None:
-            write_json(path, record(result))
+            write_json(path, {"device": "cpu", **record(result)})
     console.print(f"    [bold]{page}[/bold], after {result.seconds:.0f} seconds", highlight=False, soft_wrap=True)
     program, given = _program(), "" if args.checkpoint == shipped.DEFAULT else f"{shlex.quote(args.checkpoint)} "
     console.print(
@@ -120,11 +120,11 @@ def _train(args: Demo) -> None:
     clean(args.out, args.text)
     console = Console()
     result = run(DemoSettings(args.out, args.text, seconds, args.seed), console)
-    facts = provenance()
+    facts = {**provenance(), "device": "cpu"}
     report = write_report(result, facts, args.out)
     for path in (args.out / "report.json", args.json):
         if path is not None:
-            write_json(path, record(result))
+            write_json(path, {"device": "cpu", **record(result)})
     console.print(f"    [bold]{report}[/bold]", highlight=False)
     console.print(f"\n{verdict(result.twins, result.steps)}", highlight=False)
     checkpoint = shlex.quote(str(args.out / "samba-tiny"))

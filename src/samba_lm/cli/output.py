@@ -69,7 +69,7 @@ JsonFile = Annotated[
 def write_json(path: str | os.PathLike[str], record: Mapping[str, object]) -> None:
     """Write ``record`` atomically as JSON, preceded by :func:`provenance`; NaN and infinities become null.
 
-    A key of ``record`` replaces the same key of the provenance (a command that ran on a GPU gives its ``"device"``).
+    A key of ``record`` replaces the same key of the provenance; what device the work was done on is for it to tell.
     Values are numbers, strings, booleans, None, paths, and lists and dicts of these; anything else is a TypeError.
     Raises UserError as :func:`json_file` does.
     """
@@ -88,7 +88,6 @@ def provenance() -> dict[str, object]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": _system(),
-        "device": "cpu",
         "threads": torch.get_num_threads(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
