@@ -73,6 +73,23 @@ def test_the_table_and_the_files_tell_the_same(folder: Path, capsys: pytest.Capt
     assert Path("a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_steps_of_a_run_are_drawn_as_curves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr("samba_lm.figures.write_png", lambda path, figure: drawn.append(figure))
+    monkeypatch.setattr("samba_lm.eval.recall_figure.write_png", lambda path, figure: drawn.append(figure))
+    for step in (10, 5):
+        _save(folder / f"run/step-{step:08}", seed=step)
+    steps = ["run/step-00000010", "run/step-00000005"]
+    for given, axes in ((steps, "steps of the training"), ([*steps, "model"], "tokens of the text")):
+        assert main(["eval", "passkey", *given, *SMALL, "--figure=a.png"]) == 0
+        assert drawn.pop().axes[0].get_xlabel() == axes
+    assert main(["eval", "passkey", *steps, *SMALL, "--json=out/a.json"]) == 0
+    assert main(["report", "out"]) == 0
+    page = Path("out/report.html").read_text()
+    assert "Right answers by the step of the training" in page
+    assert 'class="plot map"' not in page
+
+
 def test_a_later_run_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _save(folder / "other", seed=1)
     command = ["eval", "passkey", "model", *SMALL, "--json=a.json"]

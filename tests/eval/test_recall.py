@@ -22,7 +22,8 @@ from samba_lm.eval.passkey import PasskeyTask
 from samba_lm.eval.perplexity import attention_memory
 from samba_lm.eval.phonebook import PhonebookTask
 from samba_lm.eval.recall import Cell, Count, Plan, Trial, _emptied, _trial, measure
-from samba_lm.eval.recall_figure import write_figure
+from samba_lm.eval.recall_figure import Spot, write_figure
+from samba_lm.eval.recall_steps import by_run, step_curves
 from samba_lm.figures import short
 from samba_lm.generation.params import SamplingParams
 from samba_lm.model import SambaLM
@@ -206,3 +207,18 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
     write_figure(tmp_path / "curve.png", books, {"one": curve, "unmeasured": []})
     assert (tmp_path / "curve.png").stat().st_size > 10_000
     assert [short(size) for size in (300, 4096, 262_144, 1 << 20)] == ["300", "4K", "256K", "1M"]
+
+
+def test_steps_of_runs_are_curves() -> None:
+    """In the order of the steps, however given; a single step is no curve; runs of one name are told apart."""
+    found = {f"runs/{name}/step-{step:08}": step for name in ("a/samba", "b/samba", "swa") for step in (20, 5, 10)}
+    runs = by_run({**found, "runs/mamba/step-00000005": 5, "runs/other": 0})
+    assert runs == {name: {5: 5, 10: 10, 20: 20} for name in ("runs/a/samba", "runs/b/samba", "swa")}
+    assert list(runs["swa"]) == [5, 10, 20]
+    spots = {
+        5: {(4096, 0.0): Spot(0, 2), (4096, 1.0): Spot(1, 2), (8192, 0.0): Spot(0, 0)},
+        10: {(4096, 0.0): Spot(2, 2)},
+    }
+    axes = step_curves({"swa": spots}, "tokens").axes[0]
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines if line.get_label()[0] != "_"}
+    assert lines == {"swa, 4K tokens": [[5, 25], [10, 100]]}

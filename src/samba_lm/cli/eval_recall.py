@@ -167,11 +167,23 @@ def _run(options: Passkey | Phonebook, plan: Plan, make_task: MakeTask) -> None:
     if output.csv is not None:
         results.write_csv(output.csv, models)
     if output.figure is not None:
-        from samba_lm.eval.recall_figure import write_figure
-
-        found = {label(str(facts["name"]), options.checkpoints): results.of(facts) for facts in models}
-        write_figure(output.figure, plan, found)
+        _draw(output.figure, plan, results, models)
     _check_controls([cell for facts in models for cell in results.of(facts)])
+
+
+def _draw(path: Path, plan: Plan, results: RecallResults, models: Sequence[Model]) -> None:
+    """Runs of which several steps were measured, and nothing else, as curves over the steps."""
+    from samba_lm.eval.recall_figure import spots_of, write_figure
+    from samba_lm.eval.recall_steps import by_run, step_curves
+    from samba_lm.figures import write_png
+
+    runs = by_run({str(facts["checkpoint"]): spots_of(results.of(facts)) for facts in models})
+    if sum(map(len, runs.values())) == len(models):
+        write_png(path, step_curves(runs, results.unit, title="bars: 95% intervals"))
+        return
+    names = [str(facts["name"]) for facts in models]
+    found = {label(name, names): results.of(facts) for name, facts in zip(names, models, strict=True)}
+    write_figure(path, plan, found)
 
 
 def _check_controls(cells: Sequence[Cell]) -> None:

@@ -20,7 +20,7 @@ class RecallResults(Results["Cell"]):
     items = "cells"
 
     def __init__(self, path: Path | None, task: Task) -> None:
-        self.task, self.plan = task.name, task.plan
+        self.task, self.plan, self.unit = task.name, task.plan, task.unit
         super().__init__(path, task.settings(), {"unit": task.unit})
 
     def of(self, model: Model) -> list[Cell]:

@@ -30,17 +30,14 @@ Spots = Mapping[tuple[int, float | None], Spot]
 """By size and depth; what is missing was not measured."""
 
 
+def spots_of(cells: Sequence[Cell]) -> Spots:
+    """Cells as they are drawn."""
+    return {cell.key: Spot(sum(trial.right for trial in cell.trials), len(cell.trials)) for cell in cells}
+
+
 def write_figure(path: Path, plan: Plan, found: Mapping[str, Sequence[Cell]]) -> None:
-    """Write the PNG file ``path``, atomically; ``found`` are the cells of each model, by the name to show."""
-    kept = set(plan.cells)
-    spots = {
-        name: {
-            cell.key: Spot(sum(trial.right for trial in cell.trials), len(cell.trials))
-            for cell in cells
-            if cell.key in kept
-        }
-        for name, cells in found.items()
-    }
+    """Write the PNG file ``path``, atomically; ``found`` are the plan's cells of each model, by the name to show."""
+    spots = {name: spots_of(cells) for name, cells in found.items()}
     if plan.depths == (None,):
         title = f"{plan.trials} books of each size, bars: 95% intervals"
         figure = phonebook_curves(spots, title=title)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from samba_lm.eval.intervals import wilson
 from samba_lm.eval.recall_figure import Spot, heat_map, phonebook_curves, tally
+from samba_lm.eval.recall_steps import by_run, lines, step_curves
 from samba_lm.figures import short
 from samba_lm.report.markup import Html, join, tag
 from samba_lm.report.page import curves_figure, grid, named, note, paragraph, with_note
@@ -51,13 +52,16 @@ def _render_maps(group: Group[Recall]) -> Html:
     sizes = sorted({size for entry in group.entries for size in entry.figures.sizes})
     depths = sorted({depth for entry in group.entries for _, depth in entry.figures.spots if depth is not None})
     maps = []
-    for i, entry in enumerate(group.entries if sizes and depths else ()):
+    over, shown = _over_steps(group, "tokens")
+    alone = [entry for entry in group.entries if entry.model.label not in shown]
+    for i, entry in enumerate(alone if sizes and depths else ()):
         told = tally(entry.figures.spots)
         words = f"{entry.model.label}: right answers by the length of the text and the depth of the key, {told}"
         plot = inline(heat_map(sizes, depths, entry.figures.spots), f"{group.anchor}-{i}", words, "map")
         maps.append(tag("figure", tag("figcaption", tag("b", entry.model.label), f": {told}"), plot))
     scale = tag("p", "0%", tag("span"), "100% right; a cross: skipped; an empty cell: not measured", class_="scale")
-    return join([scale, tag("div", *maps, class_="maps"), _table(group, "tokens")])
+    drawn = [scale, tag("div", *maps, class_="maps")] if alone else []
+    return join([over, *drawn, _table(group, "tokens", shown)])
 
 
 def _render_curves(group: Group[Recall]) -> Html:
@@ -68,12 +72,33 @@ def _render_curves(group: Group[Recall]) -> Html:
         "Right answers by the entries of the phonebook. Bars: 95% intervals.",
         group.names,
     )
-    return join([figure, _table(group, "entries")])
+    return join([_over_steps(group, "entries")[0], figure, _table(group, "entries", set())])
 
 
-def _table(group: Group[Recall], unit: str) -> Html:
+def _over_steps(group: Group[Recall], unit: str) -> tuple[Html, set[str]]:
+    """A figure of the runs of which there are several steps, and the labels of these models."""
+    found = {str(entry.facts.get("checkpoint")): entry for entry in group.entries}
+    runs = by_run(found)
+    if not runs:
+        return join([]), set()
+    spots = {run: {step: entry.figures.spots for step, entry in steps.items()} for run, steps in runs.items()}
+    names = [(name, style) for style, name in enumerate(lines(spots, unit))]
+    figure = curves_figure(
+        lambda size: step_curves(spots, unit, size=size, legend=False),
+        f"{group.anchor}-steps",
+        "Right answers by the step of the training. Bars: 95% intervals.",
+        names,
+    )
+    return figure, {entry.model.label for steps in runs.values() for entry in steps.values()}
+
+
+def _table(group: Group[Recall], unit: str, unmarked: Collection[str]) -> Html:
+    """``unmarked``: models without a line of their own in the figure."""
     sizes = sorted({size for entry in group.entries for size in entry.figures.sizes})
-    names = [named(entry.model.label, entry.model.style) for entry in group.entries]
+    names = [
+        named(entry.model.label, None if entry.model.label in unmarked else entry.model.style)
+        for entry in group.entries
+    ]
     cells = [[_cell(entry.figures, size) for size in sizes] for entry in group.entries]
     parts = [grid(unit, list(map(short, sizes)), names, cells)]
     parts.append(note("Small: right answers of all, and the share's 95% interval (Wilson)."))
