@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from pathlib import Path
 
@@ -133,6 +134,28 @@ def numbers_as_runs() -> Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=["<eos>"], initial_alphabet=alphabet)
     runner.train_from_iterator(["".join(map(str, row)) for row in digits], trainer)
     return FileTokenizer(runner.to_str(), eos="<eos>", source="runs of digits")
+
+
+@pytest.mark.parametrize("pair", ["05", "10", "61", "98", "n "])
+def test_a_rare_merge_over_a_border_is_seen(pair: str) -> None:
+    """Of two digits, or of a name's end and the space behind it: rows are what their whole texts are encoded to."""
+    first = [f"{a}{b}{c}" for a in "ABCDEFGHIKLMNOP" for b in "aeiou" for c in "lmrs"]
+    tokens, merged = one_merge(pair), 0
+    book = Phonebook(tokens, Names((("Ann", *first), ("Moe",)), "a test"), 2)
+    for seed in range(20):
+        made = book.example(random(seed), 700).tokens
+        assert np.array_equal(made, tokens.encode(tokens.decode(made)))
+        merged += int((made == 257).sum())
+    assert merged
+
+
+def one_merge(pair: str) -> Tokenizer:
+    """Bytes, and one token more, of two that stand side by side anywhere."""
+    document = json.loads(ByteTokenizer().to_json())
+    left, right = (letter.replace(" ", "\u0120") for letter in pair)
+    document["model"]["vocab"][left + right] = 257
+    document["model"]["merges"] = [[left, right]]
+    return FileTokenizer(json.dumps(document), source="one merge")
 
 
 def test_keys_phases_and_depths_are_drawn_from_the_seed() -> None:

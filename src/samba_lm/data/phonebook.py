@@ -34,6 +34,8 @@ EXAMPLES = 2
 LEAST_PAIRS = EXAMPLES + 1
 _DRAWS = 2000
 """Names drawn from faker's lists, which find almost all of the frequent ones."""
+_TRIED = 2048
+"""Entries by which a tokenizer shows that it encodes word by word."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Phonebook:
             raise UserError(f"questions is {questions}: a phonebook asks for one entry at least.")
         self.names, self.questions = names, questions
         sample = self._entries(np.random.RandomState(0), min(64, names.count))
-        self._splicer = WordSplicer(tokenizer, ["\n".join(sample), "\n\n".join(sample), *sample])
+        self._splicer = WordSplicer(tokenizer, ["\n\n".join(sample), *sample, *self._books()])
         lines = self._splicer.encode_batch([f"{entry}\n" for entry in sample])
         self._mean = float(np.mean([line.size for line in lines]))
 
@@ -158,6 +160,11 @@ class Phonebook:
     def facts(self) -> dict[str, object]:
         told: dict[str, object] = {"kind": "phonebook", "names": self.names.source, "names_sha256": self.names.sha256()}
         return told | ({"questions": self.questions} if self.questions > 1 else {})
+
+    def _books(self) -> list[str]:
+        """Books of so many entries that a rare name or pair of digits which merges over a border is among them."""
+        random, size = np.random.RandomState(1), min(64, self.names.count)
+        return ["\n".join(self._entries(random, size)) for _ in range(-(-_TRIED // size))]
 
     def _entries(self, random: np.random.RandomState, count: int) -> list[str]:
         """Names and their numbers."""
