@@ -80,7 +80,8 @@ def test_steps_of_a_run_are_drawn_as_curves(folder: Path, monkeypatch: pytest.Mo
     for step in (10, 5):
         _save(folder / f"run/step-{step:08}", seed=step)
     steps = ["run/step-00000010", "run/step-00000005"]
-    for given, axes in ((steps, "steps of the training"), ([*steps, "model"], "tokens of the text")):
+    over = "steps of the training"
+    for given, axes in ((steps, over), ([*steps, "run", steps[0]], over), ([*steps, "model"], "tokens of the text")):
         assert main(["eval", "passkey", *given, *SMALL, "--figure=a.png"]) == 0
         assert drawn.pop().axes[0].get_xlabel() == axes
     assert main(["eval", "passkey", *steps, *SMALL, "--json=out/a.json"]) == 0

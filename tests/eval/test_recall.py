@@ -24,6 +24,7 @@ from samba_lm.eval.phonebook import PhonebookTask
 from samba_lm.eval.recall import Cell, Count, Plan, Trial, _emptied, _trial, measure
 from samba_lm.eval.recall_figure import Spot, write_figure
 from samba_lm.eval.recall_steps import by_run, step_curves
+from samba_lm.eval.recall_steps import lines as steps_as_lines
 from samba_lm.figures import short
 from samba_lm.generation.params import SamplingParams
 from samba_lm.model import SambaLM
@@ -215,10 +216,13 @@ def test_steps_of_runs_are_curves() -> None:
     runs = by_run({**found, "runs/mamba/step-00000005": 5, "runs/other": 0})
     assert runs == {name: {5: 5, 10: 10, 20: 20} for name in ("runs/a/samba", "runs/b/samba", "swa")}
     assert list(runs["swa"]) == [5, 10, 20]
+    assert by_run({"step-00000020": 20, "step-00000005": 5}) == {"": {5: 5, 20: 20}}  # called in the run's folder
+    assert by_run({f"run/step-{'9' * digits}": digits for digits in (1, 400, 5000)}) == {}  # no steps of a training
     spots = {
         5: {(4096, 0.0): Spot(0, 2), (4096, 1.0): Spot(1, 2), (8192, 0.0): Spot(0, 0)},
         10: {(4096, 0.0): Spot(2, 2)},
     }
     axes = step_curves({"swa": spots}, "tokens").axes[0]
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines if line.get_label()[0] != "_"}
-    assert lines == {"swa, 4K tokens": [[5, 25], [10, 100]]}
+    assert lines == {"swa, 4K tokens": [[5, 25], [10, 100]]}  # and none of what was skipped at every step
+    assert steps_as_lines({"": spots}, "tokens") == {"4K tokens": [(5, 1, 4), (10, 2, 2)]}

@@ -86,6 +86,28 @@ def test_summaries() -> None:
     assert "Skipped, 1 of llama: no room." in text
 
 
+def _found_again(step: int, folder: str, right: int, total: int, **facts: object) -> dict[str, object]:
+    cell = {"size": 4096, "depth": 0.5, "right": right, "total": total, "control_right": None}
+    cells = [{**cell, "skipped": "" if total else "no room"}]
+    name = f"{folder}/step-{step:08}"
+    return {**MODEL, "name": name, "checkpoint": name, "weights_sha256": name, **facts, "cells": cells}
+
+
+def test_passkeys_over_the_steps() -> None:
+    """Dtypes are lines of their own, what was skipped at every step stays a map, and strange names break nothing."""
+    models = [
+        *(_found_again(step, "runs/a", step, 5, dtype=dtype) for dtype in ("float32", "bfloat16") for step in (1, 2)),
+        *(_found_again(step, "runs/full", 0, 0) for step in (1, 2)),
+        *(_found_again(step, "runs/\x07\ud800", 3, 5) for step in (1, 2)),
+    ]
+    record = {"task": "passkey", "settings": {"trials": 5}, "settings_sha256": "c" * 64, "models": models}
+    Path("p.json").write_text(json.dumps(record))
+    text = _page()
+    legend = re.findall(r"<li>.*?title=\"(.*?)\"", text)
+    assert sorted(legend) == ["?? float32, 4K tokens", "a bfloat16, 4K tokens", "a float32, 4K tokens"]
+    assert text.count('class="plot map"') == 2
+
+
 def _metrics(folder: str, losses: list[float]) -> None:
     Path(folder).mkdir(parents=True)
     lines = [

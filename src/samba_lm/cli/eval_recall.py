@@ -174,11 +174,12 @@ def _run(options: Passkey | Phonebook, plan: Plan, make_task: MakeTask) -> None:
 def _draw(path: Path, plan: Plan, results: RecallResults, models: Sequence[Model]) -> None:
     """Runs of which several steps were measured, and nothing else, as curves over the steps."""
     from samba_lm.eval.recall_figure import spots_of, write_figure
-    from samba_lm.eval.recall_steps import by_run, step_curves
+    from samba_lm.eval.recall_steps import by_run, lines, step_curves
     from samba_lm.figures import write_png
 
-    runs = by_run({str(facts["checkpoint"]): spots_of(results.of(facts)) for facts in models})
-    if sum(map(len, runs.values())) == len(models):
+    spots = {str(facts["checkpoint"]): spots_of(results.of(facts)) for facts in models}
+    runs = by_run(spots)
+    if sum(map(len, runs.values())) == len(spots) and lines(runs, results.unit):
         write_png(path, step_curves(runs, results.unit, title="bars: 95% intervals"))
         return
     names = [str(facts["name"]) for facts in models]

@@ -40,9 +40,14 @@ def name_models(entries: Sequence[dict[str, Any]]) -> dict[Key, Model]:
     names = shortest([str(facts.get("name") or facts.get("checkpoint") or "?") for facts in first.values()])
     labels = _told_apart(names, list(first.values()))
     return {
-        who: Model("".join(letter if letter.isprintable() else "?" for letter in label), style, facts)
+        who: Model(printable(label), style, facts)
         for style, ((who, facts), label) in enumerate(zip(first.items(), labels, strict=True))
     }
+
+
+def printable(label: str) -> str:
+    """A name with a question mark for each character that no page can show."""
+    return "".join(letter if letter.isprintable() else "?" for letter in label)
 
 
 def shortest(paths: Sequence[str]) -> list[str]:

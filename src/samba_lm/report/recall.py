@@ -11,8 +11,9 @@ from samba_lm.eval.recall_figure import Spot, heat_map, phonebook_curves, tally
 from samba_lm.eval.recall_steps import by_run, lines, step_curves
 from samba_lm.figures import short
 from samba_lm.report.markup import Html, join, tag
+from samba_lm.report.models import TOLD_WHOLE, printable
 from samba_lm.report.page import curves_figure, grid, named, note, paragraph, with_note
-from samba_lm.report.part import Group, Task, interval, percent, skipped, whole
+from samba_lm.report.part import Entry, Group, Task, interval, percent, skipped, whole
 from samba_lm.report.svg import inline
 
 
@@ -77,12 +78,21 @@ def _render_curves(group: Group[Recall]) -> Html:
 
 def _over_steps(group: Group[Recall], unit: str) -> tuple[Html, set[str]]:
     """A figure of the runs of which there are several steps, and the labels of these models."""
-    found = {str(entry.facts.get("checkpoint")): entry for entry in group.entries}
-    runs = by_run(found)
-    if not runs:
-        return join([]), set()
+    found: dict[str, dict[str, Entry[Recall]]] = {}  # the same weights may have been measured in several dtypes
+    for entry in group.entries:
+        used = [str(entry.facts[fact]) for fact in TOLD_WHOLE if entry.facts.get(fact)]
+        used += [str(entry.facts["adapter_sha256"])[:8]] if entry.facts.get("adapter_sha256") else []
+        found.setdefault(printable(" ".join(used)), {})[printable(str(entry.facts.get("checkpoint")))] = entry
+    runs = {
+        f"{run} {used}".strip() if len(found) > 1 else run: steps
+        for used, entries in found.items()
+        for run, steps in by_run(entries).items()
+        if any(spot.total for entry in steps.values() for spot in entry.figures.spots.values())
+    }
     spots = {run: {step: entry.figures.spots for step, entry in steps.items()} for run, steps in runs.items()}
     names = [(name, style) for style, name in enumerate(lines(spots, unit))]
+    if not names:
+        return join([]), set()
     figure = curves_figure(
         lambda size: step_curves(spots, unit, size=size, legend=False),
         f"{group.anchor}-steps",
