@@ -201,7 +201,7 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
     trial = Trial("12345", " 12345", True, True, 300)
     some = [Cell(300, 0.0, (trial, replace(trial, right=False))), Cell(400, 0.0, skipped="too long")]
     for count in (1, 4):
-        write_figure(tmp_path / "heat.png", PLAN, {f"model {i}": some for i in range(count)})
+        write_figure(tmp_path / "heat.png", PLAN, {f"$\\frac$ {i}": some for i in range(count)})
         assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
     books = Plan((20, 40, 60), (None,), 2)
     curve = [Cell(size, None, (trial,) * 2) for size in (20, 40)]

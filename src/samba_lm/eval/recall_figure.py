@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from samba_lm.eval.intervals import wilson
-from samba_lm.figures import WIDE, Axis, Curve, draw_curves, short, write_png
+from samba_lm.figures import WIDE, Axis, Curve, as_text, draw_curves, short, write_png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,7 +61,7 @@ def heat_maps(sizes: Sequence[int], depths: Sequence[float], found: Mapping[str,
     mesh: Any = None
     for one, (name, spots) in zip(axes, found.items(), strict=False):
         mesh = _heat_map(one, sizes, depths, spots)
-        one.set_title(f"{name}\n{tally(spots)}", fontsize=9)
+        one.set_title(f"{as_text(name)}\n{tally(spots)}", fontsize=9)
     bar = figure.colorbar(mesh, ax=list(axes), fraction=0.05, pad=0.02)
     bar.set_label("right answers", fontsize=9)
     bar.ax.tick_params(labelsize=8)
