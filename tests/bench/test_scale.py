@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import on_ranks
 
 from samba_lm.bench.scale import BOUNDS, Work, figures, layouts, measure
@@ -75,6 +81,41 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert set(told["parts"]) == {"1", "2"}
     assert told["work"]["long_length"] == 128
     assert "share of the speed" in " ".join(out.split())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads who started whom in /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_what_was_started(number: int) -> None:
+    """The command's own processes too, which are of a session of their own."""
+    words = ["bench", "scale", "--gpus", "1", "--device", "cpu", *["--model", "samba-micro", "--steps", "900"]]
+    process = subprocess.Popen([sys.executable, "-m", "samba_lm", *words], stdout=subprocess.DEVNULL)
+
+    end = time.monotonic() + 60
+    while len(children := below(process.pid)) < 2 and time.monotonic() < end:  # torchrun and a process of its own
+        time.sleep(0.2)
+    assert len(children) >= 2
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+
+
+def below(pid: int) -> list[int]:
+    """The processes that this one started, and those that they started."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [child for child, parent in parents.items() if parent == pid]
+    return found + [each for child in found for each in below(child)]
+
+
+def test_without_a_gpu_the_cpu_is_only_taken_when_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main(["bench", "scale", "--gpus", "1"]) == 2
+    assert "There is no GPU here. --device cpu" in capsys.readouterr().err
 
 
 @pytest.mark.slow

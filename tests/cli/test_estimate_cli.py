@@ -65,6 +65,11 @@ def test_a_model_that_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
         (["samba-tiny", "--gpus", "3"], ["batch_size = 16", "3 GPUs"]),
         (["samba-tiny", "--parallel.context", "3", "--gpus", "4"], ["does not make 4 GPUs"]),
         (["samba-tiny", "--efficiency", "1.5"], ["--efficiency 1.5", "at most 1"]),
+        (
+            ["samba-tiny", "--efficiency", "0.9", "--tokens-per-s-per-gpu", "5"],
+            ["--efficiency says nothing", "give one"],
+        ),
+        (["samba-1.3b"], ["No recipe 'samba-1.3b'. Did you mean 'paper/samba-1.3b'?"]),
         (["samba-tiny", "--gpu", "h300"], ["--gpu", "h100"]),
         (["samba-tiny", "--train.lrr", "1"], ["Did you mean", "--train.lr"]),
         (["samba-tiny", "--model.init-from", "nowhere"], ["init_from = 'nowhere'", "no checkpoint"]),

@@ -174,6 +174,18 @@ def test_the_advice_fits_and_is_the_most_that_does() -> None:
     assert too_large.advised is None
 
 
+def test_the_advice_keeps_what_the_recipe_says_of_the_layout() -> None:
+    config, train = zoo.get("samba-1.3b"), settings(batch_size=512, micro_batch=4)
+    for layout in (Layout(2, 4), Layout(1, 4, 2), Layout(64, 1)):
+        found = estimate(config, train, layout, GPUS["h100"])
+        assert found.advised is not None
+        assert found.advised[0] == layout
+    # A whole copy of 1.7B is too much for each GPU: shared out instead.
+    large = estimate(zoo.get("samba-1.7b"), settings(batch_size=64, micro_batch=1), Layout(8, 1), GPUS["4090"])
+    assert large.advised is not None
+    assert large.advised[0] == Layout(1, 8)
+
+
 def test_what_does_not_fit_together_is_told() -> None:
     assert arrange(ParallelSection(replicate=2), 8) == Layout(2, 4)
     with pytest.raises(UserError, match=r"replicate 3 .* does not make 8 GPUs"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -9,8 +10,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 from rich.console import Console
@@ -62,7 +65,7 @@ class BenchScale:
     loss_length: int = 2048
     """Tokens of such a row."""
     device: str = "auto"
-    """auto (GPUs if there are any), cpu or cuda."""
+    """auto (GPUs), cpu (processes) or cuda."""
     timeout: float = 240.0
     """Seconds for each number of GPUs; what is not done then has failed."""
     json: JsonFile = None
@@ -92,10 +95,12 @@ def main(argv: list[str]) -> None:
     _check_machine(args)
     console, began = Console(), time.perf_counter()
     parts: dict[int, dict[str, Any]] = {}
-    for number in dict.fromkeys(args.gpus):
-        with console.status(f"{number} of {max(args.gpus)} GPUs"):
-            parts[number] = _run(args, argv, number)
-        _save(args, work, parts, figures(work, parts))
+    what = "processes" if args.device == "cpu" else "GPUs"
+    with _ending_by_signal():
+        for number in dict.fromkeys(args.gpus):
+            with console.status(f"{number} of {max(args.gpus)} {what}"):
+                parts[number] = _run(args, argv, number)
+            _save(args, work, parts, figures(work, parts))
     told = figures(work, parts)
     console.print(figures_table(told))
     console.print(f"{time.perf_counter() - began:.0f} s", highlight=False)
@@ -131,9 +136,14 @@ def _check_machine(args: BenchScale) -> None:
     """Tell before minutes of measuring that there are too few GPUs."""
     import torch
 
-    if args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available()):
+    if args.device == "cpu":
         return
     there = torch.cuda.device_count()
+    if not there:
+        raise UserError(
+            "There is no GPU here. --device cpu compares processes on the CPU instead: with small models (--model "
+            "samba-micro --long-model samba-micro --loss-model samba-micro --length 256 --long-length 1024)."
+        )
     if max(args.gpus) > there:
         raise UserError(f"--gpus {max(args.gpus)}: there are {there} GPUs here.")
 
@@ -166,6 +176,21 @@ def _reason(log: str) -> str:
     lines = list(dict.fromkeys(line.strip() for line in log.splitlines()))
     ours = [line.partition(" error: ")[2] for line in lines if "samba-lm: error: " in line]
     return " / ".join((ours or [line for line in lines if "Error" in line])[:LAST_LINES])[:300] or "no message"
+
+
+@contextlib.contextmanager
+def _ending_by_signal() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the command as an error does: what it started is ended first."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

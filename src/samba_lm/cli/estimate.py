@@ -41,8 +41,8 @@ class EstimateCommand:
     tokens_per_s_per_gpu: float | None = None
     """What you have measured there; none: what we have measured, else a share of the GPU's peak."""
     efficiency: float | None = None
-    """Speed of a GPU among the others over its speed alone, to 1; none: what was measured on two (0.936, or 0.785 where
-    they share rows), of more assumed (0.92 within a machine, else 0.85)."""
+    """Speed of a GPU among the others over its speed alone, to 1; none: what was measured on two (0.936), of more what
+    is assumed (0.92 within a machine, else 0.85), and where GPUs share rows 0.785, as two do (0.725 between machines)."""
     json: JsonFile = None
     """Also write the figures to this file."""
 
@@ -90,6 +90,10 @@ def main(argv: list[str]) -> None:
 def _check(args: EstimateCommand) -> None:
     if args.gpus is not None and not 1 <= args.gpus <= MAX_GPUS:
         raise UserError(f"--gpus {args.gpus} must be from 1 to {MAX_GPUS}.")
+    if args.tokens_per_s_per_gpu is not None and args.efficiency is not None:
+        raise UserError(
+            "--tokens-per-s-per-gpu is of a GPU among the others, so --efficiency says nothing beside it: give one."
+        )
     for option, value, most in (
         ("--tokens-per-s-per-gpu", args.tokens_per_s_per_gpu, 1e12),
         ("--efficiency", args.efficiency, 1.0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -133,21 +134,27 @@ def advise(config: ModelConfig, train: TrainSection, layout: Layout, gpu: Gpu) -
     """A layout of as many GPUs, and what to make again there so that micro-batches are large enough; None: none fits.
 
     Making nothing again is fastest, if the micro-batches are no smaller than ENOUGH tokens; else as little as gives
-    such. Rows are shared out only where one does not fit.
+    such. What the recipe says of replicate and context is kept where it fits, and rows are shared out among more only
+    where one does not fit.
     """
-    contexts = [c for c in (1, 2, 4, 8, 16, 32, 64) if layout.gpus % c == 0 and train.length % c == 0]
-    for context in contexts:
-        if context < layout.context and layout.context in contexts:
-            continue  # the recipe asks for so many
-        for tried in suggested(layout.gpus, context):
-            if train.batch_size % tried.readers:
-                continue
-            fitting = [choice for choice in choices(config, train, tried, gpu) if choice.micro_batch is not None]
-            rows = train.batch_size // tried.readers
-            wanted = min(rows, -(-ENOUGH * context // train.length))
-            for choice in fitting:
-                if choice.micro_batch is not None and choice.micro_batch >= wanted:
-                    return tried, choice
-            if fitting:
-                return tried, fitting[-1]
+    for tried in _layouts(layout, train.length):
+        if train.batch_size % tried.readers:
+            continue
+        fitting = [choice for choice in choices(config, train, tried, gpu) if choice.micro_batch is not None]
+        rows = train.batch_size // tried.readers
+        wanted = min(rows, -(-ENOUGH * tried.context // train.length))
+        for choice in fitting:
+            if choice.micro_batch is not None and choice.micro_batch >= wanted:
+                return tried, choice
+        if fitting:
+            return tried, fitting[-1]
     return None
+
+
+def _layouts(layout: Layout, length: int) -> Iterator[Layout]:
+    """Those to try in turn."""
+    if layout.replicate > 1 or layout.context > 1:
+        yield layout
+    for context in (1, 2, 4, 8, 16, 32, 64):
+        if context >= layout.context and layout.gpus % context == 0 and length % context == 0:
+            yield from suggested(layout.gpus, context)
