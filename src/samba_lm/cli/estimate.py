@@ -42,7 +42,7 @@ class EstimateCommand:
     """What you have measured there; none: what we have measured, else a share of the GPU's peak."""
     efficiency: float | None = None
     """Speed of a GPU among the others over its speed alone, to 1; none: what was measured on two (0.936), of more what
-    is assumed (0.92 within a machine, else 0.85), and where GPUs share rows 0.785, as two do (0.725 between machines)."""
+    is assumed (0.92 within a machine, else 0.85), where GPUs share rows 0.785, as two do (0.725 between machines)."""
     json: JsonFile = None
     """Also write the figures to this file."""
 
