@@ -267,6 +267,10 @@ def test_names_from_files(tmp_path: Path) -> None:
     assert Names.from_files([first, last]).lists == (("Mary", "Jo Ann"), ("Smith", "de Vries"))
     (tmp_path / "bad").write_text("A: b\n")
     (tmp_path / "empty").write_text("1\n2\n")
+    (tmp_path / "many").write_text("\n".join(f"{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(300)))
+    assert Names.from_files([tmp_path / "many"] * 7).count == 300**7
+    with pytest.raises(UserError, match="more names than can be counted"):
+        Names.from_files([tmp_path / "many"] * 8)
     for name, message in (("bad", "holds the name 'A: b'"), ("empty", "holds no names"), ("none", "There is no file")):
         with pytest.raises(UserError, match=message):
             Names.from_files([tmp_path / name])

@@ -92,10 +92,13 @@ class Names:
         """One file of whole names, or one of first names and one of last names: a name a line, packed or not.
 
         What follows a name from its line's first digit on, such as a frequency, is left out; names in capitals are
-        written as usual. Raises UserError for a file that cannot be read or holds no names.
+        written as usual. Raises UserError for a file that cannot be read or holds no names, and for more than
+        2^63 names in all.
         """
-        lists = tuple(_read_names(path) for path in paths)
-        return cls(lists, " and ".join(map(str, paths)))
+        names = cls(tuple(_read_names(path) for path in paths), " and ".join(map(str, paths)))
+        if names.count >= 1 << 63:
+            raise UserError(f"{names.source} make more names than can be counted: give fewer files, or shorter ones.")
+        return names
 
 
 def _read_names(path: Path) -> tuple[str, ...]:
