@@ -105,8 +105,8 @@ def plot(axes: Any, found: Sequence[Curve], x: Axis, y: Axis, *, marks: Sequence
     if y.scale != "linear" and y.limits is None:
         y = replace(y, limits=_reach(found))
     ends = [value for curve in found for value in (*curve.y, *(curve.low or ()), *(curve.high or ()))]
-    low, high = y.limits or (-math.inf, math.inf)
-    _set_axis(axes, "y", y, [value for value in ends if low <= value <= high])
+    # Numbers stand all along a logarithmic axis that has limits, not only where the points lie.
+    _set_axis(axes, "y", y, list(y.limits) if y.limits and y.scale != "linear" else ends)
     axes.grid(color=GRID, alpha=0.3, linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8.5)

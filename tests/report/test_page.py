@@ -89,6 +89,8 @@ def test_wide_intervals_do_not_press_the_curves_flat() -> None:
     x, y = Axis("x"), Axis("y", "log10")
     wide = Curve("a", [1, 2], [100, 110], [2, 90], [5000, 120])
     low, high = draw_curves([wide], x, y).axes[0].get_ylim()
+    ticks = draw_curves([wide], x, y).axes[0].get_yticks()
+    assert max(ticks) > 1.5 * max(wide.y), "numbers stand where the intervals reach, not only by the points"
     assert (low, high) == (pytest.approx(100 / 3), pytest.approx(330)), "three times as far as the values"
     low, high = draw_curves([Curve("a", [1, 2], [100, 110], [80, 90], [140, 120])], x, y).axes[0].get_ylim()
     assert low < 80 < 140 < high < 200
