@@ -95,22 +95,38 @@ def phonebook_curves(
     title: str = "",
 ) -> Figure:
     """The share of right answers by the entries of the book, with 95% intervals. ``styles``: places in the palette."""
+    points = {
+        name: sorted((size, spot.right, spot.total) for (size, _), spot in spots.items() if spot.total)
+        for name, spots in found.items()
+    }
+    return share_curves(points, Axis("entries of the phonebook"), styles=styles, size=size, legend=legend, title=title)
+
+
+def share_curves(
+    found: Mapping[str, Sequence[tuple[int, int, int]]],
+    x: Axis,
+    *,
+    styles: Mapping[str, int] | None = None,
+    size: tuple[float, float] = WIDE,
+    legend: bool = True,
+    title: str = "",
+) -> Figure:
+    """Shares of right answers with 95% intervals: for each curve's name where a point stands, right answers and all."""
     curves = []
-    for i, (name, spots) in enumerate(found.items()):
-        asked = sorted((size, spot) for (size, _), spot in spots.items() if spot.total)
-        ends = [wilson(spot.right, spot.total) for _, spot in asked]
+    for i, (name, points) in enumerate(found.items()):
+        ends = [wilson(right, total) for _, right, total in points]
         curves.append(
             Curve(
                 name,
-                x=[size for size, _ in asked],
-                y=[100 * spot.right / spot.total for _, spot in asked],
+                x=[where for where, _, _ in points],
+                y=[100 * right / total for _, right, total in points],
                 low=[100 * low for low, _ in ends],
                 high=[100 * high for _, high in ends],
                 style=i if styles is None else styles[name],
             )
         )
     right = Axis("right answers, %", limits=(-3, 103))
-    figure = draw_curves(curves, Axis("entries of the phonebook"), right, size=size, legend=legend)
+    figure = draw_curves(curves, x, right, size=size, legend=legend)
     if title:
         figure.axes[0].set_title(title, fontsize=10)
     return figure

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import TYPE_CHECKING, TypeVar
 
-from samba_lm.eval.intervals import wilson
-from samba_lm.eval.recall_figure import Spots
-from samba_lm.figures import WIDE, Axis, Curve, draw_curves, short
+from samba_lm.eval.recall_figure import Spots, share_curves
+from samba_lm.figures import WIDE, Axis, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,21 +55,4 @@ def step_curves(
     title: str = "",
 ) -> Figure:
     """The share of right answers by the step, with 95% intervals; ``runs`` as :func:`by_run` gives them."""
-    curves = []
-    for i, (name, points) in enumerate(lines(runs, unit).items()):
-        ends = [wilson(right, total) for _, right, total in points]
-        curves.append(
-            Curve(
-                name,
-                x=[step for step, _, _ in points],
-                y=[100 * right / total for _, right, total in points],
-                low=[100 * low for low, _ in ends],
-                high=[100 * high for _, high in ends],
-                style=i,
-            )
-        )
-    right = Axis("right answers, %", limits=(-3, 103))
-    figure = draw_curves(curves, Axis("steps of the training"), right, size=size, legend=legend)
-    if title:
-        figure.axes[0].set_title(title, fontsize=10)
-    return figure
+    return share_curves(lines(runs, unit), Axis("steps of the training"), size=size, legend=legend, title=title)
