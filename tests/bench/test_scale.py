@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import signal
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import below
 from ranks import on_ranks
 
 from samba_lm.bench.scale import BOUNDS, Work, figures, layouts, measure
@@ -98,16 +98,6 @@ def test_a_signal_ends_what_was_started(number: int) -> None:
     process.send_signal(number)
     assert process.wait(60) == 128 + number
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
-
-
-def below(pid: int) -> list[int]:
-    """The processes that this one started, and those that they started."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    found = [child for child, parent in parents.items() if parent == pid]
-    return found + [each for child in found for each in below(child)]
 
 
 def test_without_a_gpu_the_cpu_is_only_taken_when_asked_for(

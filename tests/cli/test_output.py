@@ -51,6 +51,12 @@ def test_what_is_no_number_becomes_null(tmp_path: Path) -> None:
     assert (read["a"], read["b"], read["c"]) == (None, [None, 1.0], {"d": [None]})
 
 
+def test_a_record_may_say_its_device(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    write_json(path, {"device": "cuda: NVIDIA H100"})
+    assert _strict(path)["device"] == "cuda: NVIDIA H100"
+
+
 def test_a_strange_value_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     write_json(path, {"a": 1})

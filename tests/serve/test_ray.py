@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import below
 from serving import wait_until
 
 from samba_lm.errors import UserError
@@ -85,21 +87,11 @@ class Cluster:
 
     def replicas(self) -> set[int]:
         """Processes of replicas among those that ours began."""
-        parents, names = dict[int, int](), dict[int, str]()
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                after = stat.read_text().rpartition(")")[2].split()
-                name = (stat.parent / "cmdline").read_bytes().decode(errors="replace")
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            parents[int(stat.parent.name)], names[int(stat.parent.name)] = int(after[1]), name
         found = set()
-        for pid, name in names.items():
-            above = pid
-            while above in parents and above != self.process.pid:
-                above = parents[above]
-            if above == self.process.pid and name.startswith("ray::ServeReplica"):
-                found.add(pid)
+        for pid in below(self.process.pid):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::ServeReplica"):
+                    found.add(pid)
         return found
 
     def running(self) -> float:

@@ -90,7 +90,7 @@ def _tour(args: Demo) -> None:
     result.seconds = story.elapsed
     for path in (args.out / "report.json", args.json):
         if path is not None:
-            write_json(path, {"device": "cpu", **record(result)})
+            write_json(path, {**facts, **record(result)})
     console.print(f"    [bold]{page}[/bold], after {result.seconds:.0f} seconds", highlight=False, soft_wrap=True)
     program, given = _program(), "" if args.checkpoint == shipped.DEFAULT else f"{shlex.quote(args.checkpoint)} "
     console.print(
@@ -124,7 +124,7 @@ def _train(args: Demo) -> None:
     report = write_report(result, facts, args.out)
     for path in (args.out / "report.json", args.json):
         if path is not None:
-            write_json(path, {"device": "cpu", **record(result)})
+            write_json(path, {**facts, **record(result)})
     console.print(f"    [bold]{report}[/bold]", highlight=False)
     console.print(f"\n{verdict(result.twins, result.steps)}", highlight=False)
     checkpoint = shlex.quote(str(args.out / "samba-tiny"))

@@ -167,11 +167,11 @@ def _run(options: Passkey | Phonebook, plan: Plan, make_task: MakeTask) -> None:
     if output.csv is not None:
         results.write_csv(output.csv, models)
     if output.figure is not None:
-        _draw(output.figure, plan, results, models)
+        _draw(output.figure, results, models)
     _check_controls([cell for facts in models for cell in results.of(facts)])
 
 
-def _draw(path: Path, plan: Plan, results: RecallResults, models: Sequence[Model]) -> None:
+def _draw(path: Path, results: RecallResults, models: Sequence[Model]) -> None:
     """Runs of which several steps were measured, and nothing else, as curves over the steps."""
     from samba_lm.eval.recall_figure import spots_of, write_figure
     from samba_lm.eval.recall_steps import by_run, lines, step_curves
@@ -184,7 +184,7 @@ def _draw(path: Path, plan: Plan, results: RecallResults, models: Sequence[Model
         return
     names = [str(facts["name"]) for facts in models]
     found = {label(name, names): results.of(facts) for name, facts in zip(names, models, strict=True)}
-    write_figure(path, plan, found)
+    write_figure(path, results.plan, found)
 
 
 def _check_controls(cells: Sequence[Cell]) -> None:

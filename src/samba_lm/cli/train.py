@@ -156,9 +156,9 @@ def find_recipe(name: str) -> Path:
     if path.name != name:
         return path
     if name not in RECIPES:
-        near = [f" Did you mean {other!r}?" for other in COLLECTED if other.endswith(f"/{name}")]
-        near = near or [did_you_mean(name, RECIPES)]
-        hint = near[0] if "mean" in near[0] else ""  # the others are listed anyway
+        collected = next((other for other in COLLECTED if other.endswith(f"/{name}")), None)
+        near = f" Did you mean {collected!r}?" if collected else did_you_mean(name, RECIPES)
+        hint = near if "mean" in near else ""  # the others are listed anyway
         raise UserError(f"No recipe {name!r}.{hint} Give a TOML file, or one of {', '.join(RECIPES)}, paper/NAME.")
     return RECIPES[name]
 

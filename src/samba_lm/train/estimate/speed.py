@@ -90,12 +90,15 @@ def speed(
 
 def _together(layout: Layout) -> tuple[float, str]:
     """Speed of one of the layout's GPUs over its speed alone, and where that comes from."""
+    one_machine = layout.gpus <= NODE
     if layout.context > 1:
-        among = 1.0 if layout.gpus <= NODE else BETWEEN / WITHIN
-        return SHARED_ROWS * among, "as two H200s that share rows have" + (", and less between machines" * (among < 1))
+        source = "as two H200s that share rows have"
+        if one_machine:
+            return SHARED_ROWS, source
+        return SHARED_ROWS * BETWEEN / WITHIN, f"{source}, and less between machines"
     if layout.gpus == 2:
         return PAIR, "as measured on two H200s"
-    return (WITHIN if layout.gpus <= NODE else BETWEEN), "assumed"
+    return (WITHIN if one_machine else BETWEEN), "assumed"
 
 
 def _alone(config: ModelConfig, train: TrainSection, gpu: Gpu, flops: int) -> tuple[float, str]:
