@@ -13,7 +13,7 @@ from samba_lm.span import Cursor, Span
 
 def rows(segments: list[list[int]] | None, length: int = 12) -> Batch:
     ids = torch.arange(2 * length).view(2, length)
-    return Batch(ids, ids + 100, None if segments is None else torch.tensor(segments), stretch=3.0)
+    return Batch(ids, ids + 100, None if segments is None else torch.tensor(segments), stretch=ids.float())
 
 
 def test_one_document() -> None:
@@ -25,7 +25,8 @@ def test_one_document() -> None:
         assert part.segments is None
         assert part.before is not None
         assert [t.tolist() for t in part.before] == [[0, 0], [4 * i, 4 * i]]
-        assert part.stretch == 3.0
+        assert part.stretch is not None
+        assert torch.equal(part.stretch, part.input_ids.float())
 
 
 def test_tokens_stand_where_they_stand_in_the_whole_row() -> None:
@@ -49,6 +50,8 @@ def test_padding_is_moved_to_the_right_with_its_targets() -> None:
     segments = [[-1, -1, 0, 0, -1, 1, 1, 1, 1, 1, 1, 1], [0] * 12]
     first, second = (part_of(rows(segments), i, 2) for i in range(2))
     assert first.input_ids[0].tolist() == [2, 3, 5, 6, 7, 8]
+    assert first.stretch is not None
+    assert first.stretch[0].tolist() == [2, 3, 5, 6, 7, 8]
     assert first.targets[0].tolist() == [102, 103, 105, 106, 107, 108]
     assert second.segments is not None
     assert second.before is not None

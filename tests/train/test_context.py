@@ -171,7 +171,8 @@ def trained(parallel: dict[str, int], settings: dict[str, Any]) -> dict[str, Any
     for step, documents in enumerate((None, "short")):
         whole = rows(documents, 4)
         segments = None if whole.segments is None else whole.segments[mine]
-        batch = Batch(whole.input_ids[mine], whole.targets[mine], segments, stretch=1.0 + step)
+        stretch = 1.0 + step * (whole.input_ids[mine] % 2).float()
+        batch = Batch(whole.input_ids[mine], whole.targets[mine], segments, stretch)
         steps.append(train_step(model, optimizer, batch, train, us, step=step))
     # Rows for some processes only: all take part.
     held_out = [rows("short")] if us.data_rank == 0 else []

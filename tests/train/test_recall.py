@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.functional import softplus
 
 from samba_lm import checkpoint
 from samba_lm.checkpoint import create, save
 from samba_lm.cli.main import main
 from samba_lm.config import Attention, Mamba, ModelConfig
+from samba_lm.data.loader import Batch
+from samba_lm.data.passkey import FILLER
 from samba_lm.errors import UserError
 from samba_lm.loss import IGNORE_INDEX
+from samba_lm.mixers.mamba import S6, lasting
+from samba_lm.nn.init import Init
+from samba_lm.span import Span
 from samba_lm.tokenizer import ByteTokenizer, train_bpe
 from samba_lm.train.data import open_data
-from samba_lm.train.recipe import Recipe
+from samba_lm.train.parallel import connect
+from samba_lm.train.prepare import make_optimizer, prepare_model
+from samba_lm.train.recipe import Recipe, TrainSection
 from samba_lm.train.run import train
 from samba_lm.train.slow_channels import slow_channels
+from samba_lm.train.step import train_step
 from samba_lm.train.stretched import stretched
 
 PASSKEY = {"lengths": [320, 640], "lm_weight": 0.5}
@@ -160,40 +170,99 @@ def test_how_a_model_began_cannot_be_changed_later(tmp_path: Path) -> None:
             recipe(tmp_path, data, {"init_from": "x", key: value})
 
 
-def test_a_stretched_step_forgets_as_a_longer_row_would(tmp_path: Path) -> None:
-    """A lone Mamba layer's state after L tokens of step Delta, decays 3 times as fast, is that of 3 L tokens' decay."""
-    model = create(ModelConfig(name="m", d_model=8, vocab_size=257, layers=(Mamba(state=4),)), seed=0).double()
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    ids = torch.randint(0, 256, (1, 5), generator=torch.Generator().manual_seed(0))
-    with stretched(model, 3.0):
-        inside = dict(model.named_parameters())
-        log = next(name for name in inside if name.endswith("A_log"))
-        torch.testing.assert_close(inside[log], before[log] + torch.tensor(3.0).double().log())
-        loss = model(ids)[0].square().mean()
-        loss.backward()
-    after = dict(model.named_parameters())
-    assert all(torch.equal(before[name], p) for name, p in after.items())
-    gradient = after[log].grad
-    assert gradient is not None
-    # By hand: the same model with the shifted parameter.
+def read(layer: S6, told: list[torch.Tensor], times: list[float]) -> torch.Tensor:
+    """The scan's state after inputs [E], each to be read as if it came so many times."""
+    layer.times = torch.tensor([times])
+    rows = torch.stack(told)[None]
+    span = Span.of(1, len(told), rows.device, None, None)
+    _, tensors = layer(rows, None, layer.init_tensors(1, rows.device, rows.dtype), span)
+    layer.times = None
+    return tensors["ssm"]
+
+
+def test_tokens_that_stand_for_many_leave_the_state_that_many_leave() -> None:
+    """A key, then 40 tokens of filler that last 6 times as long, and 240 of them; a fast channel among slow ones."""
+    torch.manual_seed(0)
+    layer = S6(inner=8, rank=2, state=4, conv=4).double()
+    layer.reset_parameters(Init(SMALL, torch.Generator().manual_seed(0)))
     with torch.no_grad():
-        after[log].add_(torch.tensor(3.0).double().log())
-    model.zero_grad()
-    again = model(ids)[0].square().mean()
-    again.backward()
-    assert torch.equal(loss, again)
-    assert torch.equal(gradient, dict(model.named_parameters())[log].grad)
+        layer.selection.dt_bias.copy_(torch.tensor([-9.0, -9, -8, -8, -7, -7, 0, 1]))  # steps of 1e-4 to 1e-3; 0.7, 1.3
+    key, filler = torch.randn(2, 8).double()
+    first, ones = [key, key, filler, filler, filler], [1.0] * 5
+    long = read(layer, first + [filler] * 240, ones + [1.0] * 240)
+    short = read(layer, first + [filler] * 40, ones + [1.0] * 40)
+    stretched_ = read(layer, first + [filler] * 40, ones + [6.0] * 40)
+    for slow in range(6):
+        assert (stretched_ - long)[0, slow].norm() < 0.02 * long[0, slow].norm()
+        assert (short - long)[0, slow].norm() > 0.5 * long[0, slow].norm()
+    torch.testing.assert_close(stretched_[0, 6:], long[0, 6:])  # they have forgotten all that was 40 tokens ago
+
+
+def test_no_step_becomes_longer_than_a_tenth_or_shorter() -> None:
+    delta = torch.linspace(-12, 4, 200).double()[None, :, None].requires_grad_()
+    bias = torch.tensor([0.5, -1.0]).double()
+    before, once = (softplus(each + bias) for each in (delta, lasting(delta, bias, torch.ones(1, 200).double())))
+    torch.testing.assert_close(once, before, rtol=1e-12, atol=0)
+    times = torch.full((1, 200), 50.0).double()
+    after = softplus(lasting(delta, bias, times) + bias)
+    assert (after >= before * (1 - 1e-12)).all()
+    assert (after <= torch.maximum(before, torch.tensor(0.1).double()) * (1 + 1e-12)).all()
+    small = before < 1e-3
+    torch.testing.assert_close(after[small], 50 * before[small], rtol=0.03, atol=0)
+    after.sum().backward()
+    assert delta.grad is not None
+    assert delta.grad.isfinite().all()
+    assert lasting(delta.detach().bfloat16(), bias.float(), times.float()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kept", ["none", "selective", "full"])
+def test_a_stretched_step_counts_forward_and_backward_and_no_longer(kept: str) -> None:
+    """Whatever is made again for backward; each micro-batch with its own rows' numbers."""
+    ids = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+    times = torch.ones(2, 24)
+    times[0, 3:20], times[1, 8:] = 30.0, 7.0
+    found = []
+    for make in (kept, "none"):
+        model = create(SMALL, seed=0).double()
+        settings = TrainSection(steps=1, batch_size=2, micro_batch=1, length=24, activation_checkpointing=make)
+        prepare_model(model, settings, connect("cpu"))
+        model.train()
+        batch = Batch(ids, ids.roll(-1, 1), None, times)
+        train_step(model, make_optimizer(model, settings), batch, settings, connect("cpu"), step=1)
+        found.append({name: p.grad for name, p in model.named_parameters()})
+        assert all(module.times is None for module in model.modules() if isinstance(module, S6))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name])
+
+
+def test_an_error_ends_the_stretching() -> None:
+    model = create(SMALL, seed=0)
+    with pytest.raises(KeyboardInterrupt), stretched(model, torch.full((1, 4), 2.0)):
+        raise KeyboardInterrupt
+    assert all(module.times is None for module in model.modules() if isinstance(module, S6))
 
 
 def test_the_stretch_of_a_step_is_drawn_from_the_seed_and_the_step(tmp_path: Path) -> None:
     data = {"tokenizer": "byte", "passkey": PASSKEY | {"stretch": 64.0}}
     loader = open_data(recipe(tmp_path, data)).loader
-    drawn = [loader.batch(step).stretch for step in range(4)]
-    assert drawn == [loader.batch(step, rank=1, world=2).stretch for step in range(4)]
+    drawn = []
+    for step in range(4):
+        batch, second = loader.batch(step), loader.batch(step, rank=1, world=2)
+        assert batch.stretch is not None
+        assert second.stretch is not None
+        assert torch.equal(second.stretch, batch.stretch[len(batch.stretch) // 2 :])
+        drawn.append(batch.stretch.max().item())
+        for ids, times in zip(batch.input_ids, batch.stretch, strict=True):
+            filler = ByteTokenizer().decode(ids[times == drawn[-1]].tolist())
+            rest = ByteTokenizer().decode(ids[times == 1].tolist())
+            assert re.fullmatch(rf"(?:(?:{'|'.join(map(re.escape, FILLER))})[ \n]?)*", filler)
+            assert re.fullmatch(
+                r"There is an important.*\nThe pass key is.*key\.\nWhat is the.*\d{5}\n?", rest, re.DOTALL
+            )
     assert len(set(drawn)) == 4
     assert all(1 <= each <= 64 for each in drawn)
     plain = open_data(recipe(tmp_path)).loader
-    assert plain.batch(0).stretch == 1
+    assert plain.batch(0).stretch is None
     assert torch.equal(plain.batch(1).input_ids, loader.batch(1).input_ids)
     whole = train(recipe(tmp_path / "whole", data))
     train(recipe(tmp_path / "part", data), stop=[True].pop)
@@ -204,3 +273,5 @@ def test_the_stretch_of_a_step_is_drawn_from_the_seed_and_the_step(tmp_path: Pat
     assert not all(torch.equal(before[name], unstretched[name]) for name in before)
     with pytest.raises(UserError, match="stretch"):
         recipe(tmp_path, {"tokenizer": "byte", "passkey": {"stretch": 0.5}})
+    with pytest.raises(UserError, match="stretch"):  # a phonebook has no filler
+        recipe(tmp_path, {"tokenizer": "byte", "phonebook": {"stretch": 2.0}})

@@ -38,7 +38,8 @@ def part_of(batch: Batch, index: int, count: int) -> Batch:
         # One document, whose number is 0 for a model that has read nothing.
         document, position = (torch.full((rows,), number, dtype=torch.int64) for number in (0, begin))
         ids, targets = batch.input_ids[:, columns], batch.targets[:, columns]
-        return replace(batch, input_ids=ids, targets=targets, before=(document, position))
+        stretch = None if batch.stretch is None else batch.stretch[:, columns]
+        return replace(batch, input_ids=ids, targets=targets, stretch=stretch, before=(document, position))
     packed = _packed(batch, batch.segments)
     assert packed.segments is not None
     return replace(
@@ -46,6 +47,7 @@ def part_of(batch: Batch, index: int, count: int) -> Batch:
         input_ids=packed.input_ids[:, columns],
         targets=packed.targets[:, columns],
         segments=packed.segments[:, columns],
+        stretch=None if packed.stretch is None else packed.stretch[:, columns],
         before=_before(packed.segments[:, :begin]),
     )
 
@@ -56,7 +58,8 @@ def _packed(batch: Batch, segments: Tensor) -> Batch:
         return batch
     order = padding.to(torch.int8).argsort(dim=1, stable=True)
     ids, targets, segments = (t.gather(1, order) for t in (batch.input_ids, batch.targets, segments))
-    return replace(batch, input_ids=ids, targets=targets, segments=segments)
+    stretch = None if batch.stretch is None else batch.stretch.gather(1, order)
+    return replace(batch, input_ids=ids, targets=targets, segments=segments, stretch=stretch)
 
 
 def _before(left: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ class Batch:
         input_ids: the tokens read.
         targets: the token after each; with documents, ``IGNORE_INDEX`` where that belongs to the next document.
         segments: the number of the document each token is in, counted within the row from 0; None without documents.
-        stretch: how many times as long the texts are that the rows stand for (``samba_lm.train.stretched``).
+        stretch: for how many of its kind each token stands (``samba_lm.train.stretched``), fp32 ``[B, L]``; None: one.
         before: of parts of rows (``samba_lm.data.columns``), which document precedes the first column and how many of
             its tokens do, int64 [B] both; None: rows begin here.
     """
@@ -42,7 +42,7 @@ class Batch:
     input_ids: Tensor
     targets: Tensor
     segments: Tensor | None
-    stretch: float = 1.0
+    stretch: Tensor | None = None
     before: tuple[Tensor, Tensor] | None = None
 
 

@@ -148,7 +148,9 @@ class Passkey:
         after_room = 0 if depth == 1 else room - before.size
         after, _ = self.filler.line((start + count) % len(self.filler.sentences), after_room)
         document = np.concatenate((self._task, before, line, after))
-        return Example(document, self._question, answer, self._end, key)
+        begins = self._task.size, self._task.size + before.size + line.size
+        filler = tuple((begin, begin + ids.size) for begin, ids in zip(begins, (before, after), strict=True))
+        return Example(document, self._question, answer, self._end, key, filler=filler)
 
     def facts(self) -> dict[str, object]:
         return {"kind": "passkey", "filler_sha256": self._sha256}

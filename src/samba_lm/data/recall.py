@@ -37,6 +37,7 @@ class Example:
         text: the answer in characters, without the space before it.
         answered: where in the document other answers stand, each with its end (first token, one past the last): for
             training, questions that were asked before.
+        filler: where in the document stands what does not matter (first token, one past the last).
     """
 
     document: Ids
@@ -45,6 +46,7 @@ class Example:
     end: Ids
     text: str
     answered: tuple[tuple[int, int], ...] = ()
+    filler: tuple[tuple[int, int], ...] = ()
 
     @property
     def tokens(self) -> Ids:

@@ -65,7 +65,7 @@ class RecallLoader:
         seed: of everything that is drawn.
         curriculum: None: ``length``, always.
         lm_weight: see above.
-        stretch: each batch stands for texts up to so many times as long, how many being drawn log-uniformly.
+        stretch: in each batch every token of the filler stands for up to so many, how many being drawn log-uniformly.
 
     Raises UserError for sizes that are not positive, a curriculum that does not divide ``length``, or lengths that no
     example fits in.
@@ -120,14 +120,15 @@ class RecallLoader:
         for row in range(rank * share, (rank + 1) * share):
             random.seed([self.seed, step, row])
             made.append(self._row(random, length))
-        tokens, counts = (np.stack(parts) for parts in zip(*made, strict=True))
+        tokens, counts, filler = (np.stack(parts) for parts in zip(*made, strict=True))
         targets = np.where(counts[:, 1:], tokens[:, 1:], IGNORE_INDEX)
         random.seed([self.seed, step, rows])  # the same on every rank, and of no row
-        stretch = self.stretch ** random.random_sample()
+        times = self.stretch ** random.random_sample()
+        stretch = None if times == 1 else torch.from_numpy(np.where(filler[:, :-1], np.float32(times), np.float32(1)))
         return Batch(torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(targets), None, stretch)
 
-    def _row(self, random: np.random.RandomState, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """One row's tokens, int64 [length + 1], and which of them are targets, bool."""
+    def _row(self, random: np.random.RandomState, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """One row's tokens, int64 [length + 1], which of them are targets and which are filler, bool."""
         example = self.maker.example(random, length)
         tokens = np.full(length + 1, self.tokenizer.eos_id, dtype=np.int64)
         tokens[: len(example)] = example.tokens
@@ -135,7 +136,10 @@ class RecallLoader:
         for begin, end in (*example.answered, (example.prompt_tokens, len(example))):
             counts[begin:end] = True
         counts[self._others(example, int(counts.sum()), random)] = True
-        return tokens, counts
+        filler = np.zeros(length + 1, dtype=bool)
+        for begin, end in example.filler:
+            filler[begin:end] = True
+        return tokens, counts, filler
 
     def _others(self, example: Example, answers: int, random: np.random.RandomState) -> Sequence[int]:
         """Places of the document's tokens that count too. (Its first was told from nothing.)"""

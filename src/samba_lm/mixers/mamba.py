@@ -21,6 +21,23 @@ from samba_lm.ops.linear import linear
 from samba_lm.ops.selective_scan import scan_effect, selective_scan, selective_scan_step
 from samba_lm.span import Span
 
+LONGEST_STEP = 0.1
+"""Largest step Delta that a token may get by standing for many, see :func:`lasting`."""
+
+
+def lasting(delta: torch.Tensor, bias: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    """``delta`` [B, L, E], before ``bias`` [E] and softplus, as it is when a token lasts ``times`` [B, L] as long.
+
+    A state that reads the same token k times decays by exp(k Delta A) and takes in nearly k Delta B u, as one step of
+    k Delta does while k Delta |A| is small. That is what tells long texts from short ones: much is read, not only much
+    forgotten. A channel forgets what is 1/(Delta |A|) tokens back, so one whose steps are large has the same state
+    after one of its tokens as after many; hence no step is made longer than :data:`LONGEST_STEP`, and none shorter.
+    """
+    dtype = state_dtype(delta.dtype)
+    step = delta.to(dtype) + bias.to(dtype)  # its softplus is nearly its exp where it is small
+    room = math.log(math.expm1(LONGEST_STEP)) - step
+    return (delta + torch.minimum(times.log()[..., None], room).clamp(min=0)).to(delta.dtype)
+
 
 class DepthwiseConv(nn.Module):
     """Parameters of a causal depthwise convolution: weight [E, k], bias [E]."""
@@ -80,6 +97,8 @@ class S6(nn.Module):
         self.x_proj = Linear(inner, rank + 2 * state)  # rows [W_r; W_b; W_c]
         self.dt_proj = Linear(rank, inner)  # W_q; its bias is selection.dt_bias
         self.selection = Selection(inner, state)
+        self.times: torch.Tensor | None = None
+        """While training on rows that stand for longer ones: for how many tokens each does, [B, L]."""
 
     def forward(
         self, h: torch.Tensor, gate: torch.Tensor | None, tensors: Tensors, span: Span
@@ -96,6 +115,8 @@ class S6(nn.Module):
         )
         low, B, C = self.x_proj(u).split((self.rank, self.state, self.state), dim=-1)
         delta, A, bias = self.dt_proj(low), self.selection.A(state_dtype(h.dtype)), self.selection.dt_bias
+        if self.times is not None:
+            delta = lasting(delta, bias, self.times)
         with self._keeping(low, delta):
 
             def effect() -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,6 +140,8 @@ class S6(nn.Module):
     def _keeping(self, low: torch.Tensor, delta: torch.Tensor) -> AbstractContextManager[object]:
         """How the scan keeps delta = dt_proj(low) for its backward."""
         if not self.remake_step or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return nullcontext()
+        if self.times is not None:  # it is not the product alone
             return nullcontext()
         weight = cast(self.dt_proj.weight, low.dtype)
         return remade(delta, partial(linear, low.detach(), weight.detach()))

@@ -47,13 +47,14 @@ def train_step(
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     total = torch.zeros((), dtype=wide, device=parallel.device)
     optimizer.zero_grad(set_to_none=True)
-    with cast_once(), stretched(model, batch.stretch):
+    with cast_once():
         # The number of pieces is what is kept: of shorter rows a batch has more, and as many tokens.
         number = pieces(settings, parallel)
         for i, micro in enumerate(micro_batches(batch, -(-batch.input_ids.shape[0] // number))):
             parallel.begin_backward(model, last=i == number - 1)
-            loss_sum, _ = batch_loss(model, micro, parallel.device, parallel.context)
-            torch.autograd.backward(loss_sum / valid)
+            with stretched(model, micro.stretch):
+                loss_sum, _ = batch_loss(model, micro, parallel.device, parallel.context)
+                torch.autograd.backward(loss_sum / valid)
             total += loss_sum.detach()
     mean = parallel.sum(total) / valid
     parallel.finish_gradients(model)
@@ -163,12 +164,15 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 
     What is there already is not copied again.
     """
+    stretch = batch.stretch
     if device.type != "cuda" or batch.input_ids.is_cuda:
-        return replace(batch, input_ids=batch.input_ids.to(device), targets=batch.targets.to(device))
+        stretch = None if stretch is None else stretch.to(device)
+        return replace(batch, input_ids=batch.input_ids.to(device), targets=batch.targets.to(device), stretch=stretch)
     # Only from page-locked memory does a copy run while the device computes.
     segments = None if batch.segments is None else batch.segments.pin_memory()
     ids, targets = (t.pin_memory().to(device, non_blocking=True) for t in (batch.input_ids, batch.targets))
-    return replace(batch, input_ids=ids, targets=targets, segments=segments)
+    stretch = None if stretch is None else stretch.pin_memory().to(device, non_blocking=True)
+    return replace(batch, input_ids=ids, targets=targets, segments=segments, stretch=stretch)
 
 
 def micro_batches(batch: Batch, size: int) -> Iterable[Batch]:
@@ -177,5 +181,6 @@ def micro_batches(batch: Batch, size: int) -> Iterable[Batch]:
         rows = slice(i, i + size)
         segments = None if batch.segments is None else batch.segments[rows]
         before = None if batch.before is None else (batch.before[0][rows], batch.before[1][rows])
+        stretch = None if batch.stretch is None else batch.stretch[rows]
         ids, targets = batch.input_ids[rows], batch.targets[rows]
-        yield replace(batch, input_ids=ids, targets=targets, segments=segments, before=before)
+        yield replace(batch, input_ids=ids, targets=targets, segments=segments, stretch=stretch, before=before)

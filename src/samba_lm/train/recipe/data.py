@@ -20,9 +20,6 @@ class RecallSection(Section):
     """Share of the steps for each of the lengths; none: equal ones."""
     lm_weight: float = Field(default=0.0, ge=0, le=1)
     """Weight of the other tokens' loss beside the answers': for each token of an answer so many others count too."""
-    stretch: float = Field(default=1.0, ge=1, le=1e6)
-    """Train for texts up to so many times as long as the rows: in each step Mamba's states forget faster by a factor
-    drawn between 1 and this one."""
     share: float = Field(default=1.0, gt=0, le=1)
     """Share of the steps that such rows are made for; the others read data.train."""
 
@@ -38,6 +35,9 @@ class PasskeySection(RecallSection):
 
     filler: PathText | None = None
     """Text file whose sentences hide the key, which is harder; none: the few sentences of the well-known form."""
+    stretch: float = Field(default=1.0, ge=1, le=1e6)
+    """Train for texts up to so many times as long as the rows: in each step a token of the filler is to Mamba's states
+    what a number of them would be, drawn between 1 and this one."""
 
 
 class PhonebookSection(RecallSection):
