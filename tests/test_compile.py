@@ -20,7 +20,7 @@ from samba_lm.span import Span
 )  # inductor would generate code for the CPU here, where there is nothing left to fuse
 def test_a_whole_block_at_any_length(backend: str) -> None:
     """Mamba, MLP, attention and MLP, forward and backward, with the kernels as the only operators of their own."""
-    model = create("samba-tiny", device=DEVICE)
+    model = create("samba-micro", device=DEVICE)
     layers = list(model.layers)[:4]
     assert [type(layer.mixer).__name__ for layer in layers] == [
         "MambaMixer",
@@ -39,7 +39,7 @@ def test_a_whole_block_at_any_length(backend: str) -> None:
     counter, counts = CompileCounterWithBackend(backend), []
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=counter)
     with preferring("triton" if DEVICE == "cpu" else None):
-        for length in (19, 27, 22):
+        for length in (19, 22):
             x = torch.randn(1, length, model.config.d_model, device=DEVICE)
             span = Span.of(1, length, x.device, None, None, keep=False)
             results = []

@@ -66,7 +66,7 @@ def test_the_text_goes_to_stdout_and_its_cost_to_stderr(checkpoint: Path, capsys
 
 
 def test_the_prompt_may_come_from_a_file_or_from_stdin(checkpoint: Path, capsys, tmp_path: Path, stdin) -> None:
-    text = "A line of a long prompt: é😀.\n" * 9000  # several pieces
+    text = "A line of a long prompt: é😀.\n" * 4500  # several pieces
     file = tmp_path / "prompt.txt"
     file.write_text(text, encoding="utf-8")
     outputs = []

@@ -160,11 +160,14 @@ def test_killed_again_and_again(recipe: Path, whole: Path, tmp_path: Path) -> No
 def test_ctrl_c_saves_and_says_how_to_go_on(
     recipe: Path, whole: Path, tmp_path: Path, number: int, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "run"
-    process = start(recipe, out)
-    wait_for_steps(process, out, 5)
-    process.send_signal(number)
-    output = finish(process)
+    for attempt in range(5):
+        out = tmp_path / f"run{attempt}"
+        process = start(recipe, out)
+        wait_for_steps(process, out, 5)
+        process.send_signal(number)
+        output = finish(process)
+        if process.returncode or f"{STEPS} steps" not in output:  # or else the machine was busy, and the run at its end
+            break
     assert process.returncode == code, output
     assert "Traceback" not in output
     assert f"To go on: samba-lm train {recipe}" in output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import math
 import os
@@ -103,8 +104,12 @@ def _system() -> str:
     return " ".join(filter(None, (platform.system(), number and number[0], platform.machine(), *platform.libc_ver())))
 
 
+@functools.cache
 def source_commit() -> str | None:
-    """Return the git commit this package runs from (``-dirty`` when edited), or None when it was installed."""
+    """Return the git commit this package runs from (``-dirty`` when edited), or None when it was installed.
+
+    Asked once a process, which goes on with the code that it has read.
+    """
     source = Path(__file__).resolve().parents[2]
     if source.name != "src" or not (source.parent / ".git").exists():
         return None
