@@ -37,19 +37,10 @@ def part_of(batch: Batch, index: int, count: int) -> Batch:
     if batch.segments is None:
         # One document, whose number is 0 for a model that has read nothing.
         document, position = (torch.full((rows,), number, dtype=torch.int64) for number in (0, begin))
-        ids, targets = batch.input_ids[:, columns], batch.targets[:, columns]
-        stretch = None if batch.stretch is None else batch.stretch[:, columns]
-        return replace(batch, input_ids=ids, targets=targets, stretch=stretch, before=(document, position))
+        return replace(batch.tokenwise(lambda t: t[:, columns]), before=(document, position))
     packed = _packed(batch, batch.segments)
     assert packed.segments is not None
-    return replace(
-        packed,
-        input_ids=packed.input_ids[:, columns],
-        targets=packed.targets[:, columns],
-        segments=packed.segments[:, columns],
-        stretch=None if packed.stretch is None else packed.stretch[:, columns],
-        before=_before(packed.segments[:, :begin]),
-    )
+    return replace(packed.tokenwise(lambda t: t[:, columns]), before=_before(packed.segments[:, :begin]))
 
 
 def _packed(batch: Batch, segments: Tensor) -> Batch:
@@ -57,9 +48,7 @@ def _packed(batch: Batch, segments: Tensor) -> Batch:
     if not bool((padding[:, :-1] & ~padding[:, 1:]).any()):
         return batch
     order = padding.to(torch.int8).argsort(dim=1, stable=True)
-    ids, targets, segments = (t.gather(1, order) for t in (batch.input_ids, batch.targets, segments))
-    stretch = None if batch.stretch is None else batch.stretch.gather(1, order)
-    return replace(batch, input_ids=ids, targets=targets, segments=segments, stretch=stretch)
+    return batch.tokenwise(lambda t: t.gather(1, order))
 
 
 def _before(left: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,8 @@ number of ranks.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -44,6 +44,12 @@ class Batch:
     segments: Tensor | None
     stretch: Tensor | None = None
     before: tuple[Tensor, Tensor] | None = None
+
+    def tokenwise(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with ``change`` made to each tensor that has a number for every token."""
+        segments, stretch = (None if t is None else change(t) for t in (self.segments, self.stretch))
+        ids, targets = change(self.input_ids), change(self.targets)
+        return replace(self, input_ids=ids, targets=targets, segments=segments, stretch=stretch)
 
 
 class Batches(Protocol):

@@ -139,9 +139,8 @@ class S6(nn.Module):
 
     def _keeping(self, low: torch.Tensor, delta: torch.Tensor) -> AbstractContextManager[object]:
         """How the scan keeps delta = dt_proj(low) for its backward."""
-        if not self.remake_step or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return nullcontext()
-        if self.times is not None:  # it is not the product alone
+        alone = self.times is None  # or delta is more than the product
+        if not (self.remake_step and alone) or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return nullcontext()
         weight = cast(self.dt_proj.weight, low.dtype)
         return remade(delta, partial(linear, low.detach(), weight.detach()))

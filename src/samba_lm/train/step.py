@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -179,8 +180,5 @@ def micro_batches(batch: Batch, size: int) -> Iterable[Batch]:
     """The batch in pieces of ``size`` rows."""
     for i in range(0, batch.input_ids.shape[0], size):
         rows = slice(i, i + size)
-        segments = None if batch.segments is None else batch.segments[rows]
         before = None if batch.before is None else (batch.before[0][rows], batch.before[1][rows])
-        stretch = None if batch.stretch is None else batch.stretch[rows]
-        ids, targets = batch.input_ids[rows], batch.targets[rows]
-        yield replace(batch, input_ids=ids, targets=targets, segments=segments, stretch=stretch, before=before)
+        yield replace(batch.tokenwise(itemgetter(rows)), before=before)
