@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -120,17 +121,24 @@ class SambaLM(nn.Module):
         segments: torch.Tensor | None = None,
         start: Cursor | None = None,
         neighbours: Neighbours | None = None,
+        times: torch.Tensor | None = None,
+        apart: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The hidden states of ``features`` read from nothing, with no state made of what was read: for training.
 
         With ``neighbours`` the tokens are this process's part of the rows, all parts equally long, and ``start`` says
         where it begins; see ``samba_lm.data.columns``. Each of them must call this, and with gradients go backward.
+
+        ``times`` fp32 [B, L]: rows that stand for longer ones, with ``apart`` int64 [B, L] for their attention; see
+        ``samba_lm.train.stretched``.
         """
         self._check(input_ids, None)
         batch, length = input_ids.shape
         if neighbours is not None:
             self.require_parts(length)
         span = Span.of(batch, length, input_ids.device, start, segments, keep=False, neighbours=neighbours)
+        if times is not None:
+            span = replace(span, times=span.pack(times), apart=None if apart is None else span.pack(apart))
         return span.unpack(self.run(span.pack(input_ids), None, span)[0])
 
     def require_parts(self, length: int) -> None:

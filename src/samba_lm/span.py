@@ -59,6 +59,11 @@ class Span:
     neighbours: Neighbours | None = None
     """The tokens are a part of rows whose other parts these processes hold, padding at the rows' right ends. What
     precedes a part comes from them, and no layer's state counts. None: what precedes is in the state."""
+    times: torch.Tensor | None = None
+    """fp32 [B, L] how many of its kind each token is to Mamba's states, at least 1. None: one."""
+    apart: torch.Tensor | None = None
+    """int64 [B, L], never less than to the left: attention looks only at keys of its own number. None: they all have
+    one."""
     _made: dict[Hashable, Any] = field(default_factory=dict)
 
     @classmethod

@@ -39,6 +39,7 @@ from samba_lm.train.prepare import make_optimizer
 from samba_lm.train.recipe import ParallelSection, Recipe, TrainSection
 from samba_lm.train.run import train
 from samba_lm.train.step import evaluate, train_step
+from samba_lm.train.stretched import stretched
 from samba_lm.train.transforms import checkpoint_activations, compile_layers, remake_cheap_activations
 
 LENGTH, VOCABULARY = 32, 50
@@ -66,27 +67,31 @@ DOCUMENTS: dict[str, list[list[int]]] = {
     "padded": [[0] * 11 + [1] * 3 + [-1] * 18, [-1] * 2 + [2] * 13 + [-1] + [3] * 16],
 }
 
-CASES = [None, *DOCUMENTS]
+STRETCHED = ("stretched", "padded")
+"""Cases in which 9 of every 13 tokens, one after another, stand for 5 each."""
+
+CASES = [None, *DOCUMENTS, "stretched"]
 
 
 def config(*layers: LayerSpec) -> ModelConfig:
     return ModelConfig(name="context-test", vocab_size=VOCABULARY, d_model=16, layers=layers)
 
 
-def rows(documents: str | None, count: int = 2) -> Batch:
+def rows(case: str | None, count: int = 2) -> Batch:
     torch.manual_seed(7)
     ids, targets = torch.randint(0, VOCABULARY, (2, count, LENGTH))
     targets[:, 16:24] = -100  # nothing for the third of four processes to learn
     segments = None
-    if documents is not None:
-        segments = torch.tensor(DOCUMENTS[documents]).repeat(count // 2, 1)
+    if case in DOCUMENTS:
+        segments = torch.tensor(DOCUMENTS[case]).repeat(count // 2, 1)
         targets[segments < 0] = -100
-    return Batch(ids, targets, segments)
+    run = (torch.arange(LENGTH) % 13 > 3).expand(count, -1)
+    return Batch(ids, targets, segments, 1.0 + 4.0 * run if case in STRETCHED else None)
 
 
 def loss_of(model: SambaLM, batch: Batch, us: Neighbours | None) -> tuple[torch.Tensor, torch.Tensor]:
     start = None if batch.before is None else Cursor(*batch.before)
-    hidden = model.hidden_states(batch.input_ids, batch.segments, start, us)
+    hidden = model.hidden_states(batch.input_ids, batch.segments, start, us, batch.stretch, batch.apart)
     loss = linear_cross_entropy(hidden, model.head_weight, batch.targets)
     loss.backward()
     return hidden.detach(), loss.detach()
@@ -98,9 +103,10 @@ def model_errors(names: list[str], cases: list[str | None], changed: str | None)
     us, errors = Neighbours(dist.group.WORLD), {}
     torch.set_num_threads(1)
     for name in names:
-        for documents in cases:
+        for kind in cases:
             model = checkpoint.create(config(*MODELS[name]), seed=1).double()
-            batch = rows(documents)
+            batch = stretched(rows(kind), model)
+            assert name != "samba" or (batch.apart is not None) == (kind in STRETCHED)
             hidden, loss = loss_of(model, batch, None)
             wanted = {key: p.grad for key, p in model.named_parameters()}
             model.zero_grad(set_to_none=True)
@@ -119,7 +125,7 @@ def model_errors(names: list[str], cases: list[str | None], changed: str | None)
                 hidden = hidden.gather(1, order[..., None].expand_as(hidden)) * read
                 gathered = gathered * read
             dist.all_reduce(part_loss)
-            case = f"{name}, {documents}"
+            case = f"{name}, {kind}"
             errors[f"{case}: hidden states"] = relative(gathered, hidden)
             errors[f"{case}: loss"] = relative(part_loss, loss)
             for key, parameter in model.named_parameters():
@@ -171,7 +177,7 @@ def trained(parallel: dict[str, int], settings: dict[str, Any]) -> dict[str, Any
     for step, documents in enumerate((None, "short")):
         whole = rows(documents, 4)
         segments = None if whole.segments is None else whole.segments[mine]
-        stretch = 1.0 + step * (whole.input_ids[mine] % 2).float()
+        stretch = 1.0 + step * 9.0 * (whole.input_ids[mine] % 8 > 0)
         batch = Batch(whole.input_ids[mine], whole.targets[mine], segments, stretch)
         steps.append(train_step(model, optimizer, batch, train, us, step=step))
     # Rows for some processes only: all take part.

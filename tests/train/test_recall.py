@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from samba_lm.train.recipe import Recipe, TrainSection
 from samba_lm.train.run import train
 from samba_lm.train.slow_channels import slow_channels
 from samba_lm.train.step import train_step
-from samba_lm.train.stretched import stretched
+from samba_lm.train.stretched import parts, stretched
 
 PASSKEY = {"lengths": [320, 640], "lm_weight": 0.5}
 SMALL = ModelConfig(name="tiny", d_model=16, vocab_size=257, layers=(Mamba(state=4), Attention(heads=2, window=16)))
@@ -172,11 +173,9 @@ def test_how_a_model_began_cannot_be_changed_later(tmp_path: Path) -> None:
 
 def read(layer: S6, told: list[torch.Tensor], times: list[float]) -> torch.Tensor:
     """The scan's state after inputs [E], each to be read as if it came so many times."""
-    layer.times = torch.tensor([times])
     rows = torch.stack(told)[None]
-    span = Span.of(1, len(told), rows.device, None, None)
+    span = replace(Span.of(1, len(told), rows.device, None, None), times=torch.tensor([times]))
     _, tensors = layer(rows, None, layer.init_tensors(1, rows.device, rows.dtype), span)
-    layer.times = None
     return tensors["ssm"]
 
 
@@ -230,16 +229,51 @@ def test_a_stretched_step_counts_forward_and_backward_and_no_longer(kept: str) -
         batch = Batch(ids, ids.roll(-1, 1), None, times)
         train_step(model, make_optimizer(model, settings), batch, settings, connect("cpu"), step=1)
         found.append({name: p.grad for name, p in model.named_parameters()})
-        assert all(module.times is None for module in model.modules() if isinstance(module, S6))
     for name, gradient in found[0].items():
         torch.testing.assert_close(gradient, found[1][name])
 
 
-def test_an_error_ends_the_stretching() -> None:
-    model = create(SMALL, seed=0)
-    with pytest.raises(KeyboardInterrupt), stretched(model, torch.full((1, 4), 2.0)):
-        raise KeyboardInterrupt
-    assert all(module.times is None for module in model.modules() if isinstance(module, S6))
+def test_attention_sees_of_a_stretched_row_what_it_would_of_the_long_one() -> None:
+    """A run that stands for more tokens than windows reach one after another is one that they do not look across."""
+    times = torch.ones(3, 24)
+    times[0, 4:14] = 3.0  # 30 tokens, no more than two windows of 16 reach: 15 + 15
+    times[1, 4:14], times[1, 18:22] = 4.0, 8.0  # 40, and 32
+    times[2, :] = 100.0
+    numbers = parts(times, 30)
+    assert numbers[0].unique().tolist() == [0]
+    assert numbers[1].tolist() == [0] * 11 + [1] * 10 + [2] * 3  # the 8th token of 4 makes 32, the 4th of 8 does
+    assert numbers[2].tolist() == [1] * 24
+    near, far, states = Attention(heads=2, window=16), Attention(heads=2), Mamba(state=4)
+    ids = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(0))
+    for layers, expected in (((near, near), numbers), ((near, far), None), ((states,), None)):
+        config = ModelConfig(name="two", d_model=16, vocab_size=257, layers=layers)
+        model = create(config, seed=0).double()
+        batch = stretched(Batch(ids, ids, None, times), model)
+        assert (batch.apart is None) if expected is None else torch.equal(batch.apart, expected)
+        assert stretched(Batch(ids, ids, None), model).apart is None
+    # Attention alone does not learn of times; what is in another part it cannot tell.
+    model = create(ModelConfig(name="two", d_model=16, vocab_size=257, layers=(near, near)), seed=0).double()
+    told = model.hidden_states(ids, times=times, apart=numbers)
+    other = torch.where(numbers == numbers[:, -1:], ids, 7)
+    torch.testing.assert_close(model.hidden_states(other, times=times, apart=numbers)[1, 21:], told[1, 21:])
+    assert not torch.allclose(model.hidden_states(other, times=times)[1, 21:], told[1, 21:])
+
+
+def test_padding_in_the_midst_of_stretched_rows_is_as_padding_at_their_ends() -> None:
+    model = create(SMALL, seed=0).double()
+    ids = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(0))
+    segments, times = torch.zeros(1, 40, dtype=torch.int64), torch.ones(1, 40)
+    times[:, 5:30] = 9.0
+    hole = torch.arange(40)[None].remainder(4) == 2
+    order = hole.to(torch.int8).argsort(dim=1, stable=True)
+    segments = torch.where(hole, -1, segments)
+    apart = parts(times, 15)
+    assert apart.max() == 1
+    whole = model.hidden_states(ids, segments, times=times, apart=apart)
+    packed = model.hidden_states(
+        *(t.gather(1, order) for t in (ids, segments)), None, None, *(t.gather(1, order) for t in (times, apart))
+    )
+    torch.testing.assert_close(whole[~hole], packed[:, : int((~hole).sum())][0])
 
 
 def test_the_stretch_of_a_step_is_drawn_from_the_seed_and_the_step(tmp_path: Path) -> None:

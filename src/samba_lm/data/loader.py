@@ -35,6 +35,8 @@ class Batch:
         targets: the token after each; with documents, ``IGNORE_INDEX`` where that belongs to the next document.
         segments: the number of the document each token is in, counted within the row from 0; None without documents.
         stretch: for how many of its kind each token stands (``samba_lm.train.stretched``), fp32 ``[B, L]``; None: one.
+        apart: of the parts of a row that attention sees each by itself, the number, none less than the one to its left;
+            None: it sees all of a document that its windows reach.
         before: of parts of rows (``samba_lm.data.columns``), which document precedes the first column and how many of
             its tokens do, int64 [B] both; None: rows begin here.
     """
@@ -43,13 +45,14 @@ class Batch:
     targets: Tensor
     segments: Tensor | None
     stretch: Tensor | None = None
+    apart: Tensor | None = None
     before: tuple[Tensor, Tensor] | None = None
 
     def tokenwise(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with ``change`` made to each tensor that has a number for every token."""
-        segments, stretch = (None if t is None else change(t) for t in (self.segments, self.stretch))
         ids, targets = change(self.input_ids), change(self.targets)
-        return replace(self, input_ids=ids, targets=targets, segments=segments, stretch=stretch)
+        segments, stretch, apart = (None if t is None else change(t) for t in (self.segments, self.stretch, self.apart))
+        return replace(self, input_ids=ids, targets=targets, segments=segments, stretch=stretch, apart=apart)
 
 
 class Batches(Protocol):

@@ -50,6 +50,7 @@ def past(
     <= reach (None: all), and their documents. From the cache, or from the processes that hold what precedes.
 
     Documents are int64 [B, P]: 0 for keys of the state's document, -1 for slots that hold nothing yet; None: all 0.
+    With ``span.apart`` its numbers are added to the documents'.
     """
     if span.neighbours is not None:
         return _from_left(span.neighbours, k, v, span, reach)
@@ -78,7 +79,11 @@ def _from_left(
     before = neighbours.from_left(torch.cat((k[:, last:], v[:, last:]), dim=-1), count)
     k, v = before.split((k.shape[-1], v.shape[-1]), dim=-1)
     position = span.start.position[:, None] + torch.arange(-count, 0, device=k.device)
-    return k, v, torch.where(position >= 0, 0, -1)
+    documents: int | torch.Tensor = 0
+    if span.apart is not None:
+        apart = span.apart[:, last:]
+        documents = span.once(("apart", count), lambda: neighbours.from_left(apart, count))
+    return k, v, torch.where(position >= 0, documents, -1)
 
 
 def update(cache: Tensors, k: torch.Tensor, v: torch.Tensor, span: Span) -> Tensors:

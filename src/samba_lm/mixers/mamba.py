@@ -97,8 +97,6 @@ class S6(nn.Module):
         self.x_proj = Linear(inner, rank + 2 * state)  # rows [W_r; W_b; W_c]
         self.dt_proj = Linear(rank, inner)  # W_q; its bias is selection.dt_bias
         self.selection = Selection(inner, state)
-        self.times: torch.Tensor | None = None
-        """While training on rows that stand for longer ones: for how many tokens each does, [B, L]."""
 
     def forward(
         self, h: torch.Tensor, gate: torch.Tensor | None, tensors: Tensors, span: Span
@@ -115,9 +113,10 @@ class S6(nn.Module):
         )
         low, B, C = self.x_proj(u).split((self.rank, self.state, self.state), dim=-1)
         delta, A, bias = self.dt_proj(low), self.selection.A(state_dtype(h.dtype)), self.selection.dt_bias
-        if self.times is not None:
-            delta = lasting(delta, bias, self.times)
-        with self._keeping(low, delta):
+        product = delta
+        if span.times is not None:
+            delta = lasting(product, bias, span.times)
+        with nullcontext() if delta is not product else self._keeping(low, delta):
 
             def effect() -> tuple[torch.Tensor, torch.Tensor]:
                 return scan_effect(u, delta, A, B, bias, resets=span.resets, lengths=span.lengths)
@@ -139,8 +138,7 @@ class S6(nn.Module):
 
     def _keeping(self, low: torch.Tensor, delta: torch.Tensor) -> AbstractContextManager[object]:
         """How the scan keeps delta = dt_proj(low) for its backward."""
-        alone = self.times is None  # or delta is more than the product
-        if not (self.remake_step and alone) or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if not self.remake_step or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return nullcontext()
         weight = cast(self.dt_proj.weight, low.dtype)
         return remade(delta, partial(linear, low.detach(), weight.detach()))

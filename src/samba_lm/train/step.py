@@ -43,7 +43,7 @@ def train_step(
     queued; an update from a loss or gradient that is not finite changes nothing and raises NonFiniteError. With
     ``limits`` nothing is raised, and an update from what they do not hold changes nothing either.
     """
-    batch = on_device(columns(batch, parallel), parallel.device)
+    batch = on_device(columns(stretched(batch, model), parallel), parallel.device)
     valid = parallel.sum(valid_tokens(batch.targets)).clamp(min=1)
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     total = torch.zeros((), dtype=wide, device=parallel.device)
@@ -53,9 +53,8 @@ def train_step(
         number = pieces(settings, parallel)
         for i, micro in enumerate(micro_batches(batch, -(-batch.input_ids.shape[0] // number))):
             parallel.begin_backward(model, last=i == number - 1)
-            with stretched(model, micro.stretch):
-                loss_sum, _ = batch_loss(model, micro, parallel.device, parallel.context)
-                torch.autograd.backward(loss_sum / valid)
+            loss_sum, _ = batch_loss(model, micro, parallel.device, parallel.context)
+            torch.autograd.backward(loss_sum / valid)
             total += loss_sum.detach()
     mean = parallel.sum(total) / valid
     parallel.finish_gradients(model)
@@ -155,7 +154,7 @@ def batch_loss(
     batch, start = on_device(batch, device), None
     if batch.before is not None:
         start = Cursor(*(t.to(device, non_blocking=True) for t in batch.before))
-    hidden = model.hidden_states(batch.input_ids, batch.segments, start, neighbours)
+    hidden = model.hidden_states(batch.input_ids, batch.segments, start, neighbours, batch.stretch, batch.apart)
     loss_sum = linear_cross_entropy(hidden, model.head_weight, batch.targets, ignore_index=IGNORE_INDEX)
     return loss_sum, valid_tokens(batch.targets)
 
@@ -165,15 +164,11 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 
     What is there already is not copied again.
     """
-    stretch = batch.stretch
     if device.type != "cuda" or batch.input_ids.is_cuda:
-        stretch = None if stretch is None else stretch.to(device)
-        return replace(batch, input_ids=batch.input_ids.to(device), targets=batch.targets.to(device), stretch=stretch)
+        return replace(batch.tokenwise(lambda t: t.to(device)), segments=batch.segments)
     # Only from page-locked memory does a copy run while the device computes.
-    segments = None if batch.segments is None else batch.segments.pin_memory()
-    ids, targets = (t.pin_memory().to(device, non_blocking=True) for t in (batch.input_ids, batch.targets))
-    stretch = None if stretch is None else stretch.pin_memory().to(device, non_blocking=True)
-    return replace(batch, input_ids=ids, targets=targets, segments=segments, stretch=stretch)
+    pinned = batch.tokenwise(Tensor.pin_memory)
+    return replace(pinned.tokenwise(lambda t: t.to(device, non_blocking=True)), segments=pinned.segments)
 
 
 def micro_batches(batch: Batch, size: int) -> Iterable[Batch]:

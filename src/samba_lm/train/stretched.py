@@ -1,27 +1,43 @@
-"""Training on short rows as if they were long: tokens of which each stands for many of its kind."""
+"""Training on short rows as if they were long: tokens of which each stands for many of its kind.
+
+Mamba's states read such a token as they would that many (:func:`samba_lm.mixers.mamba.lasting`). Attention sees what is
+there, but for this: what lies further back than its windows reach, one after another, in the text that is stood for, it
+does not see in the row either. Otherwise it answers short rows by itself, and a hybrid's states learn nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from samba_lm.mixers.mamba import S6
+from samba_lm.data.loader import Batch
+from samba_lm.mixers.attention import AttentionMixer
 from samba_lm.model import SambaLM
 
 
-@contextmanager
-def stretched(model: SambaLM, times: torch.Tensor | None) -> Iterator[None]:
-    """While this lasts, Mamba's states read rows of ``times`` [B, L] (at least 1; None: all 1), forward and backward.
+def stretched(batch: Batch, model: SambaLM) -> Batch:
+    """The batch of whole rows with ``apart`` as its ``stretch`` and the model's attention have it."""
+    reaches = [module.reach for module in model.modules() if isinstance(module, AttentionMixer)]
+    known = [reach for reach in reaches if reach is not None]
+    if batch.stretch is None or not reaches or len(known) < len(reaches):
+        return batch
+    return replace(batch, apart=parts(batch.stretch, sum(known)))
 
-    See :func:`samba_lm.mixers.mamba.lasting`.
+
+def parts(times: Tensor, reach: int) -> Tensor:
+    """Numbers of the parts that attention sees of rows of which each token stands for ``times`` [B, L], int64 [B, L].
+
+    A new one begins where a run of tokens that stand for more than one has stood for more than ``reach``: what is seen
+    before the run would not be seen from there.
     """
-    layers = [] if times is None else [module for module in model.modules() if isinstance(module, S6)]
-    try:
-        for layer in layers:
-            layer.times = times
-        yield
-    finally:
-        for layer in layers:
-            layer.times = None
+    inside = times > 1
+    total = times.double().cumsum(1)
+    before = torch.where(_begins(inside), total - times, 0).cummax(1).values
+    return _begins(inside & (total - before > reach)).cumsum(1)
+
+
+def _begins(yes: Tensor) -> Tensor:
+    """bool [B, L]: true here and not one to the left."""
+    return yes & ~torch.nn.functional.pad(yes[:, :-1], (1, 0))
