@@ -129,16 +129,17 @@ class SambaLM(nn.Module):
         With ``neighbours`` the tokens are this process's part of the rows, all parts equally long, and ``start`` says
         where it begins; see ``samba_lm.data.columns``. Each of them must call this, and with gradients go backward.
 
-        ``times`` fp32 [B, L]: rows that stand for longer ones, with ``apart`` int64 [B, L] for their attention; see
-        ``samba_lm.train.stretched``.
+        ``times`` fp32 [B, L], ``apart`` int64 [B, L]: rows that stand for longer ones, to Mamba's states and to
+        attention; see ``samba_lm.train.stretched``.
         """
         self._check(input_ids, None)
         batch, length = input_ids.shape
         if neighbours is not None:
             self.require_parts(length)
         span = Span.of(batch, length, input_ids.device, start, segments, keep=False, neighbours=neighbours)
-        if times is not None:
-            span = replace(span, times=span.pack(times), apart=None if apart is None else span.pack(apart))
+        if times is not None or apart is not None:
+            times, apart = (None if t is None else span.pack(t) for t in (times, apart))
+            span = replace(span, times=times, apart=apart)
         return span.unpack(self.run(span.pack(input_ids), None, span)[0])
 
     def require_parts(self, length: int) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from samba_lm.data.passkey import Passkey
+from samba_lm.data.phonebook import Names, Phonebook
 from samba_lm.data.recall_loader import Curriculum, RecallLoader
 from samba_lm.errors import UserError
 from samba_lm.loss import IGNORE_INDEX
@@ -14,6 +15,8 @@ from samba_lm.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 MAKER = Passkey(TOKENIZER)
+NAMES = Names((("Ann", "Bob", "Cy", "Dora"), tuple(f"Name{chr(65 + i)}" for i in range(26))), "lists")
+PHONEBOOK = Phonebook(TOKENIZER, NAMES, questions=4)
 
 
 def loader(**options: object) -> RecallLoader:
@@ -91,3 +94,28 @@ def test_curricula_that_are_none() -> None:
         Curriculum((1, 2), (1,), 5)
     with pytest.raises(UserError, match="must all be more than 0"):
         Curriculum((1, 2), (1, 0), 5)
+
+
+def test_rows_in_two_parts_are_the_same_rows_and_part_before_the_first_answer() -> None:
+    whole, plain = loader(apart=0.5, batch_size=32).batch(3), loader(batch_size=32).batch(3)
+    assert plain.apart is None
+    assert whole.apart is not None
+    assert torch.equal(whole.input_ids, plain.input_ids)
+    halves = [loader(apart=0.5, batch_size=32).batch(3, rank, 2).apart for rank in (0, 1)]
+    assert torch.equal(torch.cat([half for half in halves if half is not None]), whole.apart)
+    parted = whole.apart.max(1).values == 1
+    assert 6 <= int(parted.sum()) <= 26
+    begins = set()
+    for apart, targets in zip(whole.apart[parted], whole.targets[parted], strict=True):
+        (first,) = (targets != IGNORE_INDEX).nonzero()[:1, 0].tolist()
+        begins.add(640 - int(apart.sum()))
+        assert apart.diff().min() >= 0
+        assert apart[first] == 1  # the token that tells the answer's first
+    assert len(begins) > 4
+    book = RecallLoader(PHONEBOOK, TOKENIZER, 4, 640, 7, apart=1.0).batch(0)
+    assert book.apart is not None
+    for apart, targets in zip(book.apart, book.targets, strict=True):
+        (first,) = (targets != IGNORE_INDEX).nonzero()[:1, 0].tolist()
+        assert 0 < 640 - int(apart.sum()) <= first
+    with pytest.raises(UserError, match="apart is 2"):
+        loader(apart=2)

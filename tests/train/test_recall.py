@@ -64,9 +64,9 @@ def test_a_run_continues_bit_for_bit_over_a_change_of_length(tmp_path: Path, mic
 def test_other_rows_are_refused_and_more_steps_are_not(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(recipe(run, steps=1))
-    for change in ({"lengths": [640]}, {"lm_weight": 0.4}, None):
+    for change in ({"lengths": [640]}, {"lm_weight": 0.4}, {"apart": 0.5}, None):
         data = {"tokenizer": "byte", "passkey": PASSKEY | change} if change else {"tokenizer": "byte", "phonebook": {}}
-        with pytest.raises(UserError, match=r"was trained with data\.passkey(\.l\w+)? = "):
+        with pytest.raises(UserError, match=r"was trained with data\.passkey(\.[la]\w+)? = "):
             train(recipe(run, data))
     assert train(recipe(run, steps=2)).steps == 2
 
@@ -245,14 +245,18 @@ def test_attention_sees_of_a_stretched_row_what_it_would_of_the_long_one() -> No
     assert numbers[2].tolist() == [1] * 24
     near, far, states = Attention(heads=2, window=16), Attention(heads=2), Mamba(state=4)
     ids = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(0))
-    for layers, expected in (((near, near), numbers), ((near, far), None), ((states,), None)):
+    for layers, expected in (((near, states, near), numbers), ((near, states, far), None), ((states,), None)):
         config = ModelConfig(name="two", d_model=16, vocab_size=257, layers=layers)
         model = create(config, seed=0).double()
         batch = stretched(Batch(ids, ids, None, times), model)
         assert (batch.apart is None) if expected is None else torch.equal(batch.apart, expected)
         assert stretched(Batch(ids, ids, None), model).apart is None
+        given = stretched(Batch(ids, ids, None, times, ids % 2), model).apart  # the loader's own parts besides
+        assert given is not None
+        assert torch.equal(given, ids % 2 if expected is None else expected + ids % 2)
     # Attention alone does not learn of times; what is in another part it cannot tell.
     model = create(ModelConfig(name="two", d_model=16, vocab_size=257, layers=(near, near)), seed=0).double()
+    assert stretched(Batch(ids, ids, None, times, ids % 2), model).apart is None  # it has nothing else
     told = model.hidden_states(ids, times=times, apart=numbers)
     other = torch.where(numbers == numbers[:, -1:], ids, 7)
     torch.testing.assert_close(model.hidden_states(other, times=times, apart=numbers)[1, 21:], told[1, 21:])

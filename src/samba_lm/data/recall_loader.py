@@ -65,6 +65,8 @@ class RecallLoader:
         seed: of everything that is drawn.
         curriculum: None: ``length``, always.
         lm_weight: see above.
+        apart: share of the rows that are in two parts for attention; the second begins within the document, before the
+            first answer.
         stretch: in each batch every token of the filler stands for up to so many, how many being drawn log-uniformly.
 
     Raises UserError for sizes that are not positive, a curriculum that does not divide ``length``, or lengths that no
@@ -81,6 +83,7 @@ class RecallLoader:
         *,
         curriculum: Curriculum | None = None,
         lm_weight: float = 0.0,
+        apart: float = 0.0,
         stretch: float = 1.0,
     ) -> None:
         if batch_size < 1:
@@ -89,12 +92,14 @@ class RecallLoader:
             raise UserError(f"seed is {seed}: it must be from 0 to {2**32 - 1}.")
         if not 0 <= lm_weight <= 1:
             raise UserError(f"lm_weight is {lm_weight}: it must be from 0 to 1.")
+        if not 0 <= apart <= 1:
+            raise UserError(f"apart is {apart}: it must be from 0 to 1.")
         if not 1 <= stretch < math.inf:
             raise UserError(f"stretch is {stretch}: it must be at least 1.")
         self.maker, self.tokenizer = maker, tokenizer
         self.batch_size, self.length, self.seed = batch_size, length, seed
         self.curriculum = curriculum or Curriculum((length,), (1.0,), 1)
-        self.lm_weight, self.stretch = lm_weight, stretch
+        self.lm_weight, self.apart, self.stretch = lm_weight, apart, stretch
         for each in sorted(set(self.curriculum.lengths)):
             if length % each:
                 raise UserError(f"A length of {each} does not divide the longest, {length}: all steps are of one size.")
@@ -120,15 +125,17 @@ class RecallLoader:
         for row in range(rank * share, (rank + 1) * share):
             random.seed([self.seed, step, row])
             made.append(self._row(random, length))
-        tokens, counts, filler = (np.stack(parts) for parts in zip(*made, strict=True))
+        tokens, counts, filler, parts = (np.stack(each) for each in zip(*made, strict=True))
         targets = np.where(counts[:, 1:], tokens[:, 1:], IGNORE_INDEX)
         random.seed([self.seed, step, rows])  # the same on every rank, and of no row
         times = self.stretch ** random.random_sample()
         stretch = None if times == 1 else torch.from_numpy(np.where(filler[:, :-1], np.float32(times), np.float32(1)))
-        return Batch(torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(targets), None, stretch)
+        apart = torch.from_numpy(parts[:, :-1].copy()) if self.apart else None
+        return Batch(torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(targets), None, stretch, apart)
 
-    def _row(self, random: np.random.RandomState, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One row's tokens, int64 [length + 1], which of them are targets and which are filler, bool."""
+    def _row(self, random: np.random.RandomState, length: int) -> tuple[np.ndarray, ...]:
+        """One row's tokens, int64 [length + 1], which of them are targets and which are filler, bool, and the numbers
+        of its parts, int64."""
         example = self.maker.example(random, length)
         tokens = np.full(length + 1, self.tokenizer.eos_id, dtype=np.int64)
         tokens[: len(example)] = example.tokens
@@ -139,7 +146,11 @@ class RecallLoader:
         filler = np.zeros(length + 1, dtype=bool)
         for begin, end in example.filler:
             filler[begin:end] = True
-        return tokens, counts, filler
+        parts = np.zeros(length + 1, dtype=np.int64)
+        if self.apart and random.random_sample() < self.apart:
+            first = example.answered[0][0] if example.answered else example.document.size
+            parts[random.randint(1, first + 1) :] = 1
+        return tokens, counts, filler, parts
 
     def _others(self, example: Example, answers: int, random: np.random.RandomState) -> Sequence[int]:
         """Places of the document's tokens that count too. (Its first was told from nothing.)"""

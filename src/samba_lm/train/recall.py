@@ -45,6 +45,7 @@ def recall_loader(recipe: Recipe, of_text: Tokenizer | None = None) -> RecallLoa
         settings.seed,
         curriculum=Curriculum(lengths, section.shares or (1.0,) * len(lengths), steps),
         lm_weight=section.lm_weight,
+        apart=section.apart,
         stretch=section.stretch if isinstance(section, PasskeySection) else 1.0,
     )
 

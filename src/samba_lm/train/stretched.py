@@ -14,16 +14,28 @@ from torch import Tensor
 
 from samba_lm.data.loader import Batch
 from samba_lm.mixers.attention import AttentionMixer
+from samba_lm.mixers.linear_attention import LinearAttentionMixer
+from samba_lm.mixers.mamba import S6
 from samba_lm.model import SambaLM
 
 
 def stretched(batch: Batch, model: SambaLM) -> Batch:
-    """The batch of whole rows with ``apart`` as its ``stretch`` and the model's attention have it."""
-    reaches = [module.reach for module in model.modules() if isinstance(module, AttentionMixer)]
+    """The batch of whole rows with ``apart`` as its ``stretch`` and the model have it.
+
+    A model without states has nothing but its attention, and nothing to learn from rows that this cannot answer: it
+    reads them undivided.
+    """
+    if batch.stretch is None and batch.apart is None:
+        return batch
+    layers = list(model.modules())
+    if not any(isinstance(layer, S6 | LinearAttentionMixer) for layer in layers):
+        return replace(batch, apart=None)
+    reaches = [layer.reach for layer in layers if isinstance(layer, AttentionMixer)]
     known = [reach for reach in reaches if reach is not None]
     if batch.stretch is None or not reaches or len(known) < len(reaches):
         return batch
-    return replace(batch, apart=parts(batch.stretch, sum(known)))
+    apart = parts(batch.stretch, sum(known))
+    return replace(batch, apart=apart if batch.apart is None else apart + batch.apart)
 
 
 def parts(times: Tensor, reach: int) -> Tensor:

@@ -22,6 +22,9 @@ class RecallSection(Section):
     """Weight of the other tokens' loss beside the answers': for each token of an answer so many others count too."""
     share: float = Field(default=1.0, gt=0, le=1)
     """Share of the steps that such rows are made for; the others read data.train."""
+    apart: float = Field(default=0.0, ge=0, le=1)
+    """Share of the rows that a hybrid's attention sees only from a place drawn at random on, as it sees the end of a
+    text that is longer than its windows reach: what is asked about the rest, its states must answer."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
