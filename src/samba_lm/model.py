@@ -139,6 +139,8 @@ class SambaLM(nn.Module):
         span = Span.of(batch, length, input_ids.device, start, segments, keep=False, neighbours=neighbours)
         if times is not None or apart is not None:
             times, apart = (None if t is None else span.pack(t) for t in (times, apart))
+            if apart is not None and span.order is not None:
+                apart = apart.cummax(1).values  # padding from within the row is now at its end
             span = replace(span, times=times, apart=apart)
         return span.unpack(self.run(span.pack(input_ids), None, span)[0])
 

@@ -154,6 +154,13 @@ class Span:
         return int(self.start.position.max()) if self.longest is None else self.longest
 
     @property
+    def seen(self) -> torch.Tensor | None:
+        """int64 [B, L]: as ``documents``, of what attention sees as one. It may begin above 0 where keys precede it."""
+        if self.apart is None or self.documents is None:
+            return self.documents if self.apart is None else self.apart
+        return self.documents + self.apart  # neither is ever less than to the left
+
+    @property
     def resets(self) -> torch.Tensor | None:
         """bool [B, L]: a document starts at this token. None: none does."""
         return None if self.documents is None else (self.positions == 0) & (self.documents > 0)
@@ -237,6 +244,7 @@ class Span:
             in_place=self.in_place,
             keep=self.keep,
             neighbours=self.neighbours,
+            apart=self.apart,
         )
 
 

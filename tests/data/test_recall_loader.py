@@ -112,7 +112,7 @@ def test_rows_in_two_parts_are_the_same_rows_and_part_before_the_first_answer() 
         assert apart.diff().min() >= 0
         assert apart[first] == 1  # the token that tells the answer's first
     assert len(begins) > 4
-    book = RecallLoader(PHONEBOOK, TOKENIZER, 4, 640, 7, apart=1.0).batch(0)
+    book = RecallLoader(PHONEBOOK, TOKENIZER, 1600, 640, 7, apart=1.0).batch(0)
     assert book.apart is not None
     for apart, targets in zip(book.apart, book.targets, strict=True):
         (first,) = (targets != IGNORE_INDEX).nonzero()[:1, 0].tolist()

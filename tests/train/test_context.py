@@ -68,7 +68,7 @@ DOCUMENTS: dict[str, list[list[int]]] = {
 }
 
 STRETCHED = ("stretched", "padded")
-"""Cases in which 9 of every 13 tokens, one after another, stand for 5 each."""
+"""Cases in which 9 of every 13 tokens, one after another, stand for 5 each, and rows are in two parts besides."""
 
 CASES = [None, *DOCUMENTS, "stretched"]
 
@@ -85,8 +85,10 @@ def rows(case: str | None, count: int = 2) -> Batch:
     if case in DOCUMENTS:
         segments = torch.tensor(DOCUMENTS[case]).repeat(count // 2, 1)
         targets[segments < 0] = -100
-    run = (torch.arange(LENGTH) % 13 > 3).expand(count, -1)
-    return Batch(ids, targets, segments, 1.0 + 4.0 * run if case in STRETCHED else None)
+    if case not in STRETCHED:
+        return Batch(ids, targets, segments)
+    column = torch.arange(LENGTH).expand(count, -1)
+    return Batch(ids, targets, segments, 1.0 + 4.0 * (column % 13 > 3), (column > 13).long())
 
 
 def loss_of(model: SambaLM, batch: Batch, us: Neighbours | None) -> tuple[torch.Tensor, torch.Tensor]:

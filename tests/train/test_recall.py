@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,12 +15,14 @@ from torch.nn.functional import softplus
 from samba_lm import checkpoint
 from samba_lm.checkpoint import create, save
 from samba_lm.cli.main import main
-from samba_lm.config import Attention, Mamba, ModelConfig
+from samba_lm.config import Attention, LayerSpec, Mamba, MegaS6, ModelConfig, SelfExtend
 from samba_lm.data.loader import Batch
 from samba_lm.data.passkey import FILLER
 from samba_lm.errors import UserError
 from samba_lm.loss import IGNORE_INDEX
+from samba_lm.mixers.base import Mixer
 from samba_lm.mixers.mamba import S6, lasting
+from samba_lm.model import SambaLM
 from samba_lm.nn.init import Init
 from samba_lm.span import Span
 from samba_lm.tokenizer import ByteTokenizer, train_bpe
@@ -263,7 +265,43 @@ def test_attention_sees_of_a_stretched_row_what_it_would_of_the_long_one() -> No
     assert not torch.allclose(model.hidden_states(other, times=times)[1, 21:], told[1, 21:])
 
 
-def test_padding_in_the_midst_of_stretched_rows_is_as_padding_at_their_ends() -> None:
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        Attention(heads=2, window=16),
+        Attention(heads=2),
+        SelfExtend(heads=2, group=3, neighbor_window=7),
+        MegaS6(z_dim=4, chunk=12, state=4),
+    ],
+)
+def test_every_attention_keeps_to_the_parts(mixer: LayerSpec) -> None:
+    """What stands in another part changes nothing; Mega's states go on all the same, so of it: the parts matter."""
+    model = create(ModelConfig(name="one", d_model=16, vocab_size=257, layers=(mixer,)), seed=0).double()
+    ids = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(0))
+    other, apart = ids.clone(), (torch.arange(40)[None] >= 15).long()
+    other[:, :10] = 7
+    told, again = (model.hidden_states(each, apart=apart)[:, 15:] for each in (ids, other))
+    if isinstance(mixer, MegaS6):
+        assert not torch.allclose(told, model.hidden_states(ids)[:, 15:])
+        assert stretched(Batch(ids, ids, None, torch.full((1, 40), 2.0)), model).apart is not None
+    else:
+        torch.testing.assert_close(again, told, rtol=0, atol=1e-12)
+
+
+def test_a_mixer_that_says_nothing_of_itself_has_states() -> None:
+    class Own(Mixer):
+        pass
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = Own()
+
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    assert stretched(Batch(ids, ids, None, None, ids), cast("SambaLM", Model())).apart is ids
+
+
+def test_padding_in_the_midst_of_stretched_rows_is_as_padding_at_their_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     model = create(SMALL, seed=0).double()
     ids = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(0))
     segments, times = torch.zeros(1, 40, dtype=torch.int64), torch.ones(1, 40)
@@ -273,7 +311,18 @@ def test_padding_in_the_midst_of_stretched_rows_is_as_padding_at_their_ends() ->
     segments = torch.where(hole, -1, segments)
     apart = parts(times, 15)
     assert apart.max() == 1
+    spans: list[Span] = []
+    run = SambaLM.run
+
+    def spied(self: SambaLM, ids: torch.Tensor, state: None, span: Span) -> Any:
+        spans.append(span)
+        return run(self, ids, state, span)
+
+    monkeypatch.setattr(SambaLM, "run", spied)
     whole = model.hidden_states(ids, segments, times=times, apart=apart)
+    seen = spans[0].seen
+    assert seen is not None
+    assert (seen.diff() >= 0).all()  # which kernels count on
     packed = model.hidden_states(
         *(t.gather(1, order) for t in (ids, segments)), None, None, *(t.gather(1, order) for t in (times, apart))
     )

@@ -38,6 +38,7 @@ MakeTask = Callable[["Tokenizer"], "Task"]
 def _depths(words: list[str]) -> tuple[float, ...]:
     said = words[0]
     if said.isascii() and said.isdecimal() and int(said) > 1:
+        _at_most("--depths", int(said), 1000)
         return tuple(round(i / (int(said) - 1), 6) for i in range(int(said)))
     try:
         return tuple(float(part) for part in said.split(","))
@@ -47,12 +48,19 @@ def _depths(words: list[str]) -> tuple[float, ...]:
         ) from None
 
 
+def _at_most(option: str, count: int, limit: int) -> None:
+    """Raise UserError for more of something than could ever be asked about."""
+    if count > limit:
+        raise UserError(f"{option} names {count:,}: give at most {limit:,}.")
+
+
 def _pairs(words: list[str]) -> tuple[int, ...]:
     said = words[0]
     span = re.fullmatch(r"([0-9]+)\.\.([0-9]+)(?::([0-9]+))?", said)
     if span is not None:
         first, last, step = int(span[1]), int(span[2]), int(span[3] or 20)
         if step and first <= last:
+            _at_most("--pairs", len(range(first, last + 1, step)), 1000)
             return tuple(range(first, last + 1, step))
     elif re.fullmatch(r"[0-9]+(,[0-9]+)*", said):
         return tuple(dict.fromkeys(map(int, said.split(","))))
@@ -136,6 +144,7 @@ def _phonebook(argv: list[str]) -> None:
 def _plan(options: Passkey | Phonebook, sizes: tuple[int, ...], depths: Sequence[float | None], trials: int) -> Plan:
     """What is asked. Mistakes in it and in the files' names are told before a model is loaded."""
     options.output.check()
+    _at_most("--keys" if isinstance(options, Passkey) else "--prompts", trials, 100_000)
     from samba_lm.eval.recall import Plan  # only now: --help should not wait for torch
 
     return Plan(sizes, tuple(depths), trials, options.seed, options.control)

@@ -48,7 +48,8 @@ def _packed(batch: Batch, segments: Tensor) -> Batch:
     if not bool((padding[:, :-1] & ~padding[:, 1:]).any()):
         return batch
     order = padding.to(torch.int8).argsort(dim=1, stable=True)
-    return batch.tokenwise(lambda t: t.gather(1, order))
+    packed = batch.tokenwise(lambda t: t.gather(1, order))
+    return packed if packed.apart is None else replace(packed, apart=packed.apart.cummax(1).values)
 
 
 def _before(left: Tensor) -> tuple[Tensor, Tensor]:

@@ -149,7 +149,7 @@ class RecallLoader:
         parts = np.zeros(length + 1, dtype=np.int64)
         if self.apart and random.random_sample() < self.apart:
             first = example.answered[0][0] if example.answered else example.document.size
-            parts[random.randint(1, first + 1) :] = 1
+            parts[random.randint(1, first) :] = 1
         return tokens, counts, filler, parts
 
     def _others(self, example: Example, answers: int, random: np.random.RandomState) -> Sequence[int]:

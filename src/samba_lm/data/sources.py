@@ -383,4 +383,6 @@ def _known(field: str, names: Collection[str]) -> str:
 def _not_utf8(file: SourceFile, error: UnicodeDecodeError, offset: int, within: str = "") -> UserError:
     unpacked = " of the unpacked text" if file.path.suffix.lower() in PACKED_SUFFIXES else ""
     byte = f"byte {offset + error.start}{within}{unpacked} is 0x{error.object[error.start]:02x}"
-    return UserError(f"{file.path} is not UTF-8: {byte}; convert the file, or go on with --errors replace.")
+    return UserError(
+        f"{file.path} is not UTF-8: {byte}; convert the file, or go on with --errors replace, where there is that."
+    )

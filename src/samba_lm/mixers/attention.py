@@ -34,9 +34,7 @@ def attend(
         cache = kv_cache.update(cache, k, v, span)
         return attend_one(q[:, 0], cache["k"], cache["v"], kv_cache.filled(cache, span), scale)[:, None], cache
     k_past, v_past, past_documents = kv_cache.past(cache, k, v, span, None if window is None else window - 1)
-    q_documents, k_documents = span.documents, None
-    if span.apart is not None:
-        q_documents = span.apart if q_documents is None else q_documents + span.apart  # neither is ever less
+    q_documents, k_documents = span.seen, None
     if q_documents is not None or (past_documents is not None and past_documents.numel()):
         batch = q.shape[0]
         if q_documents is None:
@@ -62,10 +60,10 @@ class AttentionMixer(Mixer):
     """Query i sees keys j of its document with 0 <= i - j < window. State: rings ``k``, ``v``; ``conv`` with +SC."""
 
     reads_parts = True
+    recurrent = False
 
     @property
     def reach(self) -> int | None:
-        """How many tokens back a query's keys lie at most. None: there is no end to it."""
         return None if self.spec.window is None else self.spec.window - 1
 
     def __init__(self, spec: Attention, config: ModelConfig) -> None:

@@ -23,6 +23,14 @@ class Mixer(nn.Module):
     """Asks the span for what precedes its tokens (``Span.before``, ``Span.entered``, ``kv_cache.past``), or needs none
     of it: then several processes may share a row, each reading a part."""
 
+    recurrent: ClassVar[bool] = True
+    """What was read stays in a state, also where no window reaches it any more."""
+
+    @property
+    def reach(self) -> int | None:
+        """How many tokens back it looks at keys: 0, not at all. None: however many there are."""
+        return 0
+
     def forward(
         self, x: torch.Tensor, state: Tensors | None = None, segments: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Tensors]:

@@ -30,6 +30,10 @@ class MegaS6Mixer(Mixer):
 
     reads_parts = True
 
+    @property
+    def reach(self) -> int | None:
+        return self.spec.chunk - 1
+
     def __init__(self, spec: MegaS6, config: ModelConfig) -> None:
         super().__init__()
         D, Z = config.d_model, spec.z_dim

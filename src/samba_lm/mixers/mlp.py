@@ -17,6 +17,7 @@ class SwiGLUMLP(Mixer):
     """W3(SiLU(W1 x) * W2 x); no state. w1, w2 are one product."""
 
     reads_parts = True
+    recurrent = False
 
     def __init__(self, spec: SwiGLU, config: ModelConfig) -> None:
         super().__init__()

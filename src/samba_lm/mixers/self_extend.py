@@ -56,7 +56,7 @@ class SelfExtendMixer(AttentionMixer):
         n = self.spec.neighbor_window
         near_past = kv_cache.past(ring, *near[1:], span, n - 1)
         past = kv_cache.past(cache, *far[1:], span, None)
-        documents, past_documents = span.documents, past[2]
+        documents, past_documents = span.seen, past[2]
         if documents is not None or (past_documents is not None and past_documents.numel()):
             batch, count = near[0].shape[0], past[0].shape[1]
             if documents is None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from samba_lm import checkpoint
 from samba_lm.data.conversation_loader import ConversationLoader, ConversationValidation
 from samba_lm.data.conversation_set import ConversationSet, is_conversation_set
 from samba_lm.errors import UserError
 from samba_lm.tokenizer import BpeSpec, Tokenizer, load_tokenizer, parse_tokenizer
 from samba_lm.train.recipe import Recipe
+from samba_lm.train.source import source_folder
 
 
 def open_conversations(
@@ -64,9 +64,4 @@ def _tokenizer(recipe: Recipe) -> Tokenizer:
         raise UserError(
             "Conversations are written out for a model: give model.init_from, such as samba-nano, or data.tokenizer."
         )
-    folder = checkpoint.find(source)
-    if folder is None:
-        raise UserError(
-            f"model.init_from = {source!r} is no checkpoint's folder, nor a trained model that comes along: check it."
-        )
-    return load_tokenizer(folder)
+    return load_tokenizer(source_folder(source))

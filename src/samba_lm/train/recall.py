@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from samba_lm import checkpoint
 from samba_lm.data.passkey import Passkey
 from samba_lm.data.phonebook import Names, Phonebook
 from samba_lm.data.recall import Maker, read_text
@@ -12,6 +11,7 @@ from samba_lm.data.recall_loader import Curriculum, RecallLoader
 from samba_lm.errors import UserError
 from samba_lm.tokenizer import BpeSpec, Tokenizer, load_tokenizer, parse_tokenizer
 from samba_lm.train.recipe import PasskeySection, Recipe
+from samba_lm.train.source import source_folder
 
 
 def recall_loader(recipe: Recipe, of_text: Tokenizer | None = None) -> RecallLoader:
@@ -60,7 +60,7 @@ def _tokenizer(recipe: Recipe, of_text: Tokenizer | None) -> Tokenizer:
         )
     if named is None:
         assert source is not None
-        return load_tokenizer(checkpoint.find(source) or source)
+        return load_tokenizer(source_folder(source))
     tokenizer = parse_tokenizer(named)
     if isinstance(tokenizer, BpeSpec):
         raise UserError(f"data.tokenizer = {named!r} would be trained on text, and there is none: give a folder.")

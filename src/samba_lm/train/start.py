@@ -15,6 +15,7 @@ from samba_lm.train.parallel import Parallel
 from samba_lm.train.recipe import Recipe
 from samba_lm.train.resume import Resume
 from samba_lm.train.slow_channels import slow_channels
+from samba_lm.train.source import source_folder
 
 FIXED = (
     *("train.batch_size", "train.length", "train.seed"),
@@ -73,7 +74,7 @@ def _new_model(recipe: Recipe, data: Data) -> SambaLM:
         model = checkpoint.create(_wanted_config(recipe, data), seed=recipe.train.seed)
         slow_channels(model, recipe.model.slow_channels, recipe.train.seed)
         return model
-    model, tokenizer = checkpoint.load(source, dtype=torch.float32)
+    model, tokenizer = checkpoint.load(source_folder(source), dtype=torch.float32)
     if tokenizer is not None and tokenizer.fingerprint() != data.tokenizer.fingerprint():
         raise UserError(
             f"model.init_from = {source!r} has another tokenizer than {_data_name(recipe)}: take "

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from samba_lm.data.loader import Batch
-from samba_lm.mixers.attention import AttentionMixer
-from samba_lm.mixers.linear_attention import LinearAttentionMixer
-from samba_lm.mixers.mamba import S6
+from samba_lm.mixers.base import Mixer
 from samba_lm.model import SambaLM
 
 
@@ -27,12 +25,12 @@ def stretched(batch: Batch, model: SambaLM) -> Batch:
     """
     if batch.stretch is None and batch.apart is None:
         return batch
-    layers = list(model.modules())
-    if not any(isinstance(layer, S6 | LinearAttentionMixer) for layer in layers):
+    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+    if not any(mixer.recurrent for mixer in mixers):
         return replace(batch, apart=None)
-    reaches = [layer.reach for layer in layers if isinstance(layer, AttentionMixer)]
+    reaches = [mixer.reach for mixer in mixers]
     known = [reach for reach in reaches if reach is not None]
-    if batch.stretch is None or not reaches or len(known) < len(reaches):
+    if batch.stretch is None or not any(reaches) or len(known) < len(reaches):
         return batch
     apart = parts(batch.stretch, sum(known))
     return replace(batch, apart=apart if batch.apart is None else apart + batch.apart)

@@ -51,12 +51,14 @@ def self_extend_attention(
         return y
     # The query at key j has the key j - n as the last it sees: as if that one were its own.
     q, k, v = far[0][:, first:], far[1][:, : keys - n], far[2][:, : keys - n]
+    early = positions[:, first:] < n
     if documents is not None:
         # A document whose n-th key has not come yet has no far keys: such a query looks into the document before it,
         # so that what it finds is finite, and its weight is 0.
         of_queries, of_keys = documents[:, keys - n - q.shape[1] : keys - n], documents[:, : keys - n]
+        early = early | (of_queries != documents[:, keys - q.shape[1] :])
     far_y, far_lse = sliding_attention_lse(q, k, v, window=None, q_documents=of_queries, k_documents=of_keys)
-    far_lse = far_lse.masked_fill((positions[:, first:] < n)[:, :, None], float("-inf"))
+    far_lse = far_lse.masked_fill(early[:, :, None], float("-inf"))
     merged = merge(y[:, first:], lse[:, first:], far_y, far_lse)
     return torch.cat((y[:, :first], merged), dim=1) if first else merged
 

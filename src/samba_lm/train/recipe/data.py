@@ -40,7 +40,8 @@ class PasskeySection(RecallSection):
     """Text file whose sentences hide the key, which is harder; none: the few sentences of the well-known form."""
     stretch: float = Field(default=1.0, ge=1, le=1e6)
     """Train for texts up to so many times as long as the rows: in each step a token of the filler is to Mamba's states
-    what a number of them would be, drawn between 1 and this one."""
+    what a number of them would be, drawn between 1 and this one; attention does not look across a run of them that
+    stands for more tokens than its windows reach, one after another."""
 
 
 class PhonebookSection(RecallSection):
