@@ -267,3 +267,19 @@ def test_a_checkpoint_without_tokenizer_is_told_before_others_are_measured(
     save(create(ModelConfig(name="tiny", d_model=16, vocab_size=257, layers=(Mamba(state=4),))), folder / "bare")
     assert main(["eval", "passkey", "model", "bare", *SMALL]) == 2
     assert "bare has no tokenizer" in _error(capsys)
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "told"),
+    [
+        ("passkey", ["--depths=100000000000"], "--depths names 100,000,000,000: give at most 10,000."),
+        ("passkey", ["--keys=100000000000000"], "--keys names 100,000,000,000,000: give at most 100,000."),
+        ("phonebook", ["--pairs=3..100000000000"], "--pairs names 5,000,000,000: give at most 10,000."),
+        ("phonebook", ["--prompts=1000000"], "--prompts names 1,000,000: give at most 100,000."),
+    ],
+)
+def test_more_than_could_ever_be_asked_is_told_at_once(
+    folder: Path, capsys: pytest.CaptureFixture[str], command: str, options: list[str], told: str
+) -> None:
+    assert main(["eval", command, "model", *options]) == 2
+    assert told in _error(capsys)

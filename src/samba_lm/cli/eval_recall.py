@@ -38,7 +38,7 @@ MakeTask = Callable[["Tokenizer"], "Task"]
 def _depths(words: list[str]) -> tuple[float, ...]:
     said = words[0]
     if said.isascii() and said.isdecimal() and int(said) > 1:
-        _at_most("--depths", int(said), 1000)
+        _at_most("--depths", int(said), 10_000)
         return tuple(round(i / (int(said) - 1), 6) for i in range(int(said)))
     try:
         return tuple(float(part) for part in said.split(","))
@@ -60,7 +60,7 @@ def _pairs(words: list[str]) -> tuple[int, ...]:
     if span is not None:
         first, last, step = int(span[1]), int(span[2]), int(span[3] or 20)
         if step and first <= last:
-            _at_most("--pairs", len(range(first, last + 1, step)), 1000)
+            _at_most("--pairs", len(range(first, last + 1, step)), 10_000)
             return tuple(range(first, last + 1, step))
     elif re.fullmatch(r"[0-9]+(,[0-9]+)*", said):
         return tuple(dict.fromkeys(map(int, said.split(","))))
