@@ -32,7 +32,7 @@ from samba_lm.train.prepare import make_optimizer, prepare_model
 from samba_lm.train.recipe import Recipe, TrainSection
 from samba_lm.train.run import train
 from samba_lm.train.slow_channels import slow_channels
-from samba_lm.train.step import train_step
+from samba_lm.train.step import on_device, train_step
 from samba_lm.train.stretched import parts, stretched
 
 PASSKEY = {"lengths": [320, 640], "lm_weight": 0.5}
@@ -362,3 +362,12 @@ def test_the_stretch_of_a_step_is_drawn_from_the_seed_and_the_step(tmp_path: Pat
         recipe(tmp_path, {"tokenizer": "byte", "passkey": {"stretch": 0.5}})
     with pytest.raises(UserError, match="stretch"):  # a phonebook has no filler
         recipe(tmp_path, {"tokenizer": "byte", "phonebook": {"stretch": 2.0}})
+
+
+def test_what_the_model_looks_at_without_waiting_stays_where_it_is() -> None:
+    """All numbers of tokens go to the device but the segments, which a GPU would be waited for."""
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    moved = on_device(Batch(ids, ids, ids, ids.float(), ids), torch.device("meta"))
+    assert moved.segments is ids
+    there = (moved.input_ids, moved.targets, moved.stretch, moved.apart)
+    assert all(t is not None and t.device.type == "meta" for t in there)

@@ -164,11 +164,11 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 
     What is there already is not copied again.
     """
-    if device.type != "cuda" or batch.input_ids.is_cuda:
-        return replace(batch.tokenwise(lambda t: t.to(device)), segments=batch.segments)
-    # Only from page-locked memory does a copy run while the device computes.
-    pinned = batch.tokenwise(Tensor.pin_memory)
-    return replace(pinned.tokenwise(lambda t: t.to(device, non_blocking=True)), segments=pinned.segments)
+    later = device.type == "cuda" and not batch.input_ids.is_cuda
+    if later:  # only from page-locked memory does a copy run while the device computes
+        batch = batch.tokenwise(Tensor.pin_memory)
+    moved = replace(batch, segments=None).tokenwise(lambda t: t.to(device, non_blocking=later))
+    return replace(moved, segments=batch.segments)
 
 
 def micro_batches(batch: Batch, size: int) -> Iterable[Batch]:
