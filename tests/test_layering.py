@@ -51,7 +51,7 @@ EXTRAS = {
     "prometheus_client": ("serve/*",),
     "llguidance": ("serve/*",),
     "ray": ("serve/ray.py",),
-    "faker": ("data/phonebook.py",),
+    "faker": ("data/names.py",),
     "rouge_score": ("eval/summaries.py",),
     "lm_eval": ("eval/harness/*",),
 }

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from samba_lm import shipped
+from samba_lm.data.entries import Entries, draw
+from samba_lm.data.names import Names
 from samba_lm.data.passkey import FILLER, KEY_LINE, MAX_WORDS, QUESTION, TASK, Passkey, sentences
-from samba_lm.data.phonebook import Names, Phonebook
-from samba_lm.data.recall import Splicer, WordSplicer, read_text
+from samba_lm.data.phonebook import Phonebook
+from samba_lm.data.recall import Splicer, read_text
 from samba_lm.data.recall_loader import RecallLoader
 from samba_lm.errors import UserError
 from samba_lm.loss import IGNORE_INDEX
@@ -100,25 +102,29 @@ def test_a_tokenizer_that_marks_where_a_text_begins_marks_no_piece() -> None:
 def test_words_looked_up_are_what_the_whole_is_encoded_to(
     kind: str, by_word: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also for a tokenizer that makes tokens of any run of digits: its texts are encoded as wholes."""
+    """Also for a tokenizer that makes tokens of any run of digits: its pieces are encoded as texts."""
     if kind == "samba-nano":
         tokens = load_tokenizer(shipped.FOLDER / shipped.DEFAULT)
     else:
         tokens = numbers_as_runs() if kind == "runs" else tokenizer(kind)
-    book = Phonebook(tokens, PEOPLE, 3)
-    examples = [book.example(random(seed), 300) for seed in range(3)]
-    lines = [f"{name}: {number}\n" for name in ("Ann Moe", "Jo Ann de Vries") for number in (6123456789, 60, 6000)]
-    words = WordSplicer(tokens, [tokens.decode(example.tokens) for example in examples])
-    for _ in range(2):  # looked up the second time
-        for got, expected in zip(words.encode_batch(lines), Splicer(tokens).encode_batch(lines), strict=True):
-            assert np.array_equal(got, expected)
+    names = Names((("Ann", "Jo Ann", "Zo\u00eb"), ("van", "O'"), ("Moe", "de Vries")), "a test")
+    entries = Entries(names, Splicer(tokens))
+    drawn, numbers = draw(names, random(), 8)
+    ids, pieces = entries.encode(drawn, numbers, blank=(2, 5))
+    lines = [f"{names.name(name)}: {number}\n" for name, number in zip(drawn.tolist(), numbers.tolist(), strict=True)]
+    lines[2], lines[5] = lines[2] + "\n", lines[5] + "\n"
+    assert np.array_equal(ids, tokens.encode("".join(lines)))
+    read = map(tokens.decode, np.split(ids, np.cumsum(pieces)[:-1]))
+    split = re.findall(r"[^:\n]+:|[ ]\d+|\n+", "".join(lines))
+    assert list(read) == split
+    assert len(split) == pieces.size
     monkeypatch.setattr(tokens, "encode_batch", None)
     monkeypatch.setattr(tokens, "encode", None)
     if by_word:
-        words.encode_batch(lines)
+        assert np.array_equal(entries.encode(drawn, numbers, blank=(2, 5))[0], ids)
     else:
         with pytest.raises(TypeError):
-            words.encode_batch(lines)
+            entries.encode(drawn, numbers)
 
 
 def numbers_as_runs() -> Tokenizer:
@@ -249,8 +255,8 @@ def test_a_phonebook_fills_a_length() -> None:
 
 def test_all_names_can_be_drawn() -> None:
     drawn = PEOPLE.draw(random(), 20)
-    assert len(set(drawn)) == 20
-    assert {name.split()[0] for name in drawn} == set(PEOPLE.lists[0])
+    assert sorted(drawn.tolist()) == list(range(20))
+    assert [PEOPLE.name(number) for number in (0, 1, 19)] == ["Ann Moe", "Ann Lee", "Dora Kit"]
 
 
 def test_names_from_faker_are_the_seeds() -> None:

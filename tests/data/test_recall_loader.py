@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from samba_lm.data.names import Names
 from samba_lm.data.passkey import Passkey
-from samba_lm.data.phonebook import Names, Phonebook
+from samba_lm.data.phonebook import Phonebook
 from samba_lm.data.recall_loader import Curriculum, RecallLoader
 from samba_lm.errors import UserError
 from samba_lm.loss import IGNORE_INDEX

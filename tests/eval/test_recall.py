@@ -12,7 +12,7 @@ import torch
 
 from samba_lm.checkpoint import create
 from samba_lm.config import Attention, Mamba, ModelConfig
-from samba_lm.data.phonebook import Names
+from samba_lm.data.names import Names
 from samba_lm.data.recall import Example
 from samba_lm.engine.engine import Engine
 from samba_lm.engine.request import Request

@@ -134,7 +134,7 @@ def _passkey(argv: list[str]) -> None:
 def _phonebook(argv: list[str]) -> None:
     options = parse(Phonebook, argv, prog="samba-lm eval phonebook")
     plan = _plan(options, tuple(sorted(set(options.pairs))), (None,), options.prompts)
-    from samba_lm.data.phonebook import Names
+    from samba_lm.data.names import Names
     from samba_lm.eval.phonebook import PhonebookTask
 
     names = Names.from_files(options.names) if options.names else Names.from_faker()

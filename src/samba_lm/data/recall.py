@@ -6,10 +6,8 @@ them, :mod:`samba_lm.eval.recall` asks for the answers.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -113,33 +111,3 @@ class Splicer:
         if np.array_equal(ids[: before.size], before):
             return ids[before.size :]
         return self._tokenizer.encode(piece)  # a token reaches over the border
-
-
-_WORD = re.compile(r"\n+[^\s\d]*|[^\S\n]*(?:[^\s\d]+|\d{1,3})")
-"""Line breaks with what follows them, a word with the spaces before it, or up to three digits."""
-
-
-class WordSplicer(Splicer):
-    """Encodes each word once and looks it up from then on: for texts of few words and many numbers, several
-    times as fast.
-
-    Only for a tokenizer that cuts between these words, and numbers after every digit or every third: one that encodes
-    each of ``samples`` to the same ids otherwise. Any other has its pieces encoded as :class:`Splicer` does.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, samples: Sequence[str]) -> None:
-        super().__init__(tokenizer)
-        self._known: dict[str, Ids] = {}
-        whole = super().encode_batch(samples)
-        self._by_word = all(map(np.array_equal, self._spliced(samples), whole))
-
-    def encode_batch(self, pieces: Sequence[str]) -> list[Ids]:
-        return self._spliced(pieces) if self._by_word else super().encode_batch(pieces)
-
-    def _spliced(self, pieces: Sequence[str]) -> list[Ids]:
-        known = self._known
-        cut = [_WORD.findall(piece) for piece in pieces]
-        new = [word for word in dict.fromkeys(chain.from_iterable(cut)) if word not in known]
-        if new:
-            known.update(zip(new, super().encode_batch(new), strict=True))
-        return [np.concatenate([known[word] for word in words]) for words in cut]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from samba_lm.data.phonebook import Names, Phonebook
+from samba_lm.data.names import Names
+from samba_lm.data.phonebook import Phonebook
 from samba_lm.data.recall import Example
 from samba_lm.eval.recall import Key, Plan, Task
 from samba_lm.tokenizer import Tokenizer

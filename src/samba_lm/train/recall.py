@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from samba_lm.data.names import Names
 from samba_lm.data.passkey import Passkey
-from samba_lm.data.phonebook import Names, Phonebook
+from samba_lm.data.phonebook import Phonebook
 from samba_lm.data.recall import Maker, read_text
 from samba_lm.data.recall_loader import Curriculum, RecallLoader
 from samba_lm.errors import UserError
