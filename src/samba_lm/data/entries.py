@@ -40,10 +40,10 @@ class Entries:
         self._names, self._splicer = names, splicer
         *begins, last = [[f"{' ' if at else ''}{word}" for word in words] for at, words in enumerate(names.lists)]
         threes = [f"{number:03}" for number in range(1000)]
-        columns = (*begins, [f"{word}:" for word in last], [f" {three}" for three in threes], threes, threes)
-        columns = (*columns, list("0123456789"), list(_ENDS))
+        digits = ([f" {three}" for three in threes], threes, threes, [*"0123456789"])
+        columns = [*begins, [f"{word}:" for word in last], *digits, [*_ENDS]]
         words = splicer.encode_batch([word for column in columns for word in column])
-        words[-1] = self._before(columns[0][0], words[0])
+        words[-1] = self._empty_line(words[-1], columns[0][0], words[0])
         self._ids, self._sizes = np.concatenate(words), np.array([word.size for word in words])
         self._begins = np.cumsum(self._sizes) - self._sizes
         self._firsts = np.cumsum([0, *map(len, columns[:-1])])
@@ -72,16 +72,21 @@ class Entries:
         return ids, np.add.reduceat(sizes, [0, len(words), len(words) + len(groups)], axis=1)
 
     def _encoded(self, names: Ids, numbers: Ids, blank: Collection[int]) -> tuple[Ids, Ids]:
-        said = [f"{self._names.name(name)}:" for name in names.tolist()]
-        pieces = [(name, f" {number}", "\n") for name, number in zip(said, numbers.tolist(), strict=True)]
-        told = self._splicer.encode_batch([piece for line in pieces for piece in line])
+        pieces = self._pieces(names, numbers, blank)
+        told = self._splicer.encode_batch(pieces)
         for line in blank:
-            told[3 * line + 2] = self._before(said[line + 1], told[3 * line + 3])
+            end, name = 3 * line + 2, 3 * line + 3
+            told[end] = self._empty_line(told[end], pieces[name], told[name])
         return np.concatenate(told), np.array([piece.size for piece in told]).reshape(-1, 3)
 
-    def _before(self, name: str, ids: Ids) -> Ids:
-        """An empty line is encoded to what depends on what follows it: so with that, which is then cut off."""
-        alone, whole = self._splicer.encode_batch(["\n\n", f"\n\n{name}"])
+    def _pieces(self, names: Ids, numbers: Ids, blank: Collection[int]) -> list[str]:
+        lines = zip(map(self._names.name, names.tolist()), numbers.tolist(), strict=True)
+        said = ((f"{name}:", f" {number}", _ENDS[at in blank]) for at, (name, number) in enumerate(lines))
+        return [piece for line in said for piece in line]
+
+    def _empty_line(self, alone: Ids, name: str, ids: Ids) -> Ids:
+        """What it is encoded to depends on what follows it: so with that, which is then cut off."""
+        whole = self._splicer.encode(f"{_ENDS[1]}{name}")
         return whole[: -ids.size] if np.array_equal(whole[-ids.size :], ids) else alone
 
     def _shown(self) -> bool:
@@ -91,9 +96,8 @@ class Entries:
 
     def _same(self, names: Ids, numbers: Ids) -> bool:
         blank = range(0, names.size - 1, 2)
-        pairs = zip(map(self._names.name, names.tolist()), numbers.tolist(), strict=True)
-        text = "".join(f"{name}: {number}{_ENDS[at in blank]}" for at, (name, number) in enumerate(pairs))
-        return np.array_equal(self._splicer.encode(text), self._looked_up(names, numbers, blank)[0])
+        whole = self._splicer.encode("".join(self._pieces(names, numbers, blank)))
+        return np.array_equal(whole, self._looked_up(names, numbers, blank)[0])
 
 
 def draw(names: Names, random: np.random.RandomState, count: int) -> tuple[Ids, Ids]:
