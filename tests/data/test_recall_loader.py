@@ -70,6 +70,21 @@ def test_a_curriculum_keeps_the_tokens_of_a_step() -> None:
     assert each.batch(2).input_ids.shape == (4, 640)
 
 
+def test_a_review_reads_the_lengths_before_in_turn() -> None:
+    each = Curriculum((64, 128, 256, 512), (1, 1, 1, 3), 24, review=0.5)
+    plain = Curriculum((64, 128, 256, 512), (1, 1, 1, 3), 24)
+    lengths = [each.length(step) for step in range(24)]
+    assert lengths[:4] == [64] * 4  # nothing comes before the first
+    assert lengths[4:8] == [128, 64] * 2
+    assert lengths[1::2] == [64, 64, 64, 64, 64, 128, 64, 128, 256, 64, 128, 256]
+    assert lengths[::2] == [plain.length(step) for step in range(0, 24, 2)]
+    assert [each.length(step) for step in range(24, 30)] == [512, 64, 512, 128, 512, 256]
+    mostly = [Curriculum((64, 128), (1, 3), 40, review=0.75).length(step) for step in range(10, 40)]
+    assert 22 <= mostly.count(64) <= 23
+    batches = loader(curriculum=Curriculum((320, 640), (1, 3), 8, review=0.5))
+    assert [batches.batch(step).input_ids.shape[1] for step in range(8)] == [320, 320, 640, 320] + [640, 320] * 2
+
+
 def test_the_fingerprint_is_of_the_data() -> None:
     other = RecallLoader(Passkey(TOKENIZER, "Some other text."), TOKENIZER, 4, 640, 7)
     assert loader().fingerprint() == loader(seed=1).fingerprint() != other.fingerprint()
@@ -95,6 +110,8 @@ def test_curricula_that_are_none() -> None:
         Curriculum((1, 2), (1,), 5)
     with pytest.raises(UserError, match="must all be more than 0"):
         Curriculum((1, 2), (1, 0), 5)
+    with pytest.raises(UserError, match=r"review is 1\.0: it must be at least 0 and less than 1"):
+        Curriculum((1, 2), (1, 1), 5, review=1.0)
 
 
 def test_rows_in_two_parts_are_the_same_rows_and_part_before_the_first_answer() -> None:

@@ -66,9 +66,9 @@ def test_a_run_continues_bit_for_bit_over_a_change_of_length(tmp_path: Path, mic
 def test_other_rows_are_refused_and_more_steps_are_not(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(recipe(run, steps=1))
-    for change in ({"lengths": [640]}, {"lm_weight": 0.4}, {"apart": 0.5}, None):
+    for change in ({"lengths": [640]}, {"lm_weight": 0.4}, {"apart": 0.5}, {"review": 0.5}, None):
         data = {"tokenizer": "byte", "passkey": PASSKEY | change} if change else {"tokenizer": "byte", "phonebook": {}}
-        with pytest.raises(UserError, match=r"was trained with data\.passkey(\.[la]\w+)? = "):
+        with pytest.raises(UserError, match=r"was trained with data\.passkey(\.[lar]\w+)? = "):
             train(recipe(run, data))
     assert train(recipe(run, steps=2)).steps == 2
 

@@ -29,6 +29,7 @@ class Curriculum:
         lengths: tokens of a row.
         shares: of the steps, one for each length; they count in proportion to their sum.
         steps: of the whole run.
+        review: share of the steps, evenly spread, that have one of the lengths before their own instead, in turn.
 
     Raises UserError for lists that do not fit each other, or numbers that are not positive.
     """
@@ -36,17 +37,22 @@ class Curriculum:
     lengths: tuple[int, ...]
     shares: tuple[float, ...]
     steps: int
+    review: float = 0.0
 
     def __post_init__(self) -> None:
         if len(self.lengths) != len(self.shares) or not self.lengths:
             raise UserError(f"There are {len(self.lengths)} lengths but {len(self.shares)} shares: give one for each.")
         if min(self.lengths) < 1 or min(self.shares) <= 0:
             raise UserError(f"lengths {list(self.lengths)} and shares {list(self.shares)} must all be more than 0.")
+        if not 0 <= self.review < 1:
+            raise UserError(f"review is {self.review}: it must be at least 0 and less than 1.")
 
     def length(self, step: int) -> int:
-        """Tokens of a row in ``step``, from 0; after the last step, the last length."""
+        """Tokens of a row in ``step``, from 0; after the last step, as in the part for the last length."""
         ends = np.cumsum(self.shares) / sum(self.shares) * self.steps
-        return self.lengths[min(int(np.searchsorted(ends, step, side="right")), len(self.lengths) - 1)]
+        at = min(int(np.searchsorted(ends, step, side="right")), len(self.lengths) - 1)
+        before, after = int(step * self.review), int((step + 1) * self.review)
+        return self.lengths[before % at if at and after > before else at]
 
 
 class RecallLoader:

@@ -44,7 +44,7 @@ def recall_loader(recipe: Recipe, of_text: Tokenizer | None = None) -> RecallLoa
         settings.batch_size,
         settings.length,
         settings.seed,
-        curriculum=Curriculum(lengths, section.shares or (1.0,) * len(lengths), steps),
+        curriculum=Curriculum(lengths, section.shares or (1.0,) * len(lengths), steps, section.review),
         lm_weight=section.lm_weight,
         apart=section.apart,
         stretch=section.stretch if isinstance(section, PasskeySection) else 1.0,

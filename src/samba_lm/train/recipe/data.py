@@ -18,6 +18,9 @@ class RecallSection(Section):
     shorter rows have more of them, and as many tokens."""
     shares: Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(strict=False)] = ()
     """Share of the steps for each of the lengths; none: equal ones."""
+    review: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the steps that read rows of an earlier length instead, of one after the other, so that none is
+    forgotten: what ends with long rows alone no longer answers short ones."""
     lm_weight: float = Field(default=0.0, ge=0, le=1)
     """Weight of the other tokens' loss beside the answers': for each token of an answer so many others count too."""
     share: float = Field(default=1.0, gt=0, le=1)
