@@ -219,7 +219,7 @@ def test_a_phonebook_with_names_of_ones_own(
         (["model", "--depths=1.5"], "depth is 1.5: it must be from 0"),
         (["model", "--depths=half"], "--depths = half: expected how many, such as 11"),
         (["model", "--depths=nan"], "depth is nan"),
-        (["model", "--keys=0"], "There are 0 texts in each cell"),
+        (["model", "--keys=0"], "--keys = 0: give 1 at least"),
         (["model", "--filler=none.txt"], "There is no file none.txt"),
         (["model", "--json=."], "--json . is a folder"),
         (["model", "--csv=."], "--csv . is a folder"),
@@ -233,14 +233,33 @@ def test_mistakes(folder: Path, options: list[str], message: str, capsys: pytest
     assert message in _error(capsys)
 
 
-def test_a_file_with_a_cell_of_no_size_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["eval", "passkey", "model", "--lengths=300", "--depths=2", "--keys=1", "--device=cpu", "--json=a.json"]
-    assert main(command) == 0
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("size", None),
+        ("size", -5),
+        ("seconds", "abc"),
+        ("seconds", None),
+        ("trials", []),
+        ("right", "x"),
+        ("right", None),
+        ("right", -3),
+        ("exact", 1),
+        ("written", None),
+        ("control_right", None),
+    ],
+)
+def test_a_file_with_a_damaged_cell_is_refused(
+    folder: Path, field: str, value: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--lengths=300", "--depths=2", "--keys=1", "--control", "--device=cpu", "--json=a.json"]
+    assert main(["eval", "passkey", "model", *options]) == 0
     record = _read("a.json")
-    record["models"][0]["cells"][0]["size"] = None
+    cell = record["models"][0]["cells"][0]
+    (cell if field in cell and field not in ("right", "exact", "control_right") else cell["trials"][0])[field] = value
     Path("a.json").write_text(json.dumps(record))
     capsys.readouterr()
-    assert main(command) == 2
+    assert main(["eval", "passkey", "model", *options]) == 2
     assert "a.json is no file of `eval passkey`" in _error(capsys)
 
 
@@ -255,10 +274,17 @@ def test_of_several_checkpoints_the_damaged_one_is_named(folder: Path, capsys: p
     assert _read("a.json")["models"][0]["name"] == "model"
 
 
-@pytest.mark.parametrize("pairs", ["9..3", "1..3:0", "a", "3,", ""])
-def test_pairs_that_are_none(folder: Path, pairs: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ("9..3", "--pairs = 9..3: 9 is more than 3: give FIRST..LAST"),
+        ("1..3:0", "steps of 0 lead nowhere"),
+        *((each, "expected FIRST..LAST") for each in ("a", "3,", "")),
+    ],
+)
+def test_pairs_that_are_none(folder: Path, pairs: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "phonebook", "model", f"--pairs={pairs}"]) == 2
-    assert "expected FIRST..LAST" in _error(capsys)
+    assert message in _error(capsys)
 
 
 def test_a_checkpoint_without_tokenizer_is_told_before_others_are_measured(

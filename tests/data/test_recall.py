@@ -180,6 +180,8 @@ def test_a_number_of_the_filler_is_never_the_key(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("samba_lm.data.passkey.KEYS", (54_320, 54_324))
     maker = Passkey(tokenizer("byte"), "In 54320 they saw 154322 stars. 5432 54323 fell.")
     assert {maker.example(random(seed), 400).text for seed in range(20)} == {"54321"}
+    with pytest.raises(UserError, match="holds every five-digit number"):
+        Passkey(tokenizer("byte"), "5432054321, 54322 and 54323.")
 
 
 def test_long_sentences_are_cut() -> None:
@@ -280,6 +282,34 @@ def test_names_from_files(tmp_path: Path) -> None:
     for name, message in (("bad", "holds the name 'A: b'"), ("empty", "holds no names"), ("none", "There is no file")):
         with pytest.raises(UserError, match=message):
             Names.from_files([tmp_path / name])
+
+
+def test_names_that_two_pairs_make(tmp_path: Path) -> None:
+    first, last = tmp_path / "first", tmp_path / "last"
+    first.write_text("Mary\nMary Ann\nJo\n")
+    last.write_text("Lee\nde Vries\nAnn Lee\n")
+    with pytest.raises(UserError, match="make the name 'Mary Ann Lee' in two ways"):
+        Names.from_files([first, last])
+    last.write_text("Lee\nde Vries\nAnn Fox\n")
+    names = Names.from_files([first, last])
+    assert len({names.name(i) for i in range(names.count)}) == names.count == 9
+    with pytest.raises(UserError, match="is a folder: give the path of a text file"):
+        Names.from_files([tmp_path])
+
+
+def test_a_row_with_too_long_names_is_drawn_again() -> None:
+    """Training must not end at some step because of one draw: long names come seldom, or the length is refused."""
+    firsts = tuple(f"Ann{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(400))
+    lasts = [f"Moe{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(60)]
+    both = (*lasts, "M" * 60), ("Moe", "M" * 60)
+    seldom, often = (Phonebook(tokenizer("byte"), Names((firsts, last), "a test")) for last in both)
+    seldom.check(230)
+    assert any(seldom._drawn(random(seed), 230) is None for seed in range(400))
+    assert all(len(seldom.example(random(seed), 230)) <= 230 for seed in range(400))
+    with pytest.raises(UserError, match=r"length 230 is too short: .* about 480 tokens"):
+        often.check(230)
+    with pytest.raises(UserError, match="a test makes 2 names: a phonebook needs 3 at least"):
+        Phonebook(tokenizer("byte"), Names((("Ann",), ("Moe", "Lee")), "a test"))
 
 
 def test_a_text_is_read_whole(tmp_path: Path) -> None:

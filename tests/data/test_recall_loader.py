@@ -97,7 +97,7 @@ def test_the_fingerprint_is_of_the_data() -> None:
         ({"seed": -1}, "seed is -1"),
         ({"lm_weight": 2.0}, "lm_weight is 2.0"),
         ({"length": 128}, "length 128 is too short"),
-        ({"curriculum": Curriculum((300,), (1,), 5)}, "300 does not divide the longest, 640"),
+        ({"curriculum": Curriculum((300,), (1,), 5)}, "300 does not divide train.length = 640"),
     ],
 )
 def test_mistakes(options: dict[str, object], message: str) -> None:

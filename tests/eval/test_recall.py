@@ -167,6 +167,17 @@ def test_what_full_attention_cannot_hold_is_skipped() -> None:
     assert math.isnan(Count.of(cells[2:]).accuracy)
 
 
+@pytest.mark.parametrize(("window", "message"), [(None, "max_context is 350"), (64, "the texts would take about")])
+def test_texts_that_nothing_could_hold_are_not_made(
+    window: int | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = PasskeyTask(Plan((10**11,), (0.5,), 3), TOKENIZER)
+    monkeypatch.setattr(recall, "free_memory", lambda: 2**33)
+    monkeypatch.setattr(PasskeyTask, "example", None)
+    (cell,) = measure(model(window=window, max_context=350), TOKENIZER, task)
+    assert message in cell.skipped
+
+
 def test_phonebooks_are_asked_too() -> None:
     task = PhonebookTask(Plan((4, 20), (None,), 3), TOKENIZER, NAMES)
     cells = list(measure(model(), TOKENIZER, task))

@@ -79,7 +79,7 @@ def test_a_changed_filler_is_other_data(tmp_path: Path) -> None:
     data = {"tokenizer": "byte", "passkey": {"filler": str(book)}}
     train(recipe(tmp_path / "run", data, steps=1))
     book.write_text("The sea is sweet.")
-    with pytest.raises(UserError, match=r"was trained on data .* but data\.passkey is"):
+    with pytest.raises(UserError, match=r"was trained on data \w+ \(another filler\), but data\.passkey is"):
         train(recipe(tmp_path / "run", data, steps=2))
 
 
@@ -105,7 +105,8 @@ def test_a_phonebook_fine_tunes_a_checkpoint_with_its_tokenizer(tmp_path: Path) 
         ({"passkey": {}, "tokenizer": "bpe:300"}, "would be trained on text, and there is none"),
         ({"passkey": {}, "tokenizer": "byte", "val": "x"}, "made rows have no validation"),
         ({"passkey": {}, "tokenizer": "byte", "phonebook": {}}, "passkey and phonebook are both given"),
-        ({"passkey": {"lengths": [300]}, "tokenizer": "byte"}, "300 does not divide the longest, 640"),
+        ({"passkey": {"lengths": [300]}, "tokenizer": "byte"}, "300 does not divide train.length = 640"),
+        ({"passkey": {"lengths": [640], "review": 0.5}, "tokenizer": "byte"}, "there is but one: give lengths"),
         ({"passkey": {"lengths": [64]}, "tokenizer": "byte"}, "length 64 is too short"),
         ({"passkey": {"shares": [1]}, "tokenizer": "byte"}, "0 lengths but 1 shares"),
         ({"passkey": {"length": [1]}, "tokenizer": "byte"}, "Did you mean 'lengths'"),

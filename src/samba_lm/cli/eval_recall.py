@@ -59,10 +59,12 @@ def _pairs(words: list[str]) -> tuple[int, ...]:
     span = re.fullmatch(r"([0-9]+)\.\.([0-9]+)(?::([0-9]+))?", said)
     if span is not None:
         first, last, step = int(span[1]), int(span[2]), int(span[3] or 20)
-        if step and first <= last:
-            _at_most("--pairs", len(range(first, last + 1, step)), 10_000)
-            return tuple(range(first, last + 1, step))
-    elif re.fullmatch(r"[0-9]+(,[0-9]+)*", said):
+        if not step or first > last:
+            wrong = f"{first} is more than {last}" if step else "steps of 0 lead nowhere"
+            raise UserError(f"--pairs = {said}: {wrong}: give FIRST..LAST or FIRST..LAST:STEP, such as 20..480:10.")
+        _at_most("--pairs", len(range(first, last + 1, step)), 10_000)
+        return tuple(range(first, last + 1, step))
+    if re.fullmatch(r"[0-9]+(,[0-9]+)*", said):
         return tuple(dict.fromkeys(map(int, said.split(","))))
     raise UserError(f"--pairs = {said}: expected FIRST..LAST, FIRST..LAST:STEP or numbers with commas between.")
 
@@ -144,6 +146,8 @@ def _phonebook(argv: list[str]) -> None:
 def _plan(options: Passkey | Phonebook, sizes: tuple[int, ...], depths: Sequence[float | None], trials: int) -> Plan:
     """What is asked. Mistakes in it and in the files' names are told before a model is loaded."""
     options.output.check()
+    if trials < 1:
+        raise UserError(f"--{'keys' if isinstance(options, Passkey) else 'prompts'} = {trials}: give 1 at least.")
     _at_most("--keys" if isinstance(options, Passkey) else "--prompts", trials, 100_000)
     from samba_lm.eval.recall import Plan  # only now: --help should not wait for torch
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from samba_lm.cli.results import Model, Results
 
 if TYPE_CHECKING:
-    from samba_lm.eval.recall import Cell, Count, Task
+    from samba_lm.eval.recall import Cell, Count, Task, Trial
 
 
 class RecallResults(Results["Cell"]):
@@ -42,13 +42,17 @@ class RecallResults(Results["Cell"]):
 
         if row["skipped"]:  # that may have changed
             return None
-        depth = row["depth"]
-        return Cell(
-            int(row["size"]),
-            None if depth is None else float(depth),
-            tuple(Trial(**trial) for trial in row["trials"]),
-            row["seconds"],
-        )
+        size, depth = int(row["size"]), row["depth"]
+        trials = tuple(Trial(**trial) for trial in row["trials"])
+        if size < 1 or len(trials) != self.plan.trials or not all(map(self._whole, trials)):
+            raise ValueError
+        return Cell(size, None if depth is None else float(depth), trials, float(row["seconds"]))
+
+    def _whole(self, trial: Trial) -> bool:
+        """Whether a text's answer has all that was asked for, each of its kind."""
+        controls = (trial.control, trial.control_right) if self.plan.control else ("", False)
+        texts, told = (trial.answer, trial.written, controls[0]), (trial.right, trial.exact, controls[1])
+        return all(isinstance(each, str) for each in texts) and all(isinstance(each, bool) for each in told)
 
     def csv_row(self, item: Cell) -> dict[str, object]:
         from samba_lm.eval.recall import Count

@@ -77,13 +77,32 @@ class Names:
         """One file of whole names, or one of first names and one of last names: a name a line, packed or not.
 
         What follows a name from its line's first digit on, such as a frequency, is left out; names in capitals are
-        written as usual. Raises UserError for a file that cannot be read or holds no names, and for more than
-        2^63 names in all.
+        written as usual. Raises UserError for a file that cannot be read or holds no names, for more than 2^63 names in
+        all, and for two of first and last names that are put together to the same.
         """
         names = cls(tuple(_read_names(path) for path in paths), " and ".join(map(str, paths)))
         if names.count >= 1 << 63:
             raise UserError(f"{names.source} make more names than can be counted: give fewer files, or shorter ones.")
+        if len(names.lists) == 2 and (twice := _made_twice(*names.lists)):
+            raise UserError(
+                f"{names.source} make the name {twice!r} in two ways, so a phonebook could hold it twice: leave one of "
+                "its parts out."
+            )
         return names
+
+
+def _made_twice(firsts: tuple[str, ...], lasts: tuple[str, ...]) -> str:
+    """A name that two pairs make, as "Mary" and "Ann Lee" make that of "Mary Ann" and "Lee"; "" where there is none."""
+    known, ends = set(firsts), set(lasts)
+    beginnings = {head: f"{head} {tail}" for last in lasts for head, tail in _halves(last) if tail in ends}
+    pairs = ((head, beginnings.get(tail)) for first in firsts for head, tail in _halves(first) if head in known)
+    return next((f"{head} {last}" for head, last in pairs if last is not None), "")
+
+
+def _halves(name: str) -> list[tuple[str, str]]:
+    """A name of several words, cut at each space."""
+    words = name.split(" ")
+    return [(" ".join(words[:i]), " ".join(words[i:])) for i in range(1, len(words))]
 
 
 def _read_names(path: Path) -> tuple[str, ...]:

@@ -111,7 +111,7 @@ class Passkey:
         text: whose sentences are the filler; None: those of the well-known form, :data:`FILLER`. A number in it is
             never taken as a key, so that the key stands in its own line only.
 
-    Raises UserError for a text without words.
+    Raises UserError for a text without words, or one with so many numbers that no key is left.
     """
 
     def __init__(self, tokenizer: Tokenizer, text: str | None = None) -> None:
@@ -120,6 +120,8 @@ class Passkey:
         self._sha256 = None if text is None else hashlib.sha256(text.encode()).hexdigest()
         runs = re.findall(r"\d{5,}", " ".join(self.filler.sentences))
         self._taken = {run[i : i + 5] for run in runs for i in range(len(run) - 4)}
+        if all(str(key) in self._taken for key in range(*KEYS)):
+            raise UserError("The filler's text holds every five-digit number, so no key is left: give another text.")
         self._task, self._question = self._splicer.encode_batch([TASK, QUESTION])
         self._end = self._splicer.encode("\n")
 
@@ -151,6 +153,10 @@ class Passkey:
         begins = self._task.size, self._task.size + before.size + line.size
         filler = tuple((begin, begin + ids.size) for begin, ids in zip(begins, (before, after), strict=True))
         return Example(document, self._question, answer, self._end, key, filler=filler)
+
+    def check(self, length: int) -> None:
+        """Raise UserError for a length that the lines without filler do not fit in."""
+        self.example(np.random.RandomState(0), length)
 
     def facts(self) -> dict[str, object]:
         return {"kind": "passkey", "filler_sha256": self._sha256}

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 EXAMPLES = 2
 """Entries copied before the one that is asked for."""
 LEAST_PAIRS = EXAMPLES + 1
+_TRIES = 1000
+"""Draws of a row that is hardly long enough, of which some have names too long for it."""
 
 
 class Phonebook:
@@ -37,6 +39,8 @@ class Phonebook:
     def __init__(self, tokenizer: Tokenizer, names: Names, questions: int = 1) -> None:
         if questions < 1:
             raise UserError(f"questions is {questions}: a phonebook asks for one entry at least.")
+        if names.count < LEAST_PAIRS:
+            raise UserError(f"{names.source} makes {names.count} names: a phonebook needs {LEAST_PAIRS} at least.")
         self.names, self.questions = names, questions
         self._entries = Entries(names, Splicer(tokenizer))
         _, sizes = self._entries.encode(*draw(names, np.random.RandomState(0), min(64, names.count)))
@@ -47,6 +51,19 @@ class Phonebook:
 
         Raises UserError where ``length`` has no room for three entries or asks for more names than there are.
         """
+        for _ in range(_TRIES):
+            if (example := self._drawn(random, length)) is not None:
+                return example
+        raise self._too_short(length)
+
+    def check(self, length: int) -> None:
+        """Raise UserError for a length that most draws have no room in: of fewer, one may find no row."""
+        draws = [self._drawn(np.random.RandomState(seed), length) for seed in range(8)]
+        if draws.count(None) > len(draws) // 2:
+            raise self._too_short(length)
+
+    def _drawn(self, random: np.random.RandomState, length: int) -> Example | None:
+        """An example of one draw; None where there is no room for three of its entries."""
         drawn = min(self.names.count, int(1.3 * length / self._mean) + 8)
         names, numbers = draw(self.names, random, drawn)
         ids, pieces = self._entries.encode(names, numbers)
@@ -57,8 +74,7 @@ class Phonebook:
         room = length - (EXAMPLES + questions) * longest - 6
         count = int(np.searchsorted(ends, room, side="right"))
         if count < LEAST_PAIRS:
-            least = (LEAST_PAIRS + 3) * longest + 6
-            raise UserError(f"length {length} is too short: a phonebook of three entries needs about {least} tokens.")
+            return None
         if count == drawn == self.names.count:
             raise UserError(
                 f"A phonebook of {length} tokens has more entries than {self.names.source} has names "
@@ -76,6 +92,11 @@ class Phonebook:
         names, numbers = draw(self.names, random, pairs)
         book, _ = self._entries.encode(names[:-1], numbers[:-1])
         return self._example(random, book, names, numbers, 1)
+
+    def _too_short(self, length: int) -> UserError:
+        _, pieces = self._entries.encode(*draw(self.names, np.random.RandomState(0), min(64, self.names.count)))
+        least = (LEAST_PAIRS + 3) * int(pieces.sum(1).max()) + 6
+        return UserError(f"length {length} is too short: a phonebook of three entries needs about {least} tokens.")
 
     def facts(self) -> dict[str, object]:
         told: dict[str, object] = {"kind": "phonebook", "names": self.names.source, "names_sha256": self.names.sha256()}

@@ -66,6 +66,9 @@ class Maker(Protocol):
     def example(self, random: np.random.RandomState, length: int) -> Example:
         """One of at most ``length`` tokens, and about as many."""
 
+    def check(self, length: int) -> None:
+        """Raise UserError for a length that not every draw finds an example for."""
+
     def facts(self) -> dict[str, object]:
         """Plain data that, with the generator and the tokenizer, decides every example."""
 
@@ -75,6 +78,8 @@ def read_text(path: Path) -> str:
 
     Raises UserError where it cannot be read or is not UTF-8.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the path of a text file.")
     (file,) = find_files([path]) if path.is_file() else (None,)
     if file is None:
         raise UserError(f"There is no file {path}: give the path of a text file.")

@@ -108,8 +108,11 @@ class RecallLoader:
         self.lm_weight, self.apart, self.stretch = lm_weight, apart, stretch
         for each in sorted(set(self.curriculum.lengths)):
             if length % each:
-                raise UserError(f"A length of {each} does not divide the longest, {length}: all steps are of one size.")
-            maker.example(np.random.RandomState(0), each)
+                raise UserError(
+                    f"A length of {each} does not divide train.length = {length}, and all steps are of as many tokens: "
+                    "give lengths that divide it, or a multiple of them all as train.length."
+                )
+            maker.check(each)
 
     def fingerprint(self) -> str:
         """sha256 of what decides the examples."""

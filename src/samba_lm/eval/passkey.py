@@ -9,6 +9,9 @@ from samba_lm.data.recall import Example
 from samba_lm.eval.recall import Key, Plan, Task
 from samba_lm.tokenizer import Tokenizer
 
+LONG_ENOUGH = 1 << 16
+"""Tokens that a text's lines always fit in."""
+
 
 class PasskeyTask(Task):
     """Sizes are tokens of the whole text, answer and all; see :class:`samba_lm.data.passkey.Passkey`.
@@ -24,11 +27,15 @@ class PasskeyTask(Task):
         self.plan = plan
         self._maker = Passkey(tokenizer, filler)
         self.facts = self._maker.facts()
-        self.example((min(plan.sizes), plan.depths[0]), 0)  # too short a length is told before anything is read
+        # Too short a length is told before anything is read; and too long a one is not made for that.
+        self.example((min(*plan.sizes, LONG_ENOUGH), plan.depths[0]), 0)
 
     def example(self, cell: Key, trial: int) -> Example:
         length, depth = cell
         return self._maker.example(self.plan.random(cell, trial), length, depth)
+
+    def tokens(self, cell: Key) -> int:
+        return cell[0]
 
     def read_off(self, written: str) -> str:
         """The first run of digits; "" where there is none."""

@@ -22,11 +22,14 @@ class PhonebookTask(Task):
         self.plan = plan
         self._maker = Phonebook(tokenizer, names)
         self.facts = self._maker.facts()
-        for size in (min(plan.sizes), max(plan.sizes)):  # told before anything is read
-            self.example((size, None), 0)
+        small, large = (self.example((size, None), 0) for size in (min(plan.sizes), max(plan.sizes)))
+        self._per_pair = max(len(small) / min(plan.sizes), len(large) / max(plan.sizes))
 
     def example(self, cell: Key, trial: int) -> Example:
         return self._maker.of_pairs(self.plan.random(cell, trial), cell[0])
+
+    def tokens(self, cell: Key) -> int:
+        return int(cell[0] * self._per_pair)
 
     def read_off(self, written: str) -> str:
         """All of it but white space around."""

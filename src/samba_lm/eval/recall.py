@@ -39,6 +39,8 @@ TOKENS_AT_ONCE = 1 << 17
 """Tokens that full attention holds at once, over all texts."""
 SPARE_TOKENS = 8
 """Tokens that an answer may have beyond the right one's: enough to see that it goes on."""
+TEXT_BYTES = 24
+"""Bytes that a token of a text takes while the text is made: int64, in pieces, together, and as it is read."""
 GPU_CHUNK = 8192
 """Tokens read at once on a GPU."""
 
@@ -101,6 +103,10 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def example(self, cell: Key, trial: int) -> Example:
         """A text of a cell. Raises UserError for a size that is too small."""
+
+    @abc.abstractmethod
+    def tokens(self, cell: Key) -> int:
+        """Tokens of a cell's texts, about; told without making one."""
 
     @abc.abstractmethod
     def read_off(self, written: str) -> str:
@@ -212,10 +218,15 @@ def measure(
 
 def _cell(engine: Engine, task: Task, cell: Key, tell: OnProgress) -> Cell:
     began = time.perf_counter()
-    examples = [task.example(cell, trial) for trial in range(task.plan.trials)]
+    if why := _too_much(engine, task, cell):
+        return Cell(*cell, skipped=why)
+    try:
+        examples = [task.example(cell, trial) for trial in range(task.plan.trials)]
+    except MemoryError:
+        return Cell(*cell, skipped="out of memory for the texts")
     longest, most = max(map(len, examples)), engine.model.config.max_context
     if not engine.constant and longest + SPARE_TOKENS > most:
-        return Cell(*cell, skipped=f"full attention would have to hold {longest:,} tokens, max_context is {most:,}")
+        return Cell(*cell, skipped=_beyond(longest, most))
     at_once = SLOTS if engine.constant else max(1, min(SLOTS, TOKENS_AT_ONCE // longest))
     free = free_memory() if engine.model.device.type == "cpu" else None  # a GPU says itself when there is no more
     if not engine.constant and free is not None:
@@ -238,6 +249,22 @@ def _cell(engine: Engine, task: Task, cell: Key, tell: OnProgress) -> Cell:
             raise
         return Cell(*cell, skipped=f"out of memory with {longest:,} tokens")
     return Cell(*cell, tuple(trials), time.perf_counter() - began)
+
+
+def _too_much(engine: Engine, task: Task, cell: Key) -> str:
+    """Why a cell is not even begun with: its texts take more than there is room for; "" where they do not."""
+    tokens, most, free = task.tokens(cell), engine.model.config.max_context, free_memory()
+    if not engine.constant and tokens > 2 * most:
+        return _beyond(tokens, most)
+    needed = tokens * task.plan.trials * TEXT_BYTES
+    if free is None or needed <= free:
+        return ""
+    return f"the texts would take about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+
+
+def _beyond(tokens: int, most: int) -> str:
+    spare = f"and {SPARE_TOKENS} to spare"
+    return f"full attention would have to hold {tokens:,} tokens {spare}, max_context is {most:,}"
 
 
 def _ask(engine: Engine, task: Task, examples: Sequence[Example], read: OnProgress) -> list[Trial]:

@@ -94,6 +94,7 @@ def _saved_model(found: Resume, recipe: Recipe, data: Data, model: SambaLM | Non
     model and data."""
     folder, state = found.folder, found.state
     remedy = "set train.out to another folder, or start over with --fresh"
+    tune = f", or fine-tune it: --model.init-from {folder} without --resume"
     saved, _ = checkpoint.read_config(folder)
     changes = recipe.differences(state.recipe)
     if model is not None or any(field.startswith("model.") for field in changes):
@@ -107,15 +108,17 @@ def _saved_model(found: Resume, recipe: Recipe, data: Data, model: SambaLM | Non
         )
     for field, (now, before) in changes.items():
         if field.startswith(FIXED) and not _is_free(field):
-            raise UserError(f"{folder} was trained with {field} = {before}, not {now}; {remedy}.")
+            raise UserError(f"{folder} was trained with {field} = {before}, not {now}; {remedy}{tune}.")
     if state.data != data.fingerprint:
         read = state.recipe["data"]
         before = f"data.mixture ({', '.join(read['mixture'])})" if read.get("mixture") else repr(read.get("train"))
         if read.get("chat"):
             before = ", ".join(map(repr, read["chat"]["files"]))
+        elif not recipe.data.reads_shards:  # made rows: what they are made of, as what is asked for is the same
+            before = "other names" if recipe.data.phonebook is not None else "another filler"
         raise UserError(
             f"{folder} was trained on data {state.data[:12]} ({before}), but "
-            f"{_data_name(recipe)} is {data.fingerprint[:12]}; {remedy}, or fine-tune with model.init_from."
+            f"{_data_name(recipe)} is {data.fingerprint[:12]}; {remedy}{tune}."
         )
     return model or checkpoint.build(saved)
 

@@ -33,6 +33,10 @@ class RecallSection(Section):
     def _check(self) -> Self:
         if self.shares and len(self.shares) != len(self.lengths):
             raise ValueError(f"there are {len(self.lengths)} lengths but {len(self.shares)} shares: give one for each")
+        if self.review and len(set(self.lengths)) < 2:
+            raise ValueError(
+                f"review = {self.review:g} reads earlier lengths again, and there is but one: give lengths"
+            )
         return self
 
 
