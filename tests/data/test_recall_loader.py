@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import groupby
+
 import numpy as np
 import pytest
 import torch
@@ -70,19 +73,34 @@ def test_a_curriculum_keeps_the_tokens_of_a_step() -> None:
     assert each.batch(2).input_ids.shape == (4, 640)
 
 
-def test_a_review_reads_the_lengths_before_in_turn() -> None:
-    each = Curriculum((64, 128, 256, 512), (1, 1, 1, 3), 24, review=0.5)
-    plain = Curriculum((64, 128, 256, 512), (1, 1, 1, 3), 24)
-    lengths = [each.length(step) for step in range(24)]
-    assert lengths[:4] == [64] * 4  # nothing comes before the first
-    assert lengths[4:8] == [128, 64] * 2
-    assert lengths[1::2] == [64, 64, 64, 64, 64, 128, 64, 128, 256, 64, 128, 256]
-    assert lengths[::2] == [plain.length(step) for step in range(0, 24, 2)]
-    assert [each.length(step) for step in range(24, 30)] == [512, 64, 512, 128, 512, 256]
+def test_a_review_reads_the_lengths_before_each_as_often() -> None:
+    lengths, shares = (64, 128, 256, 512), (1, 1, 1, 3)
+    each = Curriculum(lengths, shares, 600, review=0.5)
+    read = [each.length(step) for step in range(600)]
+    assert set(read[:100]) == {64}  # nothing comes before the first
+    parts = [Counter(read[begin:end]) for begin, end in ((100, 200), (200, 300), (300, 600))]
+    for part, expected in zip(parts, ((50, 50), (25, 25, 50), (50, 50, 50, 150)), strict=True):
+        assert all(abs(part[length] - number) <= 2 for length, number in zip(lengths, expected, strict=False))
+    assert {each.length(step) for step in range(600, 620)} == set(lengths)  # after the end as in the last part
+    assert max(len(list(run)) for long, run in groupby(read[300:], lambda length: length == 512)) <= 2, "evenly spread"
+
+
+@pytest.mark.parametrize("every", [2, 4, 10, 20])
+def test_what_is_logged_every_so_many_steps_meets_all_lengths(every: int) -> None:
+    each = Curriculum((64, 128, 256, 512), (1, 1, 1, 3), 6000, review=0.5)
+    met = Counter(each.length(step - 1) for step in range(3000 + every, 6001, every))
+    assert met[512] * every == pytest.approx(1500, rel=0.1)
+    assert all(met[length] * every == pytest.approx(500, rel=0.15) for length in (64, 128, 256))
+
+
+def test_a_review_may_be_most_of_the_steps_and_makes_rows_of_its_length() -> None:
     mostly = [Curriculum((64, 128), (1, 3), 40, review=0.75).length(step) for step in range(10, 40)]
     assert 22 <= mostly.count(64) <= 23
-    batches = loader(curriculum=Curriculum((320, 640), (1, 3), 8, review=0.5))
-    assert [batches.batch(step).input_ids.shape[1] for step in range(8)] == [320, 320, 640, 320] + [640, 320] * 2
+    curriculum = Curriculum((320, 640), (1, 3), 8, review=0.5)
+    batches = loader(curriculum=curriculum)
+    made = [batches.batch(step).input_ids.shape[1] for step in range(8)]
+    assert made == [curriculum.length(step) for step in range(8)]
+    assert set(made[2:]) == {320, 640}
 
 
 def test_the_fingerprint_is_of_the_data() -> None:

@@ -56,6 +56,7 @@ def test_the_groups_norms_make_the_whole_norm_before_clipping(data: Path, optimi
         assert record.grad_norm > 0.1
         assert not record.grad_norms or math.hypot(*record.grad_norms.values()) == pytest.approx(record.grad_norm)
         assert record.tokens_per_s_per_gpu == record.tokens_per_s
+        assert record.length == 32
         assert record.data_wait_s is not None
         assert 0 <= record.data_wait_s < 128 / record.tokens_per_s
         assert record.memory_peak is not None

@@ -71,7 +71,7 @@ def test_live_view_fits_the_terminal(width: int) -> None:
     assert "samba-tiny" in file.getvalue()
 
 
-MANY = replace(PLAN, device="cuda:0", world=8, mesh={"replicate": 2, "shard": 4, "context": 1})
+MANY = replace(PLAN, device="cuda:0", length=2048, world=8, mesh={"replicate": 2, "shard": 4, "context": 1})
 
 
 def busy(step: int, loss: float) -> StepRecord:
@@ -87,6 +87,7 @@ def busy(step: int, loss: float) -> StepRecord:
         val_loss=5.0,
         val_losses={"books": 5.0, "code": 4.0},
         data_wait_s=0.016,
+        length=512,
         memory_peak=34_200_000_000,
         skipped=2,
         rollbacks=1,
@@ -109,7 +110,8 @@ def test_live_view_of_several_processes(width: int) -> None:
     assert max(map(len, text.splitlines())) <= width
     assert "on cuda:0, 8 processes (2 replicas x 4 shards)" in " ".join(text.split())
     for word in (
-        *("step 3/100", "loss 5.5000", "val books 5.0000", "val code 4.0000", "12.3K tok/s", "1.54K tok/s each"),
+        *("step 3/100", "loss 5.5000", "rows of 512", "val books 5.0000", "val code 4.0000"),
+        *("12.3K tok/s", "1.54K tok/s each"),
         *("mem 34.2GB", "data wait 20%", "skipped 2", "went back 1x", "ETA 8s"),
     ):
         assert word in text, "no figure is torn apart"

@@ -27,6 +27,7 @@ from samba_lm.nn.init import Init
 from samba_lm.span import Span
 from samba_lm.tokenizer import ByteTokenizer, train_bpe
 from samba_lm.train.data import open_data
+from samba_lm.train.metrics import read_metrics
 from samba_lm.train.parallel import connect
 from samba_lm.train.prepare import make_optimizer, prepare_model
 from samba_lm.train.recipe import Recipe, TrainSection
@@ -58,6 +59,8 @@ def test_a_run_continues_bit_for_bit_over_a_change_of_length(tmp_path: Path, mic
         assert part.tokens == whole.tokens == 4 * 2 * 640
         before, after = (load_file(run.folder / "model.safetensors") for run in (whole, part))
         assert all(torch.equal(before[name], after[name]) for name in before)
+    told_lengths = [(each["step"], each["length"]) for each in read_metrics(tmp_path / "whole" / "metrics.jsonl")]
+    assert told_lengths == [(1, 320), (4, 640)]
     model, tokenizer = checkpoint.load(whole.folder)
     assert isinstance(tokenizer, ByteTokenizer)
     assert model.config.vocab_size == 320

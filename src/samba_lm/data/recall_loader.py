@@ -20,6 +20,8 @@ from samba_lm.errors import UserError
 from samba_lm.loss import IGNORE_INDEX
 from samba_lm.tokenizer import Tokenizer
 
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
 
 @dataclass(frozen=True)
 class Curriculum:
@@ -29,7 +31,7 @@ class Curriculum:
         lengths: tokens of a row.
         shares: of the steps, one for each length; they count in proportion to their sum.
         steps: of the whole run.
-        review: share of the steps, evenly spread, that have one of the lengths before their own instead, in turn.
+        review: share of the steps, evenly spread, that have one of the lengths before their own instead, each as often.
 
     Raises UserError for lists that do not fit each other, or numbers that are not positive.
     """
@@ -51,8 +53,10 @@ class Curriculum:
         """Tokens of a row in ``step``, from 0; after the last step, as in the part for the last length."""
         ends = np.cumsum(self.shares) / sum(self.shares) * self.steps
         at = min(int(np.searchsorted(ends, step, side="right")), len(self.lengths) - 1)
-        before, after = int(step * self.review), int((step + 1) * self.review)
-        return self.lengths[before % at if at and after > before else at]
+        # Multiples of the golden ratio fall evenly into 0..1 and have no period: whatever is logged, saved or validated
+        # every so many steps meets all lengths, each in its share.
+        place = step * _GOLDEN % 1
+        return self.lengths[int(place / self.review * at) if place < self.review else at]
 
 
 class RecallLoader:

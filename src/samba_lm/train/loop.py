@@ -90,6 +90,7 @@ def fit(
             tokens_per_step=loader.batch_size * loader.length,
             world=parallel.world,
             mesh=sizes(parallel.mesh),
+            length=loader.length,
         )
     )
     try:
@@ -166,6 +167,7 @@ def fit(
                         val_losses={name: each for name, each in val_losses.items() if name},
                         tokens_per_s_per_gpu=each,
                         data_wait_s=waited,
+                        length=batch.input_ids.shape[1],
                         memory_peak=taken,
                         memory_reserved=reserved,
                         grad_norms=measure.grad_norms(progress.step, grad_norm),

@@ -23,6 +23,8 @@ class Plan:
     """Processes that train together."""
     mesh: Mapping[str, int] = field(default_factory=dict)
     """How they share the work: sizes of "replicate", "shard" and "context"; empty where one does all."""
+    length: int | None = None
+    """Tokens of the longest rows."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class StepRecord:
     """Of one process, which has one GPU (or computes on the CPU)."""
     data_wait_s: float | None = None
     """Time that the main process waited for the step's batch, seconds."""
+    length: int | None = None
+    """Tokens of this step's rows, on which its loss depends where a recipe has rows of several lengths."""
     memory_peak: int | None = None
     """Bytes taken by the main process's tensors on its GPU at most so far; on a CPU, of its resident memory."""
     memory_reserved: int | None = None

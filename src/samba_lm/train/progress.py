@@ -161,6 +161,8 @@ def figures(record: StepRecord, validated: list[str], pace: Pace, plan: Plan) ->
     """The figures of a step as short words."""
     assert pace.speed is not None
     words = [f"loss {record.loss:.4f}", *validated]
+    if record.length is not None and record.length != plan.length:
+        words.append(f"rows of {record.length:,}")
     words += [f"lr {record.lr:.2e}", f"norm {record.grad_norm:.2f}", f"{count(pace.speed)} tok/s"]
     if plan.world > 1:
         words.append(f"{count(pace.speed / plan.world)} tok/s each")

@@ -24,6 +24,7 @@ def scalars(record: StepRecord, every: int) -> dict[str, float]:
     if record.step % every == 0:
         found |= {
             "loss/train": record.loss,
+            "length": record.length,
             "lr": record.lr,
             "grad_norm": record.grad_norm,
             "tokens_per_s": record.tokens_per_s,
