@@ -36,6 +36,7 @@ WIDE, NARROW = (7.4, 4.2), (3.7, 3.3)
 """Sizes in inches: for a page or a README, and for a telephone."""
 WIDEST = 3.0
 """So many times above the highest value, and below the lowest, a logarithmic axis shows intervals."""
+_UNDATED: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 MANY_POINTS = 24
 """Curves with more of them get a band instead of bars, and no markers."""
 
@@ -112,10 +113,14 @@ def plot(axes: Any, found: Sequence[Curve], x: Axis, y: Axis, *, marks: Sequence
     axes.tick_params(labelsize=8.5)
 
 
-def write_png(path: Path, figure: Figure) -> None:
-    """Write the PNG file ``path``, atomically."""
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write ``path``, atomically, as its ending says: png, svg or pdf. The same figure makes the same bytes."""
+    import matplotlib
+
+    kind = path.suffix[1:].lower()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    with matplotlib.rc_context({"svg.hashsalt": "samba-lm"}):
+        figure.savefig(buffer, format=kind, metadata=_UNDATED[kind])
     with atomic_file(path) as tmp:
         tmp.write_bytes(buffer.getvalue())
 

@@ -75,8 +75,8 @@ def test_the_table_and_the_files_tell_the_same(folder: Path, capsys: pytest.Capt
 
 def test_steps_of_a_run_are_drawn_as_curves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    monkeypatch.setattr("samba_lm.figures.write_png", lambda path, figure: drawn.append(figure))
-    monkeypatch.setattr("samba_lm.eval.recall_figure.write_png", lambda path, figure: drawn.append(figure))
+    monkeypatch.setattr("samba_lm.figures.save_figure", lambda path, figure: drawn.append(figure))
+    monkeypatch.setattr("samba_lm.eval.recall_figure.save_figure", lambda path, figure: drawn.append(figure))
     for step in (10, 5):
         _save(folder / f"run/step-{step:08}", seed=step)
     steps = ["run/step-00000010", "run/step-00000005"]
@@ -225,6 +225,7 @@ def test_a_phonebook_with_names_of_ones_own(
         (["model", "--csv=."], "--csv . is a folder"),
         (["model", "--json=a.txt", "--csv=./a.txt"], "--json and --csv are both a.txt: give each"),
         (["model", "--figure=model/config.json/a.png"], "model/config.json is a file and no folder"),
+        (["model", "--figure=a.jpg"], "--figure a.jpg: its name must end in .png, .svg or .pdf"),
         (["model", "nowhere"], "nowhere"),
     ],
 )

@@ -223,7 +223,7 @@ def test_other_files_are_passed_over(out: Path, capsys: pytest.CaptureFixture[st
         (["nowhere"], "There is no folder nowhere"),
         (["file.json"], "file.json is a file"),
         (["empty"], "empty holds no results: it is searched for files that `samba-lm eval"),
-        (["damaged"], "1 damaged: "),
+        (["damaged"], "and the records of a study. Of these a.json is not valid JSON ("),
         (["empty", "--out", "empty"], "--out empty is a folder"),
         ([], "DIR"),
     ],

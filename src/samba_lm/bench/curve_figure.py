@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from samba_lm.bench.curve import PLAIN, WAYS
-from samba_lm.files import atomic_file
+from samba_lm.figures import save_figure
 
 COLOURS = {"cpu": "0.25", "gpu fp32": "#1d4ed8", "gpu bf16": "#c2410c", "gpu bf16 plain": "#0f766e"}
 SMOOTH = 10
@@ -15,7 +14,7 @@ SMOOTH = 10
 
 
 def write_figure(path: Path, curves: Mapping[str, Sequence[float]]) -> None:
-    """Write the PNG file ``path``, atomically. ``curves``: losses by the names of WAYS, nats a token."""
+    """Write the figure ``path``, atomically. ``curves``: losses by the names of WAYS, nats a token."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -45,10 +44,7 @@ def write_figure(path: Path, curves: Mapping[str, Sequence[float]]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    with atomic_file(path) as tmp:
-        tmp.write_bytes(buffer.getvalue())
+    save_figure(path, figure)
 
 
 def _running(values: Sequence[float]) -> list[float]:

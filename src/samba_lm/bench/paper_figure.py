@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from samba_lm.bench.claims import generation_speed, prompt_speed
 from samba_lm.bench.paper import LLAMA, SAMBA, Curves, Plan
-from samba_lm.files import atomic_file
+from samba_lm.figures import save_figure
 
 LINES = {
     SAMBA: ("Samba 1.7B", "#c2410c", "o"),
@@ -22,7 +21,7 @@ LINES = {
 
 
 def write_figure(path: Path, found: Sequence[Curves], plan: Plan, where: str) -> None:
-    """Write the PNG file ``path``, atomically. ``where``: the device that was measured, for the title."""
+    """Write the figure ``path``, atomically. ``where``: the device that was measured, for the title."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -40,10 +39,7 @@ def write_figure(path: Path, found: Sequence[Curves], plan: Plan, where: str) ->
     handles, labels = left.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=len(labels))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    with atomic_file(path) as tmp:
-        tmp.write_bytes(buffer.getvalue())
+    save_figure(path, figure)
 
 
 def _draw(axes: Any, speeds: Mapping[str, Mapping[int, float]], ticks: Sequence[int]) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from samba_lm.cli.bench_session import WIDE
 from samba_lm.cli.bench_table import figures_table
-from samba_lm.cli.output import JsonFile, output_file, write_json
+from samba_lm.cli.output import JsonFile, figure_file, write_json
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError
 
@@ -69,7 +69,7 @@ class Curve:
     threads: Annotated[int | None, tyro.conf.arg(name="threads")] = None
     """CPU threads; by default as many as torch takes."""
     figure: Path | None = None
-    """Draw the curves and their differences into this PNG file."""
+    """Draw the curves and their differences: a PNG, SVG or PDF file, as its name ends."""
     json: JsonFile = None
     """Write losses, hashes and figures to this file, also what is known after each run."""
 
@@ -134,7 +134,7 @@ def _check(args: Curve) -> None:
     if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
         raise UserError(f"--threads {args.threads} must be from 1 to {MAX_THREADS}.")
     if args.figure is not None:
-        output_file(args.figure, "--figure", "curve.png")
+        figure_file(args.figure, "curve.png")
     if args.path == "gpu" and args.against is None:
         raise UserError("--path gpu needs --against FILE: what `samba-lm bench curve --path cpu --json FILE` wrote.")
     if args.path != "gpu" and args.against is not None:

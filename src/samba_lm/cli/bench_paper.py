@@ -13,7 +13,7 @@ import tyro
 from samba_lm.cli.bench_session import Session, within
 from samba_lm.cli.bench_table import compared_table, figures_table, grid_table, kernels_table
 from samba_lm.cli.model import Quantize
-from samba_lm.cli.output import JsonFile, output_file
+from samba_lm.cli.output import JsonFile, figure_file
 from samba_lm.cli.parse import parse
 from samba_lm.errors import UserError
 
@@ -69,7 +69,7 @@ class Paper:
     """Also generate with samba-1.7b from the first token to the last, some two minutes, and compare the time with the
     sum of the steps' times."""
     figure: Path | None = None
-    """Draw both figures: a PNG file."""
+    """Draw both figures: a PNG, SVG or PDF file, as its name ends."""
     json: JsonFile = None
     """Also write the figures to this file, after each model."""
     resume: bool = False
@@ -131,7 +131,7 @@ def _paper(argv: list[str]) -> None:
     if not args.at_once or not args.models:
         raise UserError("--models and --at-once need a value each at least.")
     if args.figure is not None:
-        output_file(args.figure, "--figure", "speed.png")
+        figure_file(args.figure, "speed.png")
     if args.resume and args.json is None:
         raise UserError("--resume goes on from what --json FILE has: give that too.")
     from samba_lm import zoo

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from tyro.conf import Positional
 
 from samba_lm import shipped
-from samba_lm.cli.output import JsonFile, check_different, output_file
+from samba_lm.cli.output import JsonFile, check_different, figure_file, output_file
 from samba_lm.cli.parse import several
 from samba_lm.cli.results import Model
 from samba_lm.errors import UserError
@@ -49,13 +49,14 @@ class Output:
     csv: Path | None = None
     """Write a table of it to this file."""
     figure: Path | None = None
-    """Draw the results: a PNG file."""
+    """Draw the results: a PNG, SVG or PDF file, as its name ends."""
 
     def check(self) -> None:
         """Raise UserError where a file cannot be written."""
-        for path, option, example in ((self.csv, "--csv", "results.csv"), (self.figure, "--figure", "results.png")):
-            if path is not None:
-                output_file(path, option, example)
+        if self.csv is not None:
+            output_file(self.csv, "--csv", "results.csv")
+        if self.figure is not None:
+            figure_file(self.figure, "results.png")
         check_different({"--json": self.json, "--csv": self.csv, "--figure": self.figure})
 
 

@@ -316,14 +316,14 @@ def _draw(
     path: Path, settings: Settings, results: PerplexityResults, models: Sequence[Model], names: Sequence[str]
 ) -> None:
     from samba_lm.eval.perplexity_figure import Line, draw
-    from samba_lm.figures import write_png
+    from samba_lm.figures import save_figure
 
     lines = []
     for facts in models:
         trained = facts["trained_length"]
         known = trained if isinstance(trained, int) else None
         lines.append(Line(_title(facts, names), _results(results, facts), known))
-    write_png(path, draw(settings.protocol, lines, bits=_tokenizers(models) > 1))
+    save_figure(path, draw(settings.protocol, lines, bits=_tokenizers(models) > 1))
 
 
 def _check_finite(results: PerplexityResults, models: Sequence[Model]) -> None:

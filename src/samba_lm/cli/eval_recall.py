@@ -188,12 +188,12 @@ def _draw(path: Path, results: RecallResults, models: Sequence[Model]) -> None:
     """Runs of which several steps were measured, and nothing else, as curves over the steps."""
     from samba_lm.eval.recall_figure import spots_of, write_figure
     from samba_lm.eval.recall_steps import by_run, lines, step_curves
-    from samba_lm.figures import write_png
+    from samba_lm.figures import save_figure
 
     spots = {str(facts["checkpoint"]): spots_of(results.of(facts)) for facts in models}
     runs = by_run(spots)
     if sum(map(len, runs.values())) == len(spots) and lines(runs, results.unit):
-        write_png(path, step_curves(runs, results.unit, title="bars: 95% intervals"))
+        save_figure(path, step_curves(runs, results.unit, title="bars: 95% intervals"))
         return
     names = [str(facts["name"]) for facts in models]
     found = {label(name, names): results.of(facts) for name, facts in zip(names, models, strict=True)}

@@ -43,6 +43,17 @@ def output_file(path: str | os.PathLike[str], option: str, example: str) -> Path
     return path
 
 
+FIGURES = (".png", ".svg", ".pdf")
+
+
+def figure_file(path: Path, example: str) -> Path:
+    """:func:`output_file` for ``--figure``, whose ending says what is drawn."""
+    output_file(path, "--figure", example)
+    if path.suffix.lower() not in FIGURES:
+        raise UserError(f"--figure {path}: its name must end in {', '.join(FIGURES[:-1])} or {FIGURES[-1]}.")
+    return path
+
+
 def check_different(files: Mapping[str, Path | None]) -> None:
     """Raise UserError where two options, ``{"--json": path}``, name one file: the second would be written over the
     first."""

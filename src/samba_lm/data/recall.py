@@ -80,9 +80,11 @@ def read_text(path: Path) -> str:
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder: give the path of a text file.")
-    (file,) = find_files([path]) if path.is_file() else (None,)
-    if file is None:
+    if not path.is_file():
         raise UserError(f"There is no file {path}: give the path of a text file.")
+    if not path.stat().st_size:
+        raise UserError(f"{path} is empty: give a file with text in it.")
+    (file,) = find_files([path])
     pieces = read_file(file, ReadOptions())
     return "".join(f"{piece.text}\n" if piece.end else piece.text for piece in pieces)
 

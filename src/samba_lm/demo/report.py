@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from samba_lm.demo.run import LENGTH, MULTIPLES, DemoResult, Twin, change_in_perplexity, verdict
-from samba_lm.figures import WIDE, Axis, Curve, draw_curves, write_png
+from samba_lm.figures import WIDE, Axis, Curve, draw_curves, save_figure
 from samba_lm.files import write_text
 from samba_lm.report.markup import Html, join, tag
 from samba_lm.report.page import command, curves_figure, facts, how, named, page, paragraph, section, table
@@ -27,7 +27,7 @@ KINDS = {
 def write_report(result: DemoResult, provenance: dict[str, object], out: Path) -> Path:
     """Write report.html, loss.png and perplexity.png into ``out``; returns the report's path."""
     for name, draw in (("loss", _draw_loss), ("perplexity", _draw_perplexity)):
-        write_png(out / f"{name}.png", draw(result.twins, WIDE, True))
+        save_figure(out / f"{name}.png", draw(result.twins, WIDE, True))
     path = out / "report.html"
     write_text(path, _page(result, provenance))
     return path

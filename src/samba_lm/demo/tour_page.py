@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from samba_lm import shipped
 from samba_lm.data.passkey import KEY_LINE, QUESTION
 from samba_lm.demo.tour import TourResult, shown, verdict
-from samba_lm.figures import WIDE, Axis, Curve, draw_curves, short, write_png
+from samba_lm.figures import WIDE, Axis, Curve, draw_curves, save_figure, short
 from samba_lm.files import write_text
 from samba_lm.report.markup import Html, join, tag
 from samba_lm.report.page import command, curves_figure, facts, how, page, paragraph, section, table
@@ -25,8 +25,8 @@ MANY = 8
 
 def write_page(result: TourResult, provenance: dict[str, object], out: Path) -> Path:
     """Write report.html, perplexity.png and memory.png into ``out``; returns the page's path."""
-    write_png(out / "perplexity.png", _draw_curve(result, WIDE))
-    write_png(out / "memory.png", _draw_memory(result, WIDE))
+    save_figure(out / "perplexity.png", _draw_curve(result, WIDE))
+    save_figure(out / "memory.png", _draw_memory(result, WIDE))
     path = out / "report.html"
     write_text(path, _page(result, provenance))
     return path

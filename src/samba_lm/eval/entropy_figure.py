@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samba_lm.eval.entropy import Block, Kind
-from samba_lm.figures import FAINT, Axis, Curve, plot, write_png
+from samba_lm.figures import FAINT, Axis, Curve, plot, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,11 +21,11 @@ COLUMNS = 3
 
 
 def write_figure(path: Path, found: Mapping[str, Sequence[Block]]) -> None:
-    """Write the PNG file ``path``, atomically; ``found`` are the blocks of each model, by the name to show."""
+    """Write the figure ``path``, atomically; ``found`` are the blocks of each model, by the name to show."""
     import matplotlib
 
     matplotlib.use("Agg")
-    write_png(path, draw(found))
+    save_figure(path, draw(found))
 
 
 def draw(found: Mapping[str, Sequence[Block]]) -> Figure:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from samba_lm.eval.intervals import wilson
-from samba_lm.figures import WIDE, Axis, Curve, as_text, draw_curves, short, write_png
+from samba_lm.figures import WIDE, Axis, Curve, as_text, draw_curves, save_figure, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,14 +36,14 @@ def spots_of(cells: Sequence[Cell]) -> Spots:
 
 
 def write_figure(path: Path, plan: Plan, found: Mapping[str, Sequence[Cell]]) -> None:
-    """Write the PNG file ``path``, atomically; ``found`` are the plan's cells of each model, by the name to show."""
+    """Write the figure ``path``, atomically; ``found`` are the plan's cells of each model, by the name to show."""
     spots = {name: spots_of(cells) for name, cells in found.items()}
     if plan.depths == (None,):
         title = f"{plan.trials} books of each size, bars: 95% intervals"
         figure = phonebook_curves(spots, title=title)
     else:
         figure = heat_maps(plan.sizes, [depth for depth in plan.depths if depth is not None], spots)
-    write_png(path, figure)
+    save_figure(path, figure)
 
 
 def heat_maps(sizes: Sequence[int], depths: Sequence[float], found: Mapping[str, Spots]) -> Figure:

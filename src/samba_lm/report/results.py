@@ -39,8 +39,10 @@ def results_page(folder: Path) -> tuple[str, Found]:
     groups, studies = _groups(found), _studies(found)
     trainings = _trainings(found, folder.resolve().name)
     if not found:
-        damaged = f" {len(found.problems)} damaged: {found.problems[0].why}" if found.problems else ""
-        raise UserError(f"{folder} holds no results: it is searched for {LOOKED_FOR}.{damaged}")
+        first = found.problems[0] if found.problems else None
+        others = f" ({len(found.problems)} files like that)" if len(found.problems) > 1 else ""
+        told = "" if first is None else f" Of these {first.path} {first.why}{others}."
+        raise UserError(f"{folder} holds no results: it is searched for {LOOKED_FOR}.{told}")
     parts: list[tuple[str, str, Html]] = []  # title, anchor, HTML
     models = {entry.model.label: entry.model for _, group in groups for entry in group.entries}
     if models:

@@ -15,7 +15,7 @@ from typing import Any
 
 from samba_lm.errors import UserError
 from samba_lm.eval.protocols import MEANING
-from samba_lm.figures import short, write_png
+from samba_lm.figures import save_figure, short
 from samba_lm.files import write_text
 from samba_lm.study.figures import difference_figure, percent, perplexity_figure, sweep_figure
 from samba_lm.study.record import Record, plain
@@ -43,7 +43,7 @@ def write_tables(folder: Path, out: Path) -> list[Path]:
 
     def draw(name: str, title: str, figure: Any) -> None:
         if figure is not None:
-            write_png(out / name, figure)
+            save_figure(out / name, figure)
             figures.append((name, title))
             written.append(out / name)
 

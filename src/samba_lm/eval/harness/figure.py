@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from samba_lm.figures import GRID, MARKERS, PALETTE, as_text, legend_above, write_png
+from samba_lm.figures import GRID, MARKERS, PALETTE, as_text, legend_above, save_figure
 
 if TYPE_CHECKING:
     from samba_lm.eval.harness.run import Score
 
 
 def write_figure(path: Path, found: Mapping[str, Sequence[Score]]) -> None:
-    """Write the PNG file ``path``: each task's first figure, where that is a share, of each model by its name."""
+    """Write the figure ``path``: each task's first figure, where that is a share, of each model by its name."""
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(score.task for scores in found.values() for score in scores if _shown(score)))
@@ -38,7 +38,7 @@ def write_figure(path: Path, found: Mapping[str, Sequence[Score]]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if found:
         legend_above(figure)
-    write_png(path, figure)
+    save_figure(path, figure)
 
 
 def _shown(score: Score) -> bool:
