@@ -12,6 +12,7 @@ import pytest
 
 from samba_lm.eval.intervals import mean_interval
 from samba_lm.eval.perplexity import LengthResult
+from samba_lm.study.figures import difference_figure
 from samba_lm.study.record import Record
 from samba_lm.study.results import Cell, Found, Results, View, _cell, difference, rank_correlation
 from samba_lm.study.study import Evaluation, Run, Study
@@ -107,6 +108,41 @@ def test_of_few_unlike_texts_each_is_shown_by_itself() -> None:
     text = markdown(results)
     assert "### Books: b" in text
     assert "| samba | **20.09** |" in text
+
+
+def test_differences_that_leave_the_figure_are_named_so() -> None:
+    """Shown is what is less than 30% above the reference, with its intervals, and whatever is below it."""
+    texts = ((1, 0.01), (2, -0.01), (4, 0.0))
+    evaluation = Evaluation(name="books", data="x", lengths=(8, 16), protocol="prefix")
+
+    def found(name: str, *percents: float) -> Found:
+        rows = [
+            measured([math.log1p(percent / 100) + text + noise for text, noise in texts], length)
+            for length, percent in zip((8, 16), percents, strict=True)
+        ]
+        record = {
+            **RECORD,
+            "run": name,
+            "evaluations": [{"name": "books", "fingerprint": "", "seconds": 1.0, "results": rows}],
+        }
+        return Found(Run(name=name, recipe="x.toml", groups=("g",)), (Record.model_validate(record),), ())
+
+    models = (
+        found("samba", 0, 0),
+        found("near", 5, 9),
+        found("low", -5, -60),
+        found("far", 90, 80),
+        found("up", 9, 90),
+    )
+    study = Study(runs=tuple(each.run for each in models), evaluations=(evaluation,), reference="samba")
+    figure = difference_figure(Results(study, models, {}, Path(), ()), models, View(evaluation))
+    assert figure is not None
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["samba", "near", "low", "far (above)", "up (goes on above)"]
+    low, high = figure.axes[0].get_ylim()
+    assert low < -60
+    assert 9 < high < 30
 
 
 def test_means_that_are_not_finite_are_not_kept() -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 SIZE = (9.6, 4.4)
 NEAR = 30.0
-"""Percent: differences up to this decide what the figure shows; curves that are wholly above it are named so."""
+"""Percent: differences and ends of intervals up to this decide what is shown; curves that go beyond are named so."""
 FAR = 3.0
 """Perplexities above so many times the lowest are cut off: how bad is in the table."""
 
@@ -59,17 +59,23 @@ def difference_figure(results: Results, models: Sequence[Found], view: View) -> 
                 [percent(value) for value in column]
                 for column in zip(*((mean.low, mean.mean, mean.high) for _, mean in points), strict=True)
             )
-            name = each.title if min(means) < NEAR else f"{each.title} (above)"
             known = not any(map(math.isnan, lows))  # of one window alone there is no interval
             ends = (lows, highs) if known else (None, None)
-            curves.append(Curve(name, [length for length, _ in points], means, ends[0], ends[1], style))
-    near = [y for curve in curves for y in curve.y if abs(y) < NEAR]
-    if len(curves) < 2 or not near:
+            curves.append(Curve(each.title, [length for length, _ in points], means, ends[0], ends[1], style))
+    drawn = [y for curve in curves for values in (curve.y, curve.low or (), curve.high or ()) for y in values]
+    near = [y for y in drawn if y < NEAR]
+    if len(curves) < 2 or not any(y < NEAR for curve in curves for y in curve.y):
         return None
-    reach = max(near) - min(0.0, *near)
-    limits = (min(0.0, *near) - 0.15 * reach, max(0.0, *near) + 0.15 * reach)
+    low, high = min(0.0, *near), max(0.0, *near)
+    limits = (low - 0.1 * (high - low), high + 0.1 * (high - low))
+    curves = [replace(curve, name=f"{curve.name}{_beyond(curve, limits[1])}") for curve in curves]
     label = f"perplexity above {reference.title}'s (%)"
-    return _draw(results, curves, view, Axis(label, limits=limits if reach else None))
+    return _draw(results, curves, view, Axis(label, limits=limits if high > low else None))
+
+
+def _beyond(curve: Curve, top: float) -> str:
+    """What stands behind the name of a curve that leaves the figure."""
+    return " (above)" if min(curve.y) > top else " (goes on above)" if max(curve.y) > top else ""
 
 
 def sweep_figure(results: Results) -> Figure | None:
