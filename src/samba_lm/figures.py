@@ -134,7 +134,7 @@ def as_text(name: str) -> str:
 def short(size: float) -> str:
     """4096 as "4K"."""
     whole = round(size)
-    for unit, letter in ((1 << 20, "M"), (1 << 10, "K")):
+    for unit, letter in ((1 << 40, "T"), (1 << 30, "G"), (1 << 20, "M"), (1 << 10, "K")):
         if whole >= unit and whole % unit == 0:
             return f"{whole // unit}{letter}"
     return f"{whole:,}"

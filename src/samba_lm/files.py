@@ -47,9 +47,14 @@ def disk_errors(path: Path) -> Iterator[None]:
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success it replaces ``path``, on any error it is removed.
 
-    Raises UserError when the disk is full or the folder may not be written.
+    Of a link, what it leads to is replaced. Raises UserError when the disk is full, the folder may not be written, or
+    ``path`` is a device or a pipe.
     """
     path = Path(path)
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is a device or a pipe, which a file would take the place of: give another path.")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, name = tempfile.mkstemp(prefix=path.name + TMP_MARK, dir=path.parent)

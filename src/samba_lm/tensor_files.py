@@ -186,6 +186,8 @@ class TensorFiles:
                 self._files.append(file)
                 self._read_header(number, file)
             except FileNotFoundError:
+                if path.exists():  # what may not be read is not found either
+                    raise UserError(f"{path} may not be read: see to its permissions.") from None
                 raise DamagedError(f"{path} is missing.") from None
             except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
                 raise DamagedError(f"{path} is truncated or damaged ({error}).") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -294,6 +295,12 @@ def test_a_checkpoint_without_tokenizer_is_told_before_others_are_measured(
     save(create(ModelConfig(name="tiny", d_model=16, vocab_size=257, layers=(Mamba(state=4),))), folder / "bare")
     assert main(["eval", "passkey", "model", "bare", *SMALL]) == 2
     assert "bare has no tokenizer" in _error(capsys)
+    shutil.copytree(folder / "model", folder / "lost")
+    (folder / "lost" / "tokenizer.json").unlink()
+    assert main(["eval", "passkey", "model", "lost", *SMALL]) == 2
+    told = capsys.readouterr()
+    assert "lost has lost its tokenizer.json" in told.err
+    assert told.out == ""
 
 
 @pytest.mark.parametrize(

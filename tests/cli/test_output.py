@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import samba_lm
 from samba_lm.cli.main import main
 from samba_lm.cli.output import source_commit, write_json
 from samba_lm.errors import UserError
+from samba_lm.files import atomic_file
 
 
 def _strict(path: Path) -> dict[str, object]:
@@ -92,6 +94,24 @@ def test_what_cannot_be_a_file_is_told_before_the_work(
     said = capsys.readouterr()
     assert told in said.err
     assert (said.out, said.err.count("\n")) == ("", 1)
+
+
+def test_a_pipe_stays_one_and_a_link_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe, link, other = tmp_path / "pipe", tmp_path / "link.json", tmp_path / "there" / "r.json"
+    os.mkfifo(pipe)
+    told = "is a device or a pipe, which a file would take the place of"
+    for option in ("--json", "--csv", "--figure"):
+        assert main(["eval", "passkey", "samba-nano", option, str(pipe)]) == 2
+        assert told in capsys.readouterr().err
+    with pytest.raises(UserError, match=told), atomic_file(pipe):
+        pass
+    assert pipe.is_fifo()
+    other.parent.mkdir()
+    link.symlink_to(other)
+    write_json(link, {"loss": 2.5})
+    assert link.is_symlink()
+    assert _strict(other)["loss"] == 2.5
+    assert [each.name for each in tmp_path.iterdir() if "tmp" in each.name] == []
 
 
 def test_a_place_where_nothing_can_be_written_is_told_before_the_work(

@@ -218,7 +218,7 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
     curve = [Cell(size, None, (trial,) * 2) for size in (20, 40)]
     write_figure(tmp_path / "curve.png", books, {"one": curve, "unmeasured": []})
     assert (tmp_path / "curve.png").stat().st_size > 10_000
-    assert [short(size) for size in (300, 4096, 262_144, 1 << 20)] == ["300", "4K", "256K", "1M"]
+    assert [short(size) for size in (300, 4096, 262_144, 1 << 20, 3 << 30)] == ["300", "4K", "256K", "1M", "3G"]
 
 
 def test_steps_of_runs_are_curves() -> None:

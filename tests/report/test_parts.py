@@ -140,6 +140,16 @@ def test_trainings(capsys: pytest.CaptureFixture[str]) -> None:
     assert "runs/d/metrics.jsonl, line 1 is not a metrics record" in told
 
 
+def test_of_rows_of_several_lengths_the_longest_are_shown() -> None:
+    Path("runs/a").mkdir(parents=True)
+    lines = [
+        {"step": i, "tokens": 1000 * i, "loss": loss, "length": length}
+        for i, (loss, length) in enumerate([(0.5, 256), (3.0, 512), (0.001, 256)], 1)
+    ]
+    Path("runs/a/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert _rows(_page())[1][:4] == [["a"], ["3"], ["3,000"], ["3.0000"]]
+
+
 def _record(run: str, stage: str, lr: float, seed: int, val_loss: float | None, **more: object) -> None:
     fields: dict[str, object] = {
         "fingerprint": "f", "status": "done", "recipe": {}, "config": {}, "parameters": 27_000_000,

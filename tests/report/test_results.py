@@ -142,6 +142,26 @@ def test_a_model_measured_twice_stands_once_as_it_was_measured_last(out: Path) -
     assert _section("perplexity").count("4,322") == len(record["models"][0]["results"])
 
 
+@pytest.mark.parametrize(("name", "items", "size"), [("key", "cells", "size"), ("ppl/a", "results", "length")])
+def test_what_two_files_measured_of_a_model_stands_together(out: Path, name: str, items: str, size: str) -> None:
+    """And what the later one skipped does not hide what the earlier one measured."""
+    _keep(out, f"{name}.json")
+    _run("report", "out")
+    part = "passkey" if name == "key" else "perplexity"
+    before = re.findall(r"<table>(.*?)</table>", _section(part), re.DOTALL)
+    record = json.loads((out / f"{name}.json").read_text())
+    longest = max(row[size] for row in record["models"][0][items])
+    earlier, later = ([dict(model) for model in record["models"]] for _ in range(2))
+    for old, new in zip(earlier, later, strict=True):
+        old[items] = [row for row in old[items] if row[size] == longest]
+        gone = [row | {"skipped": "no room", "total": 0, "right": 0, "tokens": 0} for row in old[items]]
+        new[items] = [row for row in new[items] if row[size] != longest] + gone
+    (out / f"{name}.json").write_text(json.dumps(record | {"time": "1999-01-01T00:00:00+00:00", "models": earlier}))
+    (out / "more.json").write_text(json.dumps(record | {"models": later}))
+    _run("report", "out")
+    assert re.findall(r"<table>(.*?)</table>", _section(part), re.DOTALL) == before
+
+
 def test_models_with_different_tokenizers_are_compared_by_bits(out: Path) -> None:
     _keep(out, "ppl/a.json")
     record = json.loads((out / "ppl" / "a.json").read_text())

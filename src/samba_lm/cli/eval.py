@@ -75,7 +75,10 @@ def check_checkpoints(names: Sequence[str], *, tokenizer: bool = True) -> None:
         folder = resolved(name)
         if not folder.is_dir() and name not in zoo.names():
             checkpoint.load(name)  # it says what is wrong
-        if folder.is_dir() and checkpoint.read_config(folder)[1] is None and tokenizer:
+        if not folder.is_dir():
+            continue
+        told = checkpoint.read_config(folder)
+        if tokenizer and checkpoint.read_tokenizer(folder, *told) is None:
             raise UserError(f"{name} has no tokenizer, so it can neither read nor write text: put its tokenizer there.")
 
 

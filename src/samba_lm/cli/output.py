@@ -35,6 +35,10 @@ def output_file(path: str | os.PathLike[str], option: str, example: str) -> Path
         raise UserError(f"{option} is empty: give the file to write.")
     if path.is_dir() or path.name == "..":  # raises OSError for a name that is too long
         raise UserError(f"{option} {text} is a folder: give a file in it, such as {example}.")
+    if path.exists() and not path.is_file():
+        raise UserError(
+            f"{option} {text} is a device or a pipe, which a file would take the place of: give another path."
+        )
     there = next(folder for folder in path.absolute().parents if folder.exists())
     if not there.is_dir():
         raise UserError(f"{option} {text}: {there} is a file and no folder: give another path.")

@@ -42,9 +42,11 @@ class RecallResults(Results["Cell"]):
 
         if row["skipped"]:  # that may have changed
             return None
-        size, depth = int(row["size"]), row["depth"]
+        size, depth = row["size"], row["depth"]
+        if not isinstance(size, int) or not 1 <= size < 1 << 53 or not (depth is None or 0 <= float(depth) <= 1):
+            raise ValueError
         trials = tuple(Trial(**trial) for trial in row["trials"])
-        if size < 1 or len(trials) != self.plan.trials or not all(map(self._whole, trials)):
+        if len(trials) != self.plan.trials or not all(map(self._whole, trials)):
             raise ValueError
         return Cell(size, None if depth is None else float(depth), trials, float(row["seconds"]))
 

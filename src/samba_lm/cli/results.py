@@ -147,7 +147,7 @@ class Results(abc.ABC, Generic[T]):
     def _read(self, path: Path) -> None:
         found = read_json(path)
         try:
-            if found["task"] != self.task:
+            if found["task"] != self.task or not isinstance(found["models"], list):
                 raise KeyError
             same = found["settings_sha256"] == self.fingerprint
             before = found["settings"]

@@ -20,8 +20,6 @@ from samba_lm.errors import UserError
 from samba_lm.loss import IGNORE_INDEX
 from samba_lm.tokenizer import Tokenizer
 
-_GOLDEN = (math.sqrt(5) - 1) / 2
-
 
 @dataclass(frozen=True)
 class Curriculum:
@@ -31,7 +29,7 @@ class Curriculum:
         lengths: tokens of a row.
         shares: of the steps, one for each length; they count in proportion to their sum.
         steps: of the whole run.
-        review: share of the steps, evenly spread, that have one of the lengths before their own instead, each as often.
+        review: share of the steps, drawn, that have one of the lengths before their own instead, each as often.
 
     Raises UserError for lists that do not fit each other, or numbers that are not positive.
     """
@@ -44,7 +42,7 @@ class Curriculum:
     def __post_init__(self) -> None:
         if len(self.lengths) != len(self.shares) or not self.lengths:
             raise UserError(f"There are {len(self.lengths)} lengths but {len(self.shares)} shares: give one for each.")
-        if min(self.lengths) < 1 or min(self.shares) <= 0:
+        if min(self.lengths) < 1 or min(self.shares) <= 0 or not math.isfinite(sum(self.shares)):
             raise UserError(f"lengths {list(self.lengths)} and shares {list(self.shares)} must all be more than 0.")
         if not 0 <= self.review < 1:
             raise UserError(f"review is {self.review}: it must be at least 0 and less than 1.")
@@ -53,9 +51,8 @@ class Curriculum:
         """Tokens of a row in ``step``, from 0; after the last step, as in the part for the last length."""
         ends = np.cumsum(self.shares) / sum(self.shares) * self.steps
         at = min(int(np.searchsorted(ends, step, side="right")), len(self.lengths) - 1)
-        # Multiples of the golden ratio fall evenly into 0..1 and have no period: whatever is logged, saved or validated
-        # every so many steps meets all lengths, each in its share.
-        place = step * _GOLDEN % 1
+        # Drawn, not every so many steps: what is logged every so many meets all lengths, each in its share.
+        place = np.random.RandomState(step).random_sample() if self.review and at else 1.0
         return self.lengths[int(place / self.review * at) if place < self.review else at]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ def check(out: Path, texts: Sequence[Path]) -> None:
             raise UserError(f"{file.path} lies in the demo's folder {out}: choose another folder with --out.")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a folder: choose another place with --out.")
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"nothing may be written in {there}: choose another place for {out} with --out.")
     found = list(out.iterdir()) if out.exists() else []
     strangers = sorted(p.name for p in found if p.name.partition(TMP_MARK)[0] not in OURS)
     if strangers:

@@ -53,7 +53,7 @@ def draw(protocol: Protocol, lines: Sequence[Line], *, bits: bool = False, size:
     width, height = size[0] + 2.2 * beside, size[1] * (1.7 if near else 1)
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     axes = figure.subplots(2 if near else 1, 1, sharex=True, squeeze=False, height_ratios=(2, 3) if near else (1,))
-    lengths = sorted({result.length for line in lines for result in line.results})
+    lengths = sorted({int(x) for one in curves for x in one.x})
     ticks = lengths if len(lengths) <= 12 else None
     along = ALONG.get(protocol, "context (tokens)")
     what = "bits a byte" if bits else "perplexity"

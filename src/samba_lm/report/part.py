@@ -62,6 +62,8 @@ class Task(Generic[T]):
         read: a model's entry of a file as figures. One of :data:`DAMAGED`: that is no such entry.
         heading: what tells a group from the task's others.
         render: a group's figures and tables.
+        merge: of a model that two files measured with the same settings, the earlier's and the later's figures as one;
+            by default the later's.
     """
 
     name: str
@@ -70,9 +72,10 @@ class Task(Generic[T]):
     read: Callable[[dict[str, Any]], T]
     heading: Callable[[Group[T]], str]
     render: Callable[[Group[T]], Html]
+    merge: Callable[[T, T], T] = lambda earlier, later: later
 
 
-def provenance(files: Sequence[ResultFile], entries: Sequence[dict[str, Any]], settings: dict[str, Any]) -> Html:
+def provenance(files: Sequence[ResultFile], settings: dict[str, Any]) -> Html:
     """How a table was made: for each file the command, the settings, where and when and by which versions."""
     lines: list[object] = []
     shown = [(key, _plain(value)) for key, value in settings.items() if value not in (None, "") and key != "task"]
@@ -83,7 +86,7 @@ def provenance(files: Sequence[ResultFile], entries: Sequence[dict[str, Any]], s
         told = data.items() if isinstance(data, dict) else [("file", data)]
         lines.append(join(["Data: ", facts([(key, _plain(value)) for key, value in told])]))
     for file in files:
-        lines += _made_by(file.path, file.record, [entry for entry in entries if entry in file.record["models"]])
+        lines += _made_by(file.path, file.record, file.record["models"])
     return how(lines)
 
 

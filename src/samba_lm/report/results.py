@@ -84,7 +84,7 @@ def _groups(found: Found) -> list[tuple[str, Group[Any]]]:
     for file in kept:
         together.setdefault((file.task, file.group), []).append(file)
     return [
-        (name, Group(f"{name}-{i}", files[0].settings, files, _entries(files, read, models)))
+        (name, Group(f"{name}-{i}", files[0].settings, files, _entries(TASKS[name], files, read, models)))
         for i, ((name, _), files) in enumerate(together.items())
     ]
 
@@ -123,13 +123,18 @@ def _trainings(found: Found, name: str) -> list[training.Run]:
 
 
 def _entries(
-    files: Sequence[ResultFile], read: dict[str, list[tuple[dict[str, Any], Any]]], models: dict[Key, Model]
+    task: Task[Any],
+    files: Sequence[ResultFile],
+    read: dict[str, list[tuple[dict[str, Any], Any]]],
+    models: dict[Key, Model],
 ) -> list[Entry[Any]]:
-    """Each model once: what was written last."""
+    """Each model once, with what all files say of it; of what several say, the one that was written last."""
     found: dict[Key, Entry[Any]] = {}
     for file in sorted(files, key=lambda file: str(file.record.get("time", ""))):
         for facts, figures in read[file.path]:
-            found[key(facts)] = Entry(models[key(facts)], figures, facts, file)
+            before = found.get(key(facts))
+            merged = figures if before is None else task.merge(before.figures, figures)
+            found[key(facts)] = Entry(models[key(facts)], merged, facts, file)
     return sorted(found.values(), key=lambda entry: entry.model.style)
 
 
@@ -160,7 +165,7 @@ def _part(task: Task[Any], groups: Sequence[Group[Any]]) -> Html:
         if heading:
             inside.append(tag("h3", heading))
         inside.append(task.render(group))
-        inside.append(provenance(group.files, [entry.facts for entry in group.entries], group.settings))
+        inside.append(provenance(group.files, group.settings))
     return section(task.title, paragraph(task.about), *inside, anchor=task.name)
 
 

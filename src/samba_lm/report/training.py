@@ -45,11 +45,12 @@ def read(found: Training, path: str) -> Run:
     last = found.metrics[-1]
     speeds = [float(record["tokens_per_s"]) for record in found.metrics if "tokens_per_s" in record]
     seconds = found.state.get("seconds")
+    longest = max((record["length"] for record in found.metrics if record.get("length")), default=None)
     return Run(
         path=path,
         steps=whole(last["step"]),
         tokens=whole(last["tokens"]),
-        training=_points(found.metrics, "loss"),
+        training=_points([record for record in found.metrics if record.get("length") in (None, longest)], "loss"),
         validation=_points(found.metrics, "val_loss"),
         tokens_per_s=statistics.median(speeds) if speeds else None,
         seconds=None if seconds is None else float(seconds),
@@ -88,7 +89,8 @@ def part(runs: Sequence[Run], styles: dict[str, int]) -> Html:
     rows = [_row(run, name) for run, name in zip(runs, names, strict=True)]
     about = (
         "Losses in nats a token: they compare only where the tokenizer and the text are the same. The training loss in "
-        "the table is the mean of the last 5% of the steps that were logged."
+        "the table is the mean of the last 5% of the steps that were logged. Of rows of several lengths it and the "
+        "curve are the longest's."
     )
     made: list[object] = [tag("code", "samba-lm train RECIPE")]
     made += [
