@@ -36,9 +36,14 @@ WIDE, NARROW = (7.4, 4.2), (3.7, 3.3)
 """Sizes in inches: for a page or a README, and for a telephone."""
 WIDEST = 3.0
 """So many times above the highest value, and below the lowest, a logarithmic axis shows intervals."""
-_UNDATED: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 MANY_POINTS = 24
 """Curves with more of them get a band instead of bars, and no markers."""
+FORMATS: dict[str, dict[str, Any]] = {
+    ".png": {"Software": None},
+    ".svg": {"Date": None},
+    ".pdf": {"CreationDate": None},
+}
+"""Endings of figures' files, and what is left out of each that would make its bytes others every time."""
 
 
 @dataclass(frozen=True)
@@ -114,13 +119,13 @@ def plot(axes: Any, found: Sequence[Curve], x: Axis, y: Axis, *, marks: Sequence
 
 
 def save_figure(path: Path, figure: Figure) -> None:
-    """Write ``path``, atomically, as its ending says: png, svg or pdf. The same figure makes the same bytes."""
+    """Write ``path``, atomically, as its ending says, one of :data:`FORMATS`. The same figure makes the same bytes."""
     import matplotlib
 
-    kind = path.suffix[1:].lower()
+    ending = path.suffix.lower()
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "samba-lm"}):
-        figure.savefig(buffer, format=kind, metadata=_UNDATED[kind])
+        figure.savefig(buffer, format=ending[1:], metadata=FORMATS[ending])
     with atomic_file(path) as tmp:
         tmp.write_bytes(buffer.getvalue())
 

@@ -27,6 +27,18 @@ def fsync_path(path: Path) -> None:
         os.close(fd)
 
 
+def existing(folder: Path) -> Path:
+    """``folder``, or the nearest above it that exists."""
+    return next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+
+
+def check_replaceable(path: Path, called: str) -> None:
+    """Raise UserError where ``path``, ``called`` so in the message, is a device or a pipe: a file may not take its
+    place."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{called} is a device or a pipe, which a file would take the place of: give another path.")
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn a full disk, and a place that may not be written, into a UserError."""
@@ -53,8 +65,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if path.is_symlink():
         path = Path(os.path.realpath(path))
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise UserError(f"{path} is a device or a pipe, which a file would take the place of: give another path.")
+    check_replaceable(path, str(path))
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, name = tempfile.mkstemp(prefix=path.name + TMP_MARK, dir=path.parent)

@@ -146,9 +146,10 @@ def _phonebook(argv: list[str]) -> None:
 def _plan(options: Passkey | Phonebook, sizes: tuple[int, ...], depths: Sequence[float | None], trials: int) -> Plan:
     """What is asked. Mistakes in it and in the files' names are told before a model is loaded."""
     options.output.check()
+    option = "--keys" if isinstance(options, Passkey) else "--prompts"
     if trials < 1:
-        raise UserError(f"--{'keys' if isinstance(options, Passkey) else 'prompts'} = {trials}: give 1 at least.")
-    _at_most("--keys" if isinstance(options, Passkey) else "--prompts", trials, 100_000)
+        raise UserError(f"{option} = {trials}: give 1 at least.")
+    _at_most(option, trials, 100_000)
     from samba_lm.eval.recall import Plan  # only now: --help should not wait for torch
 
     return Plan(sizes, tuple(depths), trials, options.seed, options.control)

@@ -19,7 +19,8 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from samba_lm import __version__
 from samba_lm.errors import UserError
-from samba_lm.files import write_text
+from samba_lm.figures import FORMATS
+from samba_lm.files import check_replaceable, existing, write_text
 
 
 def json_file(path: str | os.PathLike[str]) -> Path:
@@ -35,11 +36,8 @@ def output_file(path: str | os.PathLike[str], option: str, example: str) -> Path
         raise UserError(f"{option} is empty: give the file to write.")
     if path.is_dir() or path.name == "..":  # raises OSError for a name that is too long
         raise UserError(f"{option} {text} is a folder: give a file in it, such as {example}.")
-    if path.exists() and not path.is_file():
-        raise UserError(
-            f"{option} {text} is a device or a pipe, which a file would take the place of: give another path."
-        )
-    there = next(folder for folder in path.absolute().parents if folder.exists())
+    check_replaceable(path, f"{option} {text}")
+    there = existing(path.absolute().parent)
     if not there.is_dir():
         raise UserError(f"{option} {text}: {there} is a file and no folder: give another path.")
     if not os.access(there, os.W_OK | os.X_OK):
@@ -47,14 +45,12 @@ def output_file(path: str | os.PathLike[str], option: str, example: str) -> Path
     return path
 
 
-FIGURES = (".png", ".svg", ".pdf")
-
-
 def figure_file(path: Path, example: str) -> Path:
     """:func:`output_file` for ``--figure``, whose ending says what is drawn."""
     output_file(path, "--figure", example)
-    if path.suffix.lower() not in FIGURES:
-        raise UserError(f"--figure {path}: its name must end in {', '.join(FIGURES[:-1])} or {FIGURES[-1]}.")
+    if path.suffix.lower() not in FORMATS:
+        *others, last = FORMATS
+        raise UserError(f"--figure {path}: its name must end in {', '.join(others)} or {last}.")
     return path
 
 

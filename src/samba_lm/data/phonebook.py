@@ -44,7 +44,7 @@ class Phonebook:
         self.names, self.questions = names, questions
         self._entries = Entries(names, Splicer(tokenizer))
         _, sizes = self._entries.encode(*draw(names, np.random.RandomState(0), min(64, names.count)))
-        self._mean = float(sizes.sum(1).mean())
+        self._mean, self._longest = float(sizes.sum(1).mean()), int(sizes.sum(1).max())
 
     def example(self, random: np.random.RandomState, length: int) -> Example:
         """A text of at most ``length`` tokens, answer and all, some lines short of it at most.
@@ -94,8 +94,7 @@ class Phonebook:
         return self._example(random, book, names, numbers, 1)
 
     def _too_short(self, length: int) -> UserError:
-        _, pieces = self._entries.encode(*draw(self.names, np.random.RandomState(0), min(64, self.names.count)))
-        least = (LEAST_PAIRS + 3) * int(pieces.sum(1).max()) + 6
+        least = (LEAST_PAIRS + 3) * self._longest + 6
         return UserError(f"length {length} is too short: a phonebook of three entries needs about {least} tokens.")
 
     def facts(self) -> dict[str, object]:

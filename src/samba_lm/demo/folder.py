@@ -10,7 +10,7 @@ from pathlib import Path
 from samba_lm.data.shards import is_dataset
 from samba_lm.data.sources import find_files
 from samba_lm.errors import UserError
-from samba_lm.files import TMP_MARK
+from samba_lm.files import TMP_MARK, existing
 
 TWINS = ("samba-tiny", "llama-tiny", "swa-tiny", "mamba-tiny")
 """The models that `demo --train` trains, a checkpoint each."""
@@ -25,8 +25,7 @@ def check(out: Path, texts: Sequence[Path]) -> None:
             raise UserError(f"{file.path} lies in the demo's folder {out}: choose another folder with --out.")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a folder: choose another place with --out.")
-    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not os.access(there := existing(out), os.W_OK | os.X_OK):
         raise UserError(f"nothing may be written in {there}: choose another place for {out} with --out.")
     found = list(out.iterdir()) if out.exists() else []
     strangers = sorted(p.name for p in found if p.name.partition(TMP_MARK)[0] not in OURS)

@@ -21,11 +21,6 @@ def read(entry: dict[str, Any]) -> list[Score]:
     return [_checked(Score.of(row)) for row in entry["tasks"]]
 
 
-def merge(earlier: list[Score], later: list[Score]) -> list[Score]:
-    """Every task of either."""
-    return list(({score.task: score for score in earlier} | {score.task: score for score in later}).values())
-
-
 def _checked(score: Score) -> Score:
     """With fields of the types that they should have, or one of :data:`samba_lm.report.part.DAMAGED`."""
     metrics = [
@@ -91,5 +86,6 @@ HARNESS = Task(
     read,
     _heading,
     _render,
-    merge,
+    items="tasks",
+    told_by=("task",),
 )

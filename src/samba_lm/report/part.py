@@ -20,12 +20,11 @@ DAMAGED = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 @dataclass(frozen=True)
 class Entry(Generic[T]):
-    """What one file says of one model: its figures as the task's ``read`` gave them, and its facts."""
+    """What the files of a group say of one model: its figures as the task's ``read`` gave them, and its facts."""
 
     model: Model
     figures: T
     facts: dict[str, Any]
-    file: ResultFile
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,8 @@ class Task(Generic[T]):
         read: a model's entry of a file as figures. One of :data:`DAMAGED`: that is no such entry.
         heading: what tells a group from the task's others.
         render: a group's figures and tables.
-        merge: of a model that two files measured with the same settings, the earlier's and the later's figures as one;
-            by default the later's.
+        items: what a model's entry calls the list of what was measured one by one, such as "cells"; "" for none.
+        told_by: the fields that tell one of them from the others.
     """
 
     name: str
@@ -72,7 +71,20 @@ class Task(Generic[T]):
     read: Callable[[dict[str, Any]], T]
     heading: Callable[[Group[T]], str]
     render: Callable[[Group[T]], Html]
-    merge: Callable[[T, T], T] = lambda earlier, later: later
+    items: str = ""
+    told_by: tuple[str, ...] = ()
+
+    def merge(self, earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+        """Of a model that two files measured with the same settings, the entries as one: every item of either, of both
+        the later's, but for what was measured before and skipped later. Without items the later's."""
+        if not self.items:
+            return later
+        held: dict[tuple[str, ...], dict[str, Any]] = {}
+        for row in (*earlier[self.items], *later[self.items]):
+            key = tuple(str(row[field]) for field in self.told_by)
+            if key not in held or not row.get("skipped") or held[key].get("skipped"):
+                held[key] = row
+        return {**later, self.items: list(held.values())}
 
 
 def provenance(files: Sequence[ResultFile], settings: dict[str, Any]) -> Html:
@@ -86,16 +98,16 @@ def provenance(files: Sequence[ResultFile], settings: dict[str, Any]) -> Html:
         told = data.items() if isinstance(data, dict) else [("file", data)]
         lines.append(join(["Data: ", facts([(key, _plain(value)) for key, value in told])]))
     for file in files:
-        lines += _made_by(file.path, file.record, file.record["models"])
+        lines += _made_by(file.path, file.record)
     return how(lines)
 
 
-def _made_by(path: str, record: dict[str, Any], entries: Sequence[dict[str, Any]]) -> list[object]:
+def _made_by(path: str, record: dict[str, Any]) -> list[object]:
     lines: list[object] = []
     line = command(record.get("command"))
     if line is not None:
         lines.append(line)
-    lines.append(facts(environment(path, record, entries)))
+    lines.append(facts(environment(path, record, record["models"])))
     return lines
 
 

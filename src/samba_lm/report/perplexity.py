@@ -47,12 +47,6 @@ def read(entry: dict[str, Any]) -> Lengths:
     return found
 
 
-def merge(earlier: Lengths, later: Lengths) -> Lengths:
-    """Every length of either; nothing that the later skipped takes the place of what the earlier measured."""
-    found = {length: at for length, at in later.items() if at.tokens or length not in earlier}
-    return dict(sorted((earlier | found).items()))
-
-
 def _render(group: Group[Lengths]) -> Html:
     tokenizers = {str(entry.facts.get("tokenizer")) for entry in group.entries}
     if len(tokenizers) == 1:
@@ -155,5 +149,6 @@ PERPLEXITY = Task(
     read,
     _heading,
     _render,
-    merge,
+    items="results",
+    told_by=("length",),
 )

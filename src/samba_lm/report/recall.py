@@ -19,10 +19,10 @@ from samba_lm.report.svg import inline
 
 @dataclass(frozen=True)
 class Recall:
-    """What one model found again, and what its control got right, by size and depth; what was skipped, with reasons."""
+    """What one model found again: by size and depth, what the control got right, and what was skipped, with reasons."""
 
     spots: dict[tuple[int, float | None], Spot]
-    controls: dict[tuple[int, float | None], int]
+    control_right: int
     skips: dict[int, str]
 
     @property
@@ -38,26 +38,15 @@ class Recall:
 def read(entry: dict[str, Any]) -> Recall:
     """A model's entry of a file of ``eval passkey`` or ``eval phonebook``."""
     cells = entry["cells"]
-    spots, controls = {}, {}
+    spots = {}
     for cell in cells:
         depth = None if cell["depth"] is None else float(cell["depth"])
         right, total = whole(cell["right"]), whole(cell["total"])
         if right > total or not 0 <= (depth or 0) <= 1:
             raise ValueError(f"{right} of {total} at depth {depth} is no result")
         spots[whole(cell["size"], 1), depth] = Spot(right, total)
-        controls[whole(cell["size"], 1), depth] = whole(cell["control_right"] or 0)
     skips = {whole(cell["size"]): str(cell["skipped"]) for cell in cells if cell["skipped"]}
-    return Recall(spots, controls, skips)
-
-
-def merge(earlier: Recall, later: Recall) -> Recall:
-    """What was asked about in either; nothing that the later skipped takes the place of what the earlier measured."""
-    found = {key: spot for key, spot in later.spots.items() if spot.total or key not in earlier.spots}
-    controls = earlier.controls | {key: later.controls[key] for key in found}
-    spots = earlier.spots | found
-    measured = {size for (size, _), spot in spots.items() if spot.total}
-    skips = {size: why for size, why in (earlier.skips | later.skips).items() if size not in measured}
-    return Recall(dict(sorted(spots.items(), key=lambda item: (item[0][0], item[0][1] or 0))), controls, skips)
+    return Recall(spots, sum(whole(cell["control_right"] or 0) for cell in cells), skips)
 
 
 def _render_maps(group: Group[Recall]) -> Html:
@@ -124,7 +113,7 @@ def _table(group: Group[Recall], unit: str, unmarked: Collection[str]) -> Html:
     parts = [grid(unit, list(map(short, sizes)), names, cells)]
     parts.append(note("Small: right answers of all, and the share's 95% interval (Wilson)."))
     if group.settings.get("control"):
-        wrong = [entry.model.label for entry in group.entries if any(entry.figures.controls.values())]
+        wrong = [entry.model.label for entry in group.entries if entry.figures.control_right]
         told = f"right all the same for {', '.join(wrong)}: these figures say nothing" if wrong else "never right"
         parts.append(paragraph(f"Control, asked with the state set to zero: {told}."))
     parts.append(skipped(_reasons(group)))
@@ -163,7 +152,8 @@ PASSKEY = Task(
     read,
     _heading,
     _render_maps,
-    merge,
+    items="cells",
+    told_by=("size", "depth"),
 )
 PHONEBOOK = Task(
     "phonebook",
@@ -172,5 +162,6 @@ PHONEBOOK = Task(
     read,
     _heading,
     _render_curves,
-    merge,
+    items="cells",
+    told_by=("size", "depth"),
 )

@@ -132,9 +132,11 @@ def _entries(
     found: dict[Key, Entry[Any]] = {}
     for file in sorted(files, key=lambda file: str(file.record.get("time", ""))):
         for facts, figures in read[file.path]:
-            before = found.get(key(facts))
-            merged = figures if before is None else task.merge(before.figures, figures)
-            found[key(facts)] = Entry(models[key(facts)], merged, facts, file)
+            entry, before = Entry(models[key(facts)], figures, facts), found.get(key(facts))
+            if before is not None:
+                merged = task.merge(before.facts, facts)
+                entry = Entry(entry.model, task.read(merged), merged)
+            found[key(facts)] = entry
     return sorted(found.values(), key=lambda entry: entry.model.style)
 
 
