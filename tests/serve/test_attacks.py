@@ -45,6 +45,40 @@ def test_what_is_no_http_gets_our_errors_too(plain: Server, request_bytes: bytes
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
 
 
+def send_for(connection: socket.socket, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        connection.sendall(b"a" * 1000)
+        time.sleep(0.05)
+
+
+POST_AND_CLOSE = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+
+
+@pytest.mark.parametrize(
+    ("begin", "status"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nA" + b"a" * 100_000, 400),
+        (POST_AND_CLOSE + b"Content-Type: application/json\r\nContent-Length: 100000000\r\n\r\n{", 413),
+        (POST_AND_CLOSE + b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\nx\r\n", 400),
+    ],
+    ids=["head", "refused body", "malformed body"],
+)
+def test_a_client_that_still_sends_can_read_its_answer(plain: Server, begin: bytes, status: int) -> None:
+    with plain.connect() as connection:
+        connection.sendall(begin)
+        connection.recv(1, socket.MSG_PEEK)  # it is answered, and maybe closed
+        for _ in range(20):
+            connection.sendall(b"a" * 50_000)
+            time.sleep(0.005)  # time for a reset to come back
+        head, _, body = read_all(connection).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 %d" % status)
+        assert json.loads(body)["error"]["type"] == "invalid_request_error"
+        with pytest.raises(ConnectionError):  # it has answered and does not listen for ever
+            send_for(connection, 30)
+    assert plain.ask("GET", "/health")[0] == 200
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

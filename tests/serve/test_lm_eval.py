@@ -12,7 +12,8 @@ from serving import Server, make_model
 
 from samba_lm.tokenizer import ByteTokenizer
 
-pytest.importorskip("lm_eval", reason="needs lm_eval (pip install 'lm_eval[api]')")
+for package in ("lm_eval", "tenacity"):
+    pytest.importorskip(package, reason="needs lm_eval (pip install 'lm_eval[api]')")
 
 QUESTIONS = [
     {"question": "The sky is", "choices": ["blue", "a spoon", "on Tuesday"], "answer": 0},

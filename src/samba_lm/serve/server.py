@@ -9,6 +9,7 @@ import logging
 import math
 import socket
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -30,6 +31,8 @@ READ_AT_LEAST = 8192
 """Bytes of an answer that a client must read within ``Settings.reading_seconds`` where more wait for it."""
 LAST_SECONDS = 3
 """What is left after the drain has so long to tell its client."""
+LINGER_SECONDS = 2
+"""A client that still sends when its answer is complete has so long to read that answer."""
 
 
 def serve(app: FastAPI, service: Service) -> None:
@@ -123,6 +126,34 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
+class LingeringTransport:
+    """A connection that, closed while the client still sends, says that no more will come and drops what does.
+
+    Closed at once with bytes unread, it would be reset, and the client would lose the answer that tells it why.
+    """
+
+    def __init__(self, transport: asyncio.Transport, client_sends: Callable[[], bool]) -> None:
+        self._transport, self._client_sends = transport, client_sends
+        self._lingers = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self._lingers or self._transport.is_closing()
+
+    def close(self) -> None:
+        if self.is_closing():
+            return
+        if not self._client_sends():
+            self._transport.close()
+            return
+        self._lingers = True
+        self._transport.write_eof()
+        self._transport.resume_reading()
+        asyncio.get_running_loop().call_later(LINGER_SECONDS, self._transport.close)
+
+
 class PatientProtocol(H11Protocol):
     """HTTP/1.1 that waits for a request's head, and for the rest of a refused body, only so long; and for a client
     that does not read its answer, which would be held in memory for as long as it likes."""
@@ -134,12 +165,13 @@ class PatientProtocol(H11Protocol):
         self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(LingeringTransport(transport, self._client_sends))  # type: ignore[arg-type]
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch()
+        if not self.transport.is_closing():
+            super().data_received(data)
+            self._watch()
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP."""
@@ -162,6 +194,9 @@ class PatientProtocol(H11Protocol):
         self._unset()
         self._unset_unread()
         super().connection_lost(exc)
+
+    def _client_sends(self) -> bool:
+        return self.conn.their_state in (h11.SEND_BODY, h11.ERROR) or bool(self.conn.trailing_data[0])
 
     def _watch(self) -> None:
         answered = self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
@@ -202,10 +237,13 @@ class PatientProtocol(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps(ApiError(status, message).body()).encode()
             headers = [("content-type", "application/json"), ("connection", "close")]
-            for event in (
+            events = (
                 h11.Response(status_code=status, headers=[*headers, ("content-length", str(len(body)))]),
                 h11.Data(data=body),
                 h11.EndOfMessage(),
-            ):
-                self.transport.write(self.conn.send(event) or b"")
+            )
+            self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.transport.close()
