@@ -2,8 +2,10 @@
 #ifndef SHARED_BYTES
 #error "the launcher says how much shared memory there is"
 #endif
+static const void* given;
 extern "C" void launch(const void* parameters, int grid_x, int grid_y, int threads, int seed) {
-  std::mt19937 random(seed);
+  emulator::Random random{(uint64_t)seed};
+  given = parameters;
   emulator::hasty = seed % 2;
   gridDim = {grid_x, grid_y, 1};
   emulator::shared.resize(SHARED_BYTES / 16);
@@ -12,7 +14,7 @@ extern "C" void launch(const void* parameters, int grid_x, int grid_y, int threa
       blockIdx = {x, y, 0};
       memset(emulator::shared.data(), 0xff, SHARED_BYTES);  // NaN: what is read must have been written
       copies.assign(threads, {{}});
-      emulator::body = [=] { ENTRY(*(const PARAMETER_TYPE*)parameters); };
+      emulator::body = [] { ENTRY(*(const PARAMETER_TYPE*)given); };
       emulator::run_block(threads, random);
     }
 }

@@ -8,9 +8,7 @@
 #include <string.h>
 #include <ucontext.h>
 
-#include <algorithm>
-#include <functional>
-#include <random>
+#include <algorithm>  // neither <functional> nor <random>, which take a third of a kernel's compilation
 #include <vector>
 
 typedef unsigned int u32;
@@ -46,7 +44,19 @@ inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
 inline bool hasty;
 inline int current, come[16];  // threads that have come to each barrier
-inline std::function<void()> body;
+inline void (*body)();
+struct Random {  // splitmix64
+  typedef uint64_t result_type;
+  uint64_t state;
+  static constexpr uint64_t min() { return 0; }
+  static constexpr uint64_t max() { return UINT64_MAX; }
+  uint64_t operator()() {
+    uint64_t x = state += 0x9e3779b97f4a7c15;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
+    x = (x ^ x >> 27) * 0x94d049bb133111eb;
+    return x ^ x >> 31;
+  }
+};
 
 inline void give_way(int reason) {
   Fiber& me = fibers[current];
@@ -57,7 +67,7 @@ inline void enter() {
   body();
   give_way(3);
 }
-inline void run_block(int threads, std::mt19937& random) {
+inline void run_block(int threads, Random& random) {
   fibers.resize(threads);
   for (int& count : come) count = 0;
   for (int i = 0; i < threads; ++i) {
