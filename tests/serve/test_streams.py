@@ -79,17 +79,18 @@ def test_many_texts_take_one_place_after_the_other(service: Service) -> None:
     assert asyncio.run(run()) == [(100, 20), (60, 12)]
 
 
+async def until_running(service: Service, number: int) -> None:
+    async with asyncio.timeout(30):
+        while service.engine.counts()["running"] != number:
+            await asyncio.sleep(0.02)
+
+
 def test_a_job_that_was_closed_leaves_nothing_behind(service: Service) -> None:
     async def run() -> None:
         job = Job(service.bridge, [ENDLESS])
-        await asyncio.sleep(0.1)
-        assert service.engine.counts()["running"] == 1
+        await until_running(service, 1)
         job.close()
-        for _ in range(50):
-            await asyncio.sleep(0.02)
-            if not service.engine.counts()["running"]:
-                return
-        raise AssertionError("it still runs")
+        await until_running(service, 0)
 
     asyncio.run(run())
 
