@@ -15,8 +15,9 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install --no-compile
-# Instead of pip, on all cores: installing takes a quarter less. What is made for other Pythons does not compile.
-COMPILE = $(BIN)/python -m compileall -qq -j 0 $(wildcard $(VENV)/lib/python3*/site-packages) || true
+# Instead of pip, on all cores: installing takes a quarter less. What is made for other Pythons does not compile. Ours too: where
+# Python may not write bytecode (PYTHONDONTWRITEBYTECODE), each of the tests' many processes would compile it again.
+COMPILE = $(BIN)/python -m compileall -qq -j 0 src $(wildcard $(VENV)/lib/python3*/site-packages) || true
 # Test processes, of one thread each, one more than cores because tests also wait (for servers, for each other's processes);
 # 0 runs the tests in pytest's own process.
 WORKERS ?= 3
