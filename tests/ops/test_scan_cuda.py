@@ -111,22 +111,17 @@ EMULATED = [
     # Odd sizes; channels beyond the last; several tiles; single elements read and written.
     pytest.param((2, 70, 33, 16), torch.float32, (Shape(4, stage=4), TWO), (), id="fp32"),
     pytest.param((2, 85, 33, 16), torch.float32, (HELPED, HELPED), (), id="fp32, helped"),
-    pytest.param((2, 53, 33, 16), torch.float32, (LONG, HELPED), ("z",), id="fp32, long tiles", marks=pytest.mark.slow),
+    pytest.param((2, 53, 33, 16), torch.float32, (LONG, HELPED), ("z",), id="fp32, long tiles"),
     pytest.param((1, 85, 34, 16), torch.bfloat16, (LONG, TWO), ("lengths",), id="bf16, long tiles"),
-    pytest.param((1, 20, 34, 16), torch.bfloat16, (Shape(4), HELPED), ("lengths",), id="bf16", marks=pytest.mark.slow),
+    pytest.param((1, 20, 34, 16), torch.bfloat16, (Shape(4), HELPED), ("lengths",), id="bf16"),
     pytest.param((1, 33, 20, 8), torch.float16, (LONG, HELPED), ("resets",), id="fp16, 8 states"),
     pytest.param((2, 1, 5, 16), torch.bfloat16, (Shape(8), HELPED), (), id="one token"),
     pytest.param((1, 37, 34, 16), torch.bfloat16, (Shape(8, 6), TWO), (), id="eight states a thread"),
     pytest.param(
-        (1, 50, 34, 8),
-        torch.bfloat16,
-        (many(8), plan.backward_shape(8, 3072, 8)),
-        (),
-        id="many rows, 8 states",
-        marks=pytest.mark.slow,
+        (1, 50, 34, 8), torch.bfloat16, (many(8), plan.backward_shape(8, 3072, 8)), (), id="many rows, 8 states"
     ),
     pytest.param((1, 21, 34, 64), torch.bfloat16, (many(64), HELPED), (), id="many rows, 64 states"),
-    pytest.param((1, 17, 6, 64), torch.float32, (HELPED, HELPED), (), id="64 states", marks=pytest.mark.slow),
+    pytest.param((1, 17, 6, 64), torch.float32, (HELPED, HELPED), (), id="64 states"),
     pytest.param(
         (1, 18, 32, 32),
         torch.float32,
@@ -168,22 +163,11 @@ def test_gradient_of_the_final_state_alone() -> None:
     assert not found["z"].any()
 
 
-ALONE = ("state", "z", "delta_bias", "lengths", "resets")
-
-
 @needs_compiler
 @needs_triton
 @pytest.mark.skipif(not INTERPRETED, reason="Triton links the segments, and takes CPU tensors only in its interpreter")
-@pytest.mark.parametrize(
-    ("dtype", "batch", "without"),
-    [
-        pytest.param(torch.float32, 2, (), marks=pytest.mark.slow),
-        (torch.bfloat16, 2, ()),
-        (torch.float32, 1, ALONE),
-        pytest.param(torch.bfloat16, 1, ALONE, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("batch", "without"), [(2, ()), (1, ("state", "z", "delta_bias", "lengths", "resets"))])
 def test_segments_of_a_long_row(
     dtype: torch.dtype, batch: int, without: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,7 +110,7 @@ def test_segments_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "segments_of", lambda batch, length, channels: (32, -(-length // 32)))
     resets = torch.zeros(2, 70, dtype=torch.bool)
     resets[0, 32] = resets[0, 63] = resets[1, 5] = True
-    compare(scan_inputs(1, 70, 20, 16), torch.float32)
+    compare(scan_inputs(2, 70, 20, 16), torch.float32)
     compare(scan_inputs(2, 70, 20, 16), torch.float32, resets=resets, lengths=torch.tensor([70, 20]))
 
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Iterator
 import numpy as np
 import pytest
 import uvicorn
-from serving import make_model
+from serving import make_model, wait_until
 from starlette.types import Receive, Scope, Send
 
 from samba_lm.engine.engine import Engine, QueueFullError
@@ -79,18 +79,15 @@ def test_many_texts_take_one_place_after_the_other(service: Service) -> None:
     assert asyncio.run(run()) == [(100, 20), (60, 12)]
 
 
-async def until_running(service: Service, number: int) -> None:
-    async with asyncio.timeout(30):
-        while service.engine.counts()["running"] != number:
-            await asyncio.sleep(0.02)
-
-
 def test_a_job_that_was_closed_leaves_nothing_behind(service: Service) -> None:
+    def running() -> int:
+        return service.engine.counts()["running"]
+
     async def run() -> None:
         job = Job(service.bridge, [ENDLESS])
-        await until_running(service, 1)
+        assert await asyncio.to_thread(wait_until, lambda: running() == 1, 30)
         job.close()
-        await until_running(service, 0)
+        assert await asyncio.to_thread(wait_until, lambda: not running(), 1), "it still runs"
 
     asyncio.run(run())
 

@@ -244,6 +244,7 @@ class PatientProtocol(H11Protocol):
             )
             self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
         if self.cycle is not None and not self.cycle.response_complete:
+            # As when the connection is lost, which is later where it lingers: nothing more may be written.
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.close()
